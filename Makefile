@@ -1,0 +1,57 @@
+# The front door. Everything runs in .venv, which the first target that needs it makes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# A Python that the user names is the only one tried; otherwise the first that is new enough.
+ifeq ($(origin PYTHON),file)
+CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3.10
+else
+CANDIDATES := $(PYTHON)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PYTHON=...        the Python to make .venv with (3.10 or newer)"
+
+quickstart: $(VENV)/.installed ## install, then train a small model of experts on this machine
+	$(BIN)/dylora train --config recipes/quickstart.yaml
+
+test: lint ## everything that CI checks: lint, types and tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: $(VENV)/.installed-dev ## check style and types, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps keep an install from being repeated until what it depends on changes.
+$(VENV)/.made:
+	@for python in $(CANDIDATES); do \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
+	        $$python -m venv $(VENV) && touch $@; exit; \
+	    fi; \
+	done; \
+	echo "No usable Python among: $(CANDIDATES). It must be 3.10 or newer and have venv and pip" \
+	    "(on Debian: python3-venv). Name another one with: make PYTHON=/path/to/python" >&2; \
+	exit 1
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,323 @@
+"""A checkpoint folder: write, verify, read.
+
+    dylora.json                      format, base and its fingerprint, router, experts, sha256 of every other file
+    experts/NAME/adapter_config.json, adapter_model.safetensors      what stock PEFT reads
+    router.safetensors
+
+Weights are safetensors only, the base is never in it. A folder is written aside and renamed into place.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .base import load_base
+from .config import RouterConfig
+
+if TYPE_CHECKING:
+    from .model import DyLoRAMoE
+
+FORMAT_VERSION = 1
+MANIFEST = "dylora.json"
+ROUTER_FILE = "router.safetensors"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SAMPLES_PER_TENSOR = 16
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not whole, or not for this base; the message names every problem found."""
+
+
+def fingerprint(base: PreTrainedModel) -> dict[str, Any]:
+    """What a base is recognised by: each tensor's name and shape, and bf16-rounded samples of it.
+
+    The samples (16 per tensor, evenly spaced) are the same for one base in fp32 and in bf16, and differ
+    for another fine-tune of it.
+
+    Returns:
+        "tensors": {name: shape}, "samples": base64 of int16 bf16 patterns in the order of the names,
+        "dtype": of the first tensor, "quantized": whether samples were left out for that.
+    """
+    tensors = dict(sorted(_base_tensors(base).items()))
+    quantized = getattr(base, "hf_quantizer", None) is not None
+    patterns = [] if quantized else [_samples(tensor) for tensor in tensors.values()]
+    packed = torch.cat(patterns).numpy().tobytes() if patterns else b""
+    return {
+        "quantized": quantized,
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "samples": base64.b64encode(packed).decode("ascii"),
+    }
+
+
+def _base_tensors(base: PreTrainedModel) -> dict[str, Tensor]:
+    """The base's own parameters under their own names, also when adapters are injected; tied ones once."""
+    return {
+        name.replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in base.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).round().long()
+    return flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
+
+
+def compare_base(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
+    """The differences between the base of a checkpoint and this one; empty when it is the same."""
+    here = fingerprint(base)
+    if saved["quantized"] or here["quantized"]:
+        return []
+    problems = []
+    for name in sorted(saved["tensors"].keys() | here["tensors"].keys()):
+        ours, theirs = saved["tensors"].get(name), here["tensors"].get(name)
+        if ours is None or theirs is None:
+            problems.append(f"{name} is only in {'this base' if ours is None else 'the base it was trained on'}")
+        elif ours != theirs:
+            problems.append(f"{name} has shape {theirs}, was {ours}")
+    if problems:
+        return problems
+    patterns = [
+        torch.frombuffer(bytearray(base64.b64decode(side["samples"])), dtype=torch.int16) for side in (saved, here)
+    ]
+    if patterns[0].numel() != patterns[1].numel():
+        return ["its fingerprint has another length"]
+    # fp16 rounds a second time, which may move the bf16 pattern by one.
+    tolerance = 1 if "float16" in (saved["dtype"], here["dtype"]) else 0
+    differs = ((patterns[0].int() - patterns[1].int()).abs() > tolerance).view(-1, SAMPLES_PER_TENSOR).any(1)
+    names = list(saved["tensors"])
+    return [f"{names[index]} has other values" for index in differs.nonzero().flatten().tolist()]
+
+
+def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
+    """Write `model`'s experts and router to the folder `path`, whole or not at all."""
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"cannot save to {target}: it is a file")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ValueError(f"cannot save to {target}: it holds other files; choose a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        write_files(model, aside)
+        _replace(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _replace(aside: Path, target: Path) -> None:
+    os.chmod(aside, 0o755)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.rename(target, old / "checkpoint")
+        os.rename(aside, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(aside, target)
+
+
+def write_files(model: DyLoRAMoE, folder: Path) -> None:
+    """Write the files of a checkpoint into an existing folder, the manifest last."""
+    files = []
+    for expert in model.experts:
+        name = f"experts/{expert.name}"
+        (folder / name).mkdir(parents=True)
+        state = get_peft_model_state_dict(model, adapter_name=expert.name, save_embedding_layers=False)
+        _save_tensors(state, folder / name / ADAPTER_FILES[1])
+        config = LoraConfig(**{**model.peft_config[expert.name].to_dict(), "inference_mode": True})
+        config.base_model_name_or_path = model.base_id or None
+        config.save_pretrained(str(folder / name))
+        files += [f"{name}/{file}" for file in ADAPTER_FILES]
+    _save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
+    files.append(ROUTER_FILE)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "base": {
+            "id": model.base_id,
+            "revision": model.base_revision,
+            "fingerprint": fingerprint(model.base),
+        },
+        "router": asdict(model.router_config),
+        "balance_coefficient": model.balance_coefficient,
+        "experts": [asdict(expert) for expert in model.experts],
+        "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
+    }
+    text = json.dumps(manifest, indent=1)
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
+    """The verified manifest of a checkpoint folder.
+
+    Args:
+        strict: refuse files that the manifest does not know (False for a training checkpoint, which
+            holds the Trainer's state too).
+
+    Raises:
+        CheckpointError: naming every missing, extra, altered or unreadable file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {folder}")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} is no DyLoRA-MoE checkpoint: {MANIFEST} is missing")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        files = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+        wanted = {f"experts/{expert['name']}/{file}" for expert in manifest["experts"] for file in ADAPTER_FILES}
+        RouterConfig(**manifest["router"])
+        manifest["base"]["fingerprint"]["tensors"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT_VERSION}")
+    problems = _file_problems(folder, files, strict=strict)
+    problems += [f"{name} is not listed in {MANIFEST}" for name in sorted((wanted | {ROUTER_FILE}) - files.keys())]
+    if problems:
+        raise CheckpointError(f"checkpoint {folder} is not whole: " + "; ".join(problems))
+    return manifest
+
+
+def _file_problems(folder: Path, files: dict[str, tuple[str, int]], *, strict: bool) -> list[str]:
+    problems = []
+    for name, (digest, size) in files.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
+        elif _sha256(file) != digest:
+            problems.append(f"{name} was altered: its sha256 is not the one in {MANIFEST}")
+    scope = folder if strict else folder / "experts"
+    present = {file.relative_to(folder).as_posix() for file in scope.rglob("*") if not file.is_dir()}
+    problems += [f"{name} does not belong to it" for name in sorted(present - files.keys() - {MANIFEST})]
+    return problems
+
+
+def load_checkpoint(
+    cls: type[DyLoRAMoE], path: str | os.PathLike[str], base: PreTrainedModel | str | None, **kwargs: Any
+) -> DyLoRAMoE:
+    """Read the folder `path` onto a base. See `DyLoRAMoE.from_pretrained`."""
+    from .model import check_base
+
+    folder = Path(path)
+    manifest = read_manifest(folder, strict=not (folder / "trainer_state.json").is_file())
+    if base is None:
+        base = manifest["base"]["id"]
+        if not base:
+            raise CheckpointError(f"checkpoint {folder} does not name its base; pass base=")
+        kwargs.setdefault("revision", manifest["base"]["revision"])
+    if isinstance(base, str):
+        base = load_base(base, **kwargs)
+    elif kwargs:
+        raise ValueError(f"base is already loaded, so {', '.join(sorted(kwargs))} cannot apply")
+    check_base(base)
+    differences = compare_base(manifest["base"]["fingerprint"], base)
+    if differences:
+        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+        raise CheckpointError(
+            f"checkpoint {folder} was trained on another base ({manifest['base']['id'] or 'unnamed'}): {shown}"
+        )
+    return _build(cls, folder, manifest, base)
+
+
+def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> DyLoRAMoE:
+    entries = manifest["experts"]
+    configs, states = {}, {}
+    for entry in entries:
+        files = [folder / "experts" / entry["name"] / file for file in ADAPTER_FILES]
+        configs[entry["name"]] = PeftConfig.from_pretrained(str(files[0].parent))
+        states[entry["name"]] = _load_tensors(files[1])
+    router_state = _load_tensors(folder / ROUTER_FILE)
+    first = entries[0]["name"]
+    configs[first].inference_mode = False
+    model = cls(
+        base,
+        lora=configs[first],
+        router=RouterConfig(**manifest["router"]),
+        names=[first],
+        balance_coefficient=manifest["balance_coefficient"],
+    )
+    for entry in entries[1:]:
+        configs[entry["name"]].inference_mode = False
+        model.experts.add(entry["name"], configs[entry["name"]], mature=entry["mature"], skill=entry["skill"])
+        model.router.add_row(entry["name"])
+    for entry in entries:
+        _load_expert(model, entry, states[entry["name"]], folder)
+    _load_router(model, router_state, folder)
+    model.base_id, model.base_revision = manifest["base"]["id"], manifest["base"]["revision"]
+    return model.eval()
+
+
+def _load_expert(model: DyLoRAMoE, entry: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
+    name = entry["name"]
+    problems = _state_problems(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), state)
+    if problems:
+        raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
+    set_peft_model_state_dict(model, state, adapter_name=name)
+    expert = model.experts[name]
+    expert.mature, expert.skill, expert.trainable = entry["mature"], entry["skill"], entry["trainable"]
+    (model.unfreeze if expert.trainable else model.freeze)(name)
+
+
+def _load_router(model: DyLoRAMoE, state: dict[str, Tensor], folder: Path) -> None:
+    problems = _state_problems(model.router.state_dict(), state)
+    if problems:
+        raise CheckpointError(f"{folder / ROUTER_FILE}: " + "; ".join(problems[:5]))
+    model.router.load_state_dict(state)
+
+
+def _state_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
+    problems += [f"{name} does not belong in it" for name in sorted(state.keys() - expected.keys())]
+    for name in sorted(expected.keys() & state.keys()):
+        if expected[name].shape != state[name].shape:
+            problems.append(f"{name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
+        elif not torch.isfinite(state[name].float()).all():
+            problems.append(f"{name} holds values that are not finite")
+    return problems
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+__all__ = ["CheckpointError", "compare_base", "fingerprint", "load_checkpoint", "read_manifest", "save_checkpoint"]

@@ -1,0 +1,595 @@
+"""DyLoRAMoE: a frozen base, a pool of experts and a router, wired into one PeftModel."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModelForCausalLM
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .base import load_base
+from .config import RouterConfig
+from .expert import Expert, ExpertPool, check_name, decoder_layers, routed_layers, routed_lora_config
+from .layer import ContextSlot, ForwardContext, RoutedLayer, pack
+from .router import Router, RouterState, Routing, causal_exponential_mean, force_routing, make_dispatch
+from .router_cache import RouterCacheLayer, router_cache_layer
+
+
+@dataclass
+class DyLoRAMoEOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with the parts of the loss and the routing.
+
+    loss = lm_loss + balance_coefficient * balance_loss + z_loss_coefficient * z_loss
+           + entropy_coefficient * entropy_loss; the parts are unweighted scalars, and None without labels.
+    """
+
+    lm_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    entropy_loss: Tensor | None = None
+    routing: Routing | None = None
+
+
+class _RoutingKnown(Exception):
+    """Ends a forward that was only asked where its tokens go."""
+
+
+class NotForced:
+    """Stands where `route_to` puts its experts, while the router decides. The class itself is the mark."""
+
+
+class DyLoRAMoE(PeftModelForCausalLM):
+    """A frozen causal language model, many LoRA experts on it, and a router that sends each token to some.
+
+    For every routed linear, with e over the experts of a token's routing:
+
+        y = W x + sum_e w_e s_e B_e A_e x
+
+    One forward pass: the router reads hidden states of the frozen part of the model, so what an expert
+    learns never changes where tokens are sent. LoRA is Hu et al. 2021 (arXiv:2106.09685), the mixture
+    per token Shazeer et al. 2017 (arXiv:1701.06538, eq. 1) with LoRA experts on frozen weights; we
+    differ in one gate for the whole model, and in features that are a causal exponential mean.
+
+    It is a PeftModel, and each expert is an ordinary adapter in it. Make it with `from_base` or
+    `from_pretrained`.
+
+    Args:
+        base: the loaded base model. Its weights are frozen, its own dropout is switched off for good.
+        lora: the experts' config, checked and narrowed to the routed layers by `from_base`.
+        router: see `RouterConfig`.
+        names: the experts; all start mature and trainable.
+        balance_coefficient: weight of the balance loss.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        lora: LoraConfig,
+        router: RouterConfig,
+        names: Sequence[str],
+        balance_coefficient: float,
+    ) -> None:
+        first, *rest = names
+        _switch_off_dropout(base)
+        super().__init__(base, copy.deepcopy(lora), adapter_name=first)
+        self._slot = ContextSlot()
+        self._forced: Any = NotForced
+        self.balance_coefficient = balance_coefficient
+        self.router_config = router
+        self.base_id, self.base_revision = _base_identity(base)
+        self._router_index = router.layer_index(base.config.get_text_config().num_hidden_layers)
+        self._pool = ExpertPool(self, self._slot, lora)
+        self._pool.register(first, mature=True)
+        for name in rest:
+            self._pool.add(name, self._pool.config_for(None), mature=True)
+        hidden_size = base.config.get_text_config().hidden_size
+        self.router = Router(router, hidden_size=hidden_size, names=names).to(self.device)
+        self._install_hooks()
+
+    @classmethod
+    def from_base(
+        cls,
+        base: PreTrainedModel | str,
+        *,
+        num_experts: int = 4,
+        lora: LoraConfig | None = None,
+        router: RouterConfig | None = None,
+        names: Sequence[str] | None = None,
+        allow_expert_growth: bool = False,
+        balance_coefficient: float = 0.01,
+    ) -> DyLoRAMoE:
+        """A new model on a base: fresh experts (zero delta), a small random gate.
+
+        Args:
+            base: a hub id, a folder, "smollm2-135m", or a loaded causal language model.
+            num_experts: how many; all mature and trainable, routing is sparse top-k from the first step.
+            lora: default r=16, alpha=32, dropout 0.05, all linears of the routed layers.
+            router: default `RouterConfig()`.
+            names: the experts' names; default expert_0, expert_1, ...
+            allow_expert_growth: must be False: growing from data needs novelty detection, which this
+                version does not have; `add_expert` grows by hand.
+            balance_coefficient: weight of the balance loss.
+
+        Raises:
+            ValueError: for a value out of range, a LoraConfig that cannot be routed, or a base that is
+                no decoder-only causal language model.
+            BaseUnavailableError: when the base cannot be loaded.
+        """
+        router = RouterConfig() if router is None else router
+        names = [f"expert_{index}" for index in range(num_experts)] if names is None else list(names)
+        problems = _pool_problems(names, num_experts, router.top_k, balance_coefficient, allow_expert_growth)
+        if problems:
+            raise ValueError("DyLoRAMoE.from_base: " + "; ".join(problems))
+        if isinstance(base, str):
+            base = load_base(base)
+        check_base(base)
+        if lora is None:
+            lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+        index = router.layer_index(base.config.get_text_config().num_hidden_layers)
+        lora = routed_lora_config(base, lora, router_index=index)
+        return cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient)
+
+    # The experts.
+
+    @property
+    def experts(self) -> ExpertPool:
+        """The pool, in gate order; iterate it, or take an expert by name or position."""
+        return self._pool
+
+    def add_expert(self, name: str, *, rank: int | None = None, skill: str | None = None) -> Expert:
+        """A new nascent expert with zero delta, and its gate row; routing is dense until it matures.
+
+        No old expert and no old gate row changes. Everything stays as trainable as it was; see `freeze`.
+
+        Args:
+            name: letters, digits, '_' and '-'.
+            rank: default the pool's; alpha follows, so that the scaling stays.
+            skill: what it is for; kept in the checkpoint.
+        """
+        expert = self._pool.add(name, self._pool.config_for(rank), mature=False, skill=skill)
+        self.router.add_row(name)
+        return expert
+
+    def mature(self, name: str) -> None:
+        """An expert is done learning beside the others; with no nascent one left, routing is sparse."""
+        self._pool[name].mature = True
+
+    def remove_expert(self, name: str) -> None:
+        """Delete an expert and its gate row; the others stay bit for bit."""
+        self._pool.remove(name)
+        self.router.remove_row(name)
+        self._apply_trainable()
+
+    def freeze(self, *names: str) -> None:
+        """Stop training these experts and their gate rows. `unfreeze` undoes it."""
+        self._set_trainable(names, False)
+
+    def unfreeze(self, *names: str) -> None:
+        """Train these experts and their gate rows again."""
+        self._set_trainable(names, True)
+
+    def _set_trainable(self, names: Sequence[str], trainable: bool) -> None:
+        for expert in [self._pool[name] for name in names]:
+            expert.trainable = trainable
+        self._apply_trainable()
+
+    def _apply_trainable(self) -> None:
+        self._pool.apply_trainable()
+        for expert in self._pool:
+            self.router.gate[expert.name].requires_grad_(expert.trainable)
+            self.router.gate_bias[expert.name].requires_grad_(expert.trainable)
+
+    # Routing.
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model, with the adapters injected."""
+        return cast(PreTrainedModel, self.base_model.model)
+
+    @contextmanager
+    def route_to(self, experts: str | Sequence[str | None] | None) -> Iterator[None]:
+        """Force the routing of every forward inside: one expert, None for the base alone, or a list with
+        one entry per row of the batch. Nests; the inner one holds.
+
+        Raises:
+            ValueError: for an unknown expert, or (in the forward) a list of another length than the batch.
+        """
+        for name in [experts] if experts is None or isinstance(experts, str) else experts:
+            if name is not None:
+                self._pool[name]
+        before, self._forced = self._forced, experts
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    @torch.no_grad()
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing:
+        """Where these tokens go; runs the base up to the router and no further.
+
+        Args:
+            input_ids: int64 [batch, seq].
+            attention_mask: [batch, seq], 0 on padding.
+        """
+        return self._run_to_router(input_ids, attention_mask)[0]
+
+    @torch.no_grad()
+    def router_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the gate reads of these tokens: fp32 [batch, seq, hidden]."""
+        return self._run_to_router(input_ids, attention_mask)[1]
+
+    def _run_to_router(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Routing, Tensor]:
+        known: dict[str, Any] = {}
+        self._slot.stop_at_router = known
+        try:
+            self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        except _RoutingKnown:
+            pass
+        finally:
+            self._slot.stop_at_router = None
+        return known["routing"], known["features"]
+
+    @torch.no_grad()
+    def center_router(self, batches: Iterator[dict[str, Tensor]] | Sequence[dict[str, Tensor]]) -> None:
+        """Set the router's feature mean from text, before training; without it training is slower.
+
+        Args:
+            batches: each with input_ids [batch, seq] and, where padded, attention_mask.
+        """
+        total, count = torch.zeros_like(self.router.feature_mean), 0
+        for batch in batches:
+            ids = batch["input_ids"].to(self.device)
+            mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
+            total += self.router_features(ids, mask)[mask].sum(0)
+            count += int(mask.sum())
+        if count == 0:
+            raise ValueError("center_router was given no token; pass at least one batch of text")
+        self.router.center(total / count)
+
+    def _install_hooks(self) -> None:
+        base = self.base
+        base.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+        base.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True)
+        _, layers = decoder_layers(base)
+        layers[self._router_index].register_forward_pre_hook(self._route_tokens, with_kwargs=True)
+
+    def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            kind = f"{mask.dim()}-d tensor" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask is a {kind}; the router needs the 2-d one, [batch, tokens], to tell padding from text"
+            )
+        self._slot.begin(ForwardContext(mask))
+
+    def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        context = self._slot.end()
+        if context is not None and output is not None:
+            output.routing = context.routing
+
+    def _route_tokens(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs as the routed part of the base begins: hidden states -> features -> routing -> dispatch."""
+        context = self._slot.current
+        if context is None:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        batch, seq = hidden.shape[:2]
+        mask = _token_mask(context.attention_mask, batch, seq, hidden.device)
+        stop = self._slot.stop_at_router
+        cache = kwargs.get("past_key_values")
+        if self._forced is NotForced or stop is not None or cache is not None:
+            features = self._features(hidden.detach(), mask, cache)
+        if self._forced is NotForced:
+            context.routing, selected = self.router(features, mask=mask, dense=self._pool.has_nascent)
+            context.dispatch = make_dispatch(
+                context.routing, selected, layouts=self._pool.layouts, dtype=self._pool.compute_dtype()
+            )
+        else:
+            experts = _one_per_row(self._forced, batch, expandable=self._slot.generating)
+            context.routing, context.dispatch = force_routing(self._pool.names, experts, mask=mask)
+        if stop is not None:
+            stop.update(routing=context.routing, features=features)
+            raise _RoutingKnown
+
+    @torch.no_grad()
+    def _features(self, hidden: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+        memory: RouterCacheLayer | None = None
+        state: RouterState | None = None
+        if cache is not None:
+            memory = router_cache_layer(cache, num_layers=len(decoder_layers(self.base)[1]))
+            state = memory.continue_at(cache.get_seq_length(self._router_index))
+        half_life = self.router_config.router_half_life
+        features, state = causal_exponential_mean(hidden, mask=mask, half_life=half_life, state=state)
+        if memory is not None:
+            memory.store(state, num_tokens=hidden.shape[1])
+        return features
+
+    # Forward and generate.
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_tokens_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> DyLoRAMoEOutput | tuple:
+        """One pass: route every token, mix its experts, and with `labels` compute the loss.
+
+        Args:
+            input_ids: int64 [batch, seq].
+            attention_mask: [batch, seq (+ cached)], 0 on padding; None: no padding.
+            labels: int64 [batch, seq], -100 where nothing is predicted.
+            num_items_in_batch: predicted tokens of the whole optimizer step, as the Trainer passes it; the
+                language-model loss is then divided by it, so that accumulation changes nothing.
+            num_tokens_in_batch: real tokens of the whole optimizer step, which the router's losses are
+                divided by. Where only `num_items_in_batch` is known, they are taken over the predicted
+                tokens; where neither is, over the real tokens of this batch.
+        """
+        if num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        if "adapter_names" in kwargs:
+            raise ValueError("adapter_names has no meaning for a routed model; use `with model.route_to([...]):`")
+        out = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, return_dict=True, **kwargs)
+        routing: Routing = out.routing
+        result = DyLoRAMoEOutput(
+            logits=out.logits,
+            past_key_values=out.get("past_key_values"),
+            hidden_states=out.get("hidden_states"),
+            attentions=out.get("attentions"),
+            routing=routing,
+        )
+        if labels is not None:
+            self._add_losses(result, out.loss, labels, num_items_in_batch, num_tokens_in_batch)
+        return result if return_dict is not False else result.to_tuple()
+
+    def _add_losses(
+        self,
+        result: DyLoRAMoEOutput,
+        lm_loss: Tensor,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        num_tokens: Tensor | int | None,
+    ) -> None:
+        routing = result.routing
+        assert routing is not None
+        tokens = None
+        if num_tokens is None and num_items is not None:
+            tokens, num_tokens = F.pad(labels[:, 1:] != -100, (0, 1)), num_items
+        if self.training and routing.logits is not None:
+            self.router.observe(routing)
+        losses = self.router.losses(routing, tokens=tokens, num_tokens=num_tokens)
+        config = self.router_config
+        result.lm_loss = lm_loss
+        result.balance_loss, result.z_loss, result.entropy_loss = losses
+        result.loss = (
+            lm_loss
+            + self.balance_coefficient * losses.balance
+            + config.z_loss_coefficient * losses.z
+            + config.entropy_coefficient * losses.entropy
+        )
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, cached, with every row and every token routed on its own.
+
+        With `return_dict_in_generate=True` the result also has `.routing`, of every token of `sequences`.
+        """
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if inputs is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._prompt_mask(inputs, kwargs)
+        self._slot.generating = True
+        try:
+            output = super().generate(*args, **kwargs)
+        finally:
+            self._slot.generating = False
+        if not isinstance(output, Tensor) and inputs is not None:
+            output.routing = self._routing_of(output.sequences, kwargs["attention_mask"], kwargs)
+        return output
+
+    def _generation_value(self, name: str, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        config = kwargs.get("generation_config") or self.base.generation_config
+        return getattr(config, name, None)
+
+    def _prompt_mask(self, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """As Transformers infers it: padding is told by its token, unless that also ends texts."""
+        pad = self._generation_value("pad_token_id", kwargs)
+        ends = _as_list(self._generation_value("eos_token_id", kwargs))
+        if pad is None or pad in ends:
+            return torch.ones_like(inputs)
+        return (inputs != pad).long()
+
+    def _routing_of(self, sequences: Tensor, prompt_mask: Tensor, kwargs: dict[str, Any]) -> Routing:
+        """Routing of finished sequences: of the prompt's real tokens, and up to each row's first end."""
+        new = sequences[:, prompt_mask.shape[1] :]
+        ended = torch.zeros_like(new, dtype=torch.bool)
+        for end in _as_list(self._generation_value("eos_token_id", kwargs)):
+            ended |= new == end
+        before_end = (ended.cumsum(1) - ended.long()) == 0
+        rows = sequences.shape[0] // prompt_mask.shape[0]
+        mask = torch.cat([prompt_mask.repeat_interleave(rows, 0).bool(), before_end], 1)
+        self._slot.generating = True
+        try:
+            return self.route(sequences, mask)
+        finally:
+            self._slot.generating = False
+
+    # What PEFT and Transformers would otherwise do to us.
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base alone; the same as `route_to(None)`, and it leaves trainability as it is."""
+        with self.route_to(None):
+            yield
+
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Refused: an adapter needs a gate row. Use `add_expert`."""
+        raise ValueError(f"add_adapter({adapter_name!r}) would add an adapter that no token can reach; use add_expert")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Refused: use `remove_expert`, which drops the gate row too."""
+        raise ValueError(f"delete_adapter({adapter_name!r}) would leave its gate row behind; use remove_expert")
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: which experts are active is decided per token. Use `route_to`."""
+        raise ValueError("set_adapter has no meaning for a routed model; use `with model.route_to(name):`")
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: this version does not import adapters."""
+        raise ValueError("load_adapter would add an adapter without a gate row; this version does not import adapters")
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As in Transformers; recomputation uses the routing of the forward that it recomputes.
+
+        Raises:
+            ValueError: for use_reentrant=True, under which a router outside the layer gets no gradient.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise ValueError("gradient checkpointing with use_reentrant=True loses the router; use use_reentrant=False")
+        if "context_fn" in options:
+            raise ValueError("context_fn is needed to keep each forward's own routing; leave it out")
+        options["context_fn"] = self._slot.checkpoint_contexts
+        base = self.base
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(options, **kwargs)
+        else:
+            base.gradient_checkpointing_enable(options, **kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DyLoRAMoE:
+        """After `.to(...)`: lay the experts behind one another again."""
+        result = super()._apply(fn, recurse)
+        for _, layer in routed_layers(self):
+            if isinstance(layer, RoutedLayer):
+                pack(layer)
+        return result
+
+    # Checkpoints.
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the folder that docs/checkpoint.md describes: experts, router, and how to check them.
+
+        Args:
+            save_directory: a new folder, or an older checkpoint of ours, which is replaced.
+
+        Raises:
+            ValueError: for a folder that holds other files, or an option of PEFT's that cannot apply.
+        """
+        from .checkpoint import save_checkpoint
+
+        if kwargs:
+            raise ValueError(f"save_pretrained takes only the folder; {', '.join(sorted(kwargs))} cannot apply")
+        save_checkpoint(self, save_directory)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str, base: PreTrainedModel | str | None = None, **kwargs: Any
+    ) -> DyLoRAMoE:
+        """Read a checkpoint folder back, bit for bit, after checking every file and the base.
+
+        Args:
+            path: the folder.
+            base: the base model, loaded or by name; None: the one that the checkpoint names.
+            kwargs: passed on to load the base (for example dtype).
+
+        Raises:
+            CheckpointError: for a missing, extra, altered or misshapen file, or another base.
+        """
+        from .checkpoint import load_checkpoint
+
+        return load_checkpoint(cls, path, base, **kwargs)
+
+
+def check_base(base: object) -> None:
+    """Raises ValueError for what cannot be a base."""
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"base is a {type(base).__name__}; pass a hub id, a folder or a loaded causal language model")
+    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
+        raise ValueError(f"{type(base).__name__} is no decoder-only causal language model")
+    if next(routed_layers(base), None) is not None:
+        raise ValueError("base already carries adapters; merge or unload them, then pass the plain model")
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise ValueError("base has gradient checkpointing on; switch it on with the DyLoRAMoE model's own method")
+
+
+def _pool_problems(
+    names: Sequence[str], num_experts: int, top_k: int, balance_coefficient: float, allow_expert_growth: bool
+) -> list[str]:
+    problems = []
+    if not names:
+        problems.append(f"num_experts is {num_experts}; a pool needs at least 1")
+    for index, name in enumerate(names):
+        try:
+            check_name(name, taken=names[:index])
+        except ValueError as error:
+            problems.append(str(error))
+    if names and top_k > len(names):
+        problems.append(f"top_k is {top_k}, but there are only {len(names)} experts")
+    if not balance_coefficient >= 0:
+        problems.append(f"balance_coefficient is {balance_coefficient!r}; it must be 0 or more")
+    if allow_expert_growth:
+        problems.append(
+            "allow_expert_growth=True needs novelty detection, which this version does not have; "
+            "grow by hand with add_expert"
+        )
+    return problems
+
+
+def _base_identity(base: PreTrainedModel) -> tuple[str, str | None]:
+    return base.name_or_path or "", getattr(base.config, "_commit_hash", None)
+
+
+def _switch_off_dropout(base: PreTrainedModel) -> None:
+    """The base's own dropout, as a module or as the number that attention reads, becomes 0."""
+    for module in base.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
+
+
+def _token_mask(attention_mask: Tensor | None, batch: int, seq: int, device: torch.device) -> Tensor:
+    """bool [batch, seq]: which of this call's tokens are real."""
+    if attention_mask is None:
+        return torch.ones(batch, seq, dtype=torch.bool, device=device)
+    return attention_mask[:, attention_mask.shape[1] - seq :].bool()
+
+
+def _one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None]:
+    if forced is None or isinstance(forced, str):
+        return [forced] * batch
+    if len(forced) == batch:
+        return list(forced)
+    if expandable and batch % len(forced) == 0:
+        return [name for name in forced for _ in range(batch // len(forced))]
+    raise ValueError(f"route_to was given {len(forced)} experts for a batch of {batch}; give one per row")
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return value.flatten().tolist()
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,326 @@
+"""The router: features of the frozen base -> gate logits -> routing, and the losses that shape it.
+
+Shapes: B batch, S sequence, C chunk of the sequence, D hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import RouterConfig
+from .layer import Dispatch, ExpertShape, Segment, dense_is_quicker, plan_sparse
+
+CHUNK = 128
+"""Tokens per chunk of the causal mean; bounds its working memory at B x CHUNK x CHUNK."""
+
+GATE_WIDTH = 64
+"""The gate's product is padded to a multiple of this many rows, because products of different widths
+differ in the last bit: a new expert must not move the logits of the old ones."""
+
+GATE_INIT_STD = 0.02
+"""Standard deviation of a new gate row. A zero gate would send everything to the first expert."""
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one forward went. All tensors fp32 unless said."""
+
+    names: tuple[str, ...]
+    """The experts, in gate order: the columns of the tensors below."""
+    weights: Tensor
+    """[batch, seq, experts]; zero where not selected and on padding; else a distribution."""
+    mask: Tensor
+    """bool [batch, seq]; False on padding."""
+    logits: Tensor | None
+    """[batch, seq, experts] gate logits; None where `route_to` decided."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """softmax over all experts: [batch, seq, experts]. Raises ValueError where `route_to` decided."""
+        if self.logits is None:
+            raise ValueError("this routing was forced by route_to, so the gate has no probabilities")
+        return self.logits.softmax(-1)
+
+
+class RouterState(NamedTuple):
+    """The causal mean's memory between calls: what cached decoding carries from token to token."""
+
+    total: Tensor
+    """fp32 [batch, hidden]: sum of a^(age) x over the real tokens so far."""
+    mass: Tensor
+    """fp32 [batch, 1]: sum of a^(age), which corrects the bias of the first tokens."""
+
+
+class RouterLosses(NamedTuple):
+    """Scalars, unweighted; each a mean over the real tokens of the batch or of the optimizer step."""
+
+    balance: Tensor
+    z: Tensor
+    entropy: Tensor
+
+
+def causal_exponential_mean(
+    hidden: Tensor, *, mask: Tensor, half_life: float, state: RouterState | None = None
+) -> tuple[Tensor, RouterState]:
+    """Bias-corrected exponential mean of layer-normed hidden states over the tokens up to each one.
+
+    f_t = sum_{u<=t} a^(t-u) x_u / sum_{u<=t} a^(t-u), with a = 2^(-1/half_life), x the parameter-free
+    layer norm of `hidden`, and time counted in real tokens: padding neither enters nor passes.
+
+    Args:
+        hidden: [batch, seq, hidden], any float dtype; computed in fp32 (a running sum in bf16 is wrong).
+        mask: bool [batch, seq], False on padding.
+        half_life: in tokens.
+        state: from the call before, when this one continues it.
+
+    Returns:
+        fp32 [batch, seq, hidden] (zeros before the first real token), and the state after the last.
+    """
+    batch, seq, width = hidden.shape
+    x_BSD = F.layer_norm(hidden.float(), (width,)) * mask[..., None]
+    if state is None:
+        state = RouterState(x_BSD.new_zeros(batch, width), x_BSD.new_zeros(batch, 1))
+    total_BD, mass_B1 = state
+    log_decay = -math.log(2.0) / half_life
+    features = []
+    for start in range(0, seq, CHUNK):
+        x_BCD, mask_BC = x_BSD[:, start : start + CHUNK], mask[:, start : start + CHUNK]
+        age_BC = mask_BC.cumsum(1).float()
+        carry_BC1 = torch.exp(log_decay * age_BC)[..., None]
+        decay_BCC = torch.exp(log_decay * (age_BC[:, :, None] - age_BC[:, None, :]).clamp_min(0))
+        decay_BCC = torch.tril(decay_BCC * mask_BC[:, None, :])
+        total_BCD = decay_BCC @ x_BCD + carry_BC1 * total_BD[:, None]
+        mass_BC1 = decay_BCC.sum(-1, keepdim=True) + carry_BC1 * mass_B1[:, None]
+        features.append(total_BCD / mass_BC1.clamp_min(1e-12))
+        total_BD, mass_B1 = total_BCD[:, -1], mass_BC1[:, -1]
+    return torch.cat(features, 1), RouterState(total_BD, mass_B1)
+
+
+class Router(nn.Module):
+    """One gate for the whole model: logits_e = (f - mean) . g_e + b_e.
+
+    Sparse delegation takes the top-k of the experts, with a softmax over the selected logits (an expert
+    that is not selected has no influence at all). At k = 1 the forward weight is exactly 1 and the
+    gradient reaches the gate straight through the full softmax probability (Bengio et al. 2013,
+    arXiv:1308.3432; the probability as in Switch Transformers, Fedus et al. 2021, arXiv:2101.03961,
+    eq. 2, which scales the output by it: we do not). Dense collaboration is a softmax over all experts.
+
+    `feature_mean` is zero until `center` sets it, once, from text: the features of all texts share a
+    large common part, and a gate that has to learn to ignore it learns slowly.
+
+    Args:
+        config: see `RouterConfig`.
+        hidden_size: of the base.
+        names: the experts, in gate order.
+    """
+
+    feature_mean: Tensor
+    shares: Tensor
+    step_counts: Tensor
+
+    def __init__(self, config: RouterConfig, *, hidden_size: int, names: Sequence[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.gate = nn.ParameterDict()
+        self.gate_bias = nn.ParameterDict()
+        self.register_buffer("feature_mean", torch.zeros(hidden_size))
+        self.register_buffer("shares", torch.zeros(0))
+        self.register_buffer("step_counts", torch.zeros(0, dtype=torch.int64))
+        self._gate_version: int | None = None
+        for name in names:
+            self.add_row(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, in gate order."""
+        return tuple(self.gate.keys())
+
+    def add_row(self, name: str) -> None:
+        """A new gate row, small and random. The old rows and their logits stay bit for bit."""
+        device = self.feature_mean.device
+        self.gate[name] = nn.Parameter(torch.randn(self.hidden_size, device=device) * GATE_INIT_STD)
+        self.gate_bias[name] = nn.Parameter(torch.zeros((), device=device))
+        self._reset_shares()
+
+    def remove_row(self, name: str) -> None:
+        """Drop a gate row; the others stay bit for bit."""
+        del self.gate[name], self.gate_bias[name]
+        self._reset_shares()
+
+    def _reset_shares(self) -> None:
+        count = len(self.gate)
+        self.shares = torch.full((count,), 1.0 / max(count, 1), device=self.feature_mean.device)
+        self.step_counts = torch.zeros(count, dtype=torch.int64, device=self.feature_mean.device)
+        self._gate_version = None
+
+    @torch.no_grad()
+    def center(self, mean: Tensor) -> None:
+        """Set the mean of the features, [hidden]. Only before training: it moves every logit."""
+        self.feature_mean.copy_(mean)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Gate logits, fp32 [..., experts], of features fp32 [..., hidden]."""
+        names = self.names
+        rows_ED = torch.stack([self.gate[name] for name in names]).float()
+        bias_E = torch.stack([self.gate_bias[name] for name in names]).float()
+        padding = -len(names) % GATE_WIDTH
+        with torch.autocast(features.device.type, enabled=False):
+            centered = features - self.feature_mean.float()
+            logits = F.linear(centered, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
+        return logits[..., : len(names)]
+
+    def forward(self, features: Tensor, *, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
+        """Route the tokens of one forward.
+
+        Args:
+            features: fp32 [batch, seq, hidden].
+            mask: bool [batch, seq], False on padding.
+            dense: all experts for every token (some expert is nascent), else the top-k.
+
+        Returns:
+            The routing, and the selected experts, int64 [batch, seq, top_k], as positions in its names
+            (None where all are).
+        """
+        logits_BSE = self.logits(features)
+        names, top_k = self.names, self.config.top_k
+        num_experts = len(names)
+        if dense or top_k >= num_experts:
+            temperature = self.config.temperature if dense else 1.0
+            weights_BSE = (logits_BSE / temperature).softmax(-1)
+            selected_BSK = None
+        else:
+            weights_BSE, selected_BSK = select_top_k(logits_BSE, top_k=top_k)
+        weights_BSE = weights_BSE * mask[..., None]
+        return Routing(names, weights_BSE, mask, logits_BSE), selected_BSK
+
+    # The balance loss: f of the last optimizer step, P of the tokens at hand.
+
+    @torch.no_grad()
+    def observe(self, routing: Routing) -> None:
+        """Count this forward's selections towards the running optimizer step.
+
+        A step is over when the gate's parameters have changed; this needs no callback, so any training
+        loop, and any number of micro-batches, is counted right.
+        """
+        self._roll()
+        self.step_counts += (routing.weights.detach() > 0).flatten(0, 1).sum(0)
+
+    @torch.no_grad()
+    def _roll(self) -> None:
+        version = sum(parameter._version for parameter in self.parameters())
+        if version == self._gate_version:
+            return
+        self._gate_version = version
+        counts = self.step_counts
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        if int(counts.sum()) > 0:
+            self.shares.copy_(counts / counts.sum())
+            counts.zero_()
+
+    def losses(self, routing: Routing, *, tokens: Tensor | None, num_tokens: Tensor | int | None) -> RouterLosses:
+        """Balance loss E * sum_e f_e P_e (Fedus et al. 2021, eq. 4), router z-loss (Zoph et al. 2022,
+        arXiv:2202.08906, eq. 5) and mean entropy of a token's probabilities.
+
+        f is the share of the optimizer step before (uniform before the first), so that it does not
+        depend on how a step is cut into micro-batches; P, z and entropy come from the tokens at hand.
+
+        Args:
+            tokens: bool [batch, seq], the tokens to average over; None: all real ones.
+            num_tokens: how many such tokens the whole optimizer step has; None: those at hand.
+        """
+        logits_BSE = routing.logits
+        if logits_BSE is None:
+            zero = routing.weights.new_zeros(())
+            return RouterLosses(zero, zero, zero)
+        tokens = routing.mask if tokens is None else tokens & routing.mask
+        count = tokens.sum().clamp_min(1) if num_tokens is None else num_tokens
+        log_p_NE = logits_BSE[tokens].log_softmax(-1)
+        p_NE = log_p_NE.exp()
+        mean_p_E = p_NE.sum(0) / count
+        balance = len(routing.names) * (self.shares.to(mean_p_E) * mean_p_E).sum()
+        z = (logits_BSE[tokens].logsumexp(-1) ** 2).sum() / count
+        entropy = -(p_NE * log_p_NE).sum() / count
+        return RouterLosses(balance, z, entropy)
+
+
+def select_top_k(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """Sparse delegation.
+
+    Args:
+        logits: fp32 [..., experts].
+
+    Returns:
+        weights, fp32 [..., experts], zero where not selected; and the selected, int64 [..., top_k].
+    """
+    values, selected = logits.topk(top_k, dim=-1)
+    if top_k == 1:
+        probability = logits.softmax(-1).gather(-1, selected)
+        weights = (probability - probability.detach()) + 1.0
+    else:
+        weights = values.softmax(-1)
+    return torch.zeros_like(logits).scatter(-1, selected, weights), selected
+
+
+def make_dispatch(
+    routing: Routing,
+    selected_BSK: Tensor | None,
+    *,
+    layouts: Iterable[tuple[ExpertShape, ...]],
+    dtype: torch.dtype,
+) -> Dispatch:
+    """Decide the kernel path from the shapes and lay out the tokens for it.
+
+    Args:
+        selected_BSK: int64 [batch, seq, top_k], positions in `routing.names`; None: all experts.
+        layouts: the distinct `expert_shapes` of the model's routed linears.
+        dtype: what the adapters are computed in.
+    """
+    names = routing.names
+    weights_TE = routing.weights.reshape(-1, len(names))
+    if selected_BSK is None:
+        return Dispatch(names=names, weights_TE=weights_TE, layouts=layouts, dtype=dtype)
+    top_k = selected_BSK.shape[-1]
+    if dense_is_quicker(num_tokens=weights_TE.shape[0], num_experts=len(names), top_k=top_k):
+        return Dispatch(names=names, weights_TE=weights_TE, layouts=layouts, dtype=dtype)
+    segments, order = plan_sparse(
+        names=names, selected_TK=selected_BSK.reshape(-1, top_k), mask_T=routing.mask.reshape(-1)
+    )
+    all_exactly_one = top_k == 1 and not weights_TE.requires_grad
+    return Dispatch(
+        names=names,
+        weights_TE=None if all_exactly_one else weights_TE,
+        layouts=layouts,
+        dtype=dtype,
+        segments=segments,
+        order=order,
+    )
+
+
+def force_routing(names: Sequence[str], experts: Sequence[str | None], *, mask: Tensor) -> tuple[Routing, Dispatch]:
+    """The routing that `route_to` asks for: one expert a row, or None for the base alone.
+
+    Args:
+        names: the experts, in gate order.
+        experts: one entry per row of the batch.
+        mask: bool [batch, seq].
+    """
+    batch, seq = mask.shape
+    names = tuple(names)
+    weights_BSE = torch.zeros(batch, seq, len(names), device=mask.device)
+    segments: list[Segment] = []
+    for row, name in enumerate(experts):
+        if name is not None:
+            weights_BSE[row, :, names.index(name)] = 1.0
+        if segments and segments[-1].expert == name:
+            segments[-1] = Segment(name, segments[-1].length + seq)
+        else:
+            segments.append(Segment(name, seq))
+    routing = Routing(names, weights_BSE * mask[..., None], mask, None)
+    return routing, Dispatch(names=names, weights_TE=None, layouts=(), dtype=torch.float32, segments=segments)

@@ -1,0 +1,100 @@
+"""The router's memory as one more layer of a Transformers cache, so that it follows the cache.
+
+Beam search reorders a cache, sampling several answers repeats it; a memory that lives in the same
+object goes through the same calls.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import Cache
+
+from .router import RouterState
+
+
+class RouterCacheLayer:
+    """Holds a `RouterState` for each row, and how many tokens it has seen."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self.keys = None
+        self.values = None
+        self.is_initialized = True
+        self.state: RouterState | None = None
+        self.num_tokens = 0
+
+    def continue_at(self, num_tokens: int) -> RouterState | None:
+        """The state to go on from.
+
+        Raises:
+            ValueError: when the rest of the cache holds another number of tokens than this memory saw.
+        """
+        if num_tokens != self.num_tokens:
+            raise ValueError(
+                f"the cache holds {num_tokens} tokens, but the router has seen {self.num_tokens} of them; "
+                "pass a cache that this model filled from its first token"
+            )
+        return self.state
+
+    def store(self, state: RouterState, *, num_tokens: int) -> None:
+        """Take the state after `num_tokens` more tokens (padding counted)."""
+        self.state = state
+        self.num_tokens += num_tokens
+
+    def _select(self, index: Tensor) -> None:
+        if self.state is not None:
+            self.state = RouterState(*(part.index_select(0, index.to(part.device)) for part in self.state))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow beam search."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.state is not None:
+            self.state = RouterState(*(part.repeat_interleave(repeats, 0) for part in self.state))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.num_tokens = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused unless there is nothing to remove: a running mean cannot be unsummed."""
+        if tokens_to_remove:
+            raise ValueError("a routed model's cache cannot be cropped: the router's running mean cannot be unsummed")
+
+    def offload(self) -> None:
+        """Stays where it is; it is one vector a row."""
+
+    def prefetch(self) -> None:
+        """Never went away."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding counted."""
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        """-1: unbounded."""
+        return -1
+
+    def lazy_initialization(self, *args: Tensor) -> None:
+        """Nothing to allocate."""
+
+
+def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
+    """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new."""
+    for layer in reversed(cache.layers):
+        if isinstance(layer, RouterCacheLayer):
+            return layer
+    while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    memory = RouterCacheLayer()
+    cache.layers.append(memory)  # type: ignore[arg-type]
+    return memory
