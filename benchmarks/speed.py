@@ -61,7 +61,7 @@ def build_variants(model_name: str, num_experts: int, ids: torch.Tensor) -> dict
             load_base(model_name, dtype=torch.float32), num_experts=num_experts, lora=lora_config()
         )
         randomise(ours)
-        ours.center_router([{"input_ids": ids}])
+        ours.initialize_router([{"input_ids": ids.view(2 * num_experts, -1)}])
         for expert in ours.experts:
             expert.mature = not dense
         variants[f"ours, {label} {num_experts}"] = ours

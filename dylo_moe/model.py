@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -239,21 +239,26 @@ class DyLoRAMoE(PeftModelForCausalLM):
         return known["routing"], known["features"]
 
     @torch.no_grad()
-    def center_router(self, batches: Iterator[dict[str, Tensor]] | Sequence[dict[str, Tensor]]) -> None:
-        """Set the router's feature mean from text, before training; without it training is slower.
+    def initialize_router(self, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> None:
+        """Start the gate from text, before training: one cluster of the texts' features for each expert.
+
+        Nothing but unlabelled text is used. Without it the gate starts small and random, and takes longer to
+        find out which kinds of text there are. A pool that was trained already must not be started again.
 
         Args:
-            batches: each with input_ids [batch, seq] and, where padded, attention_mask.
+            batches: each with input_ids [batch, seq] and, where padded, attention_mask; all in all at least
+                as many rows as there are experts.
+            seed: of the clustering.
         """
-        total, count = torch.zeros_like(self.router.feature_mean), 0
+        texts = []
         for batch in batches:
             ids = batch["input_ids"].to(self.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
-            total += self.router_features(ids, mask)[mask].sum(0)
-            count += int(mask.sum())
-        if count == 0:
-            raise ValueError("center_router was given no token; pass at least one batch of text")
-        self.router.center(total / count)
+            features = self.router_features(ids, mask)
+            texts += [row[real] for row, real in zip(features, mask, strict=True) if real.any()]
+        if len(texts) < len(self._pool):
+            raise ValueError(f"initialize_router was given {len(texts)} texts for {len(self._pool)} experts; give more")
+        self.router.initialize(texts, seed=seed)
 
     def _install_hooks(self) -> None:
         base = self.base

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .clusters import kmeans
 from .config import RouterConfig
 from .layer import Dispatch, ExpertShape, Segment, dense_is_quicker, plan_sparse
 
@@ -23,8 +24,11 @@ GATE_WIDTH = 64
 """The gate's product is padded to a multiple of this many rows, because products of different widths
 differ in the last bit: a new expert must not move the logits of the old ones."""
 
-GATE_INIT_STD = 0.02
-"""Standard deviation of a new gate row. A zero gate would send everything to the first expert."""
+GATE_INIT_STD = 0.1
+"""Standard deviation of a random gate row. A zero gate would send everything to the first expert."""
+
+START_MARGIN = 2.0
+"""Mean distance, in logits, between the first and the second expert of a text as `initialize` leaves it."""
 
 
 class Routing(NamedTuple):
@@ -102,7 +106,7 @@ def causal_exponential_mean(
 
 
 class Router(nn.Module):
-    """One gate for the whole model: logits_e = (f - mean) . g_e + b_e.
+    """One gate for the whole model: logits_e = ((f - mean) * scale) . g_e + b_e.
 
     Sparse delegation takes the top-k of the experts, with a softmax over the selected logits (an expert
     that is not selected has no influence at all). At k = 1 the forward weight is exactly 1 and the
@@ -110,8 +114,10 @@ class Router(nn.Module):
     arXiv:1308.3432; the probability as in Switch Transformers, Fedus et al. 2021, arXiv:2101.03961,
     eq. 2, which scales the output by it: we do not). Dense collaboration is a softmax over all experts.
 
-    `feature_mean` is zero until `center` sets it, once, from text: the features of all texts share a
-    large common part, and a gate that has to learn to ignore it learns slowly.
+    The rows start small and random, and mean and scale neutral, until `initialize` sets all of them from
+    text. The features of all texts share a large common part that a gate would first have to learn to
+    ignore, and rows that start at the clusters of the text give each expert its own kind of text from
+    the first step on.
 
     Args:
         config: see `RouterConfig`.
@@ -120,6 +126,7 @@ class Router(nn.Module):
     """
 
     feature_mean: Tensor
+    feature_scale: Tensor
     shares: Tensor
     step_counts: Tensor
 
@@ -130,6 +137,7 @@ class Router(nn.Module):
         self.gate = nn.ParameterDict()
         self.gate_bias = nn.ParameterDict()
         self.register_buffer("feature_mean", torch.zeros(hidden_size))
+        self.register_buffer("feature_scale", torch.full((hidden_size,), hidden_size**-0.5))
         self.register_buffer("shares", torch.zeros(0))
         self.register_buffer("step_counts", torch.zeros(0, dtype=torch.int64))
         self._gate_version: int | None = None
@@ -160,9 +168,34 @@ class Router(nn.Module):
         self._gate_version = None
 
     @torch.no_grad()
-    def center(self, mean: Tensor) -> None:
-        """Set the mean of the features, [hidden]. Only before training: it moves every logit."""
-        self.feature_mean.copy_(mean)
+    def initialize(self, texts: Sequence[Tensor], *, seed: int) -> None:
+        """Start from text: mean and scale of its features, and a gate row at each of its clusters.
+
+        Scaled features have unit variance over sqrt(hidden). The rows make the logits those of a mixture
+        of equal Gaussians around the centres: g_e = c_e / t, b_e = -|c_e|^2 / 2t, with t such that a
+        text's first expert leads its second by `START_MARGIN` on average. Only before training: it
+        moves every logit.
+
+        Args:
+            texts: features of each text, fp32 [tokens, hidden]; at least one text per expert.
+            seed: of the clustering.
+        """
+        tokens = torch.cat(list(texts))
+        self.feature_mean.copy_(tokens.mean(0))
+        self.feature_scale.copy_(1 / (tokens.std(0).clamp_min(1e-6) * self.hidden_size**0.5))
+        settled = int(self.config.router_half_life)
+        points = torch.stack([text[min(settled, len(text) - 1) :].mean(0) for text in texts])
+        points = (points - self.feature_mean) * self.feature_scale
+        centres = kmeans(points, len(self.names), seed=seed)
+        squared = torch.cdist(points, centres) ** 2
+        if len(self.names) > 1:
+            nearest = squared.topk(2, largest=False).values
+            spread = float((nearest[:, 1] - nearest[:, 0]).mean()) / (2 * START_MARGIN)
+        else:
+            spread = 1.0
+        for name, centre in zip(self.names, centres / max(spread, 1e-6), strict=True):
+            self.gate[name].copy_(centre)
+            self.gate_bias[name].copy_(-0.5 * max(spread, 1e-6) * centre.square().sum())
 
     def logits(self, features: Tensor) -> Tensor:
         """Gate logits, fp32 [..., experts], of features fp32 [..., hidden]."""
@@ -171,8 +204,8 @@ class Router(nn.Module):
         bias_E = torch.stack([self.gate_bias[name] for name in names]).float()
         padding = -len(names) % GATE_WIDTH
         with torch.autocast(features.device.type, enabled=False):
-            centered = features - self.feature_mean.float()
-            logits = F.linear(centered, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
+            scaled = (features - self.feature_mean.float()) * self.feature_scale.float()
+            logits = F.linear(scaled, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
         return logits[..., : len(names)]
 
     def forward(self, features: Tensor, *, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:

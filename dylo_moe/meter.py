@@ -1,0 +1,100 @@
+"""What a stretch of training or evaluation did, per domain: loss, where its tokens went, how sure the router was.
+
+Shapes: B batch, S sequence, E experts, G domains.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .router import Routing
+
+
+class Reading(NamedTuple):
+    """The means since the last reset; shares are fractions, losses and entropies in nats per token."""
+
+    loss: float
+    """Language-model loss over all trained tokens."""
+    domain_losses: dict[str, float]
+    shares: dict[str, float]
+    """Of each expert, over all real tokens; the rows of `domain_shares` are the same within one domain."""
+    domain_shares: dict[str, dict[str, float]]
+    token_entropy: float
+    """Mean entropy of one token's gate probabilities; low: the router is sure of each token."""
+    average_entropy: float
+    """Entropy of the mean probabilities; high (at most log of the number of experts): all experts are used."""
+
+
+class Meter:
+    """Sums over batches, on the batches' device, until `read`.
+
+    Args:
+        domains: names of the datasets, in the order of the batches' `domain` index.
+        experts: names, in gate order.
+    """
+
+    def __init__(self, domains: list[str], experts: tuple[str, ...]) -> None:
+        self.domains = domains
+        self.experts = experts
+        self.sums: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, *, logits: Tensor, labels: Tensor, routing: Routing, domain: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            logits: [batch, seq, vocabulary].
+            labels: int64 [batch, seq], -100 where nothing is predicted.
+            routing: of the same forward.
+            domain: int64 [batch], each row's position in `domains`.
+        """
+        num_experts, batch = len(self.experts), len(domain)
+        row_sums = torch.zeros(batch, 4 + 2 * num_experts, dtype=torch.float64, device=logits.device)
+        for row in range(batch):  # row by row: a float copy of all logits would double the memory
+            target = labels[row, 1:]
+            row_sums[row, 0] = F.cross_entropy(logits[row, :-1].float(), target, ignore_index=-100, reduction="sum")
+            row_sums[row, 1] = (target != -100).sum()
+        row_sums[:, 2] = routing.mask.sum(1)
+        row_sums[:, 4 : 4 + num_experts] = routing.weights.sum(1)
+        if routing.logits is not None:
+            p_BSE = routing.probabilities * routing.mask[..., None]
+            row_sums[:, 3] = torch.special.entr(p_BSE).sum((1, 2))
+            row_sums[:, 4 + num_experts :] = p_BSE.sum(1)
+        if self.sums is None:
+            self.sums = row_sums.new_zeros(len(self.domains), row_sums.shape[1])
+        self.sums.index_add_(0, domain.to(row_sums.device), row_sums)
+
+    def reset(self) -> None:
+        """Start over."""
+        self.sums = None
+
+    def read(self) -> Reading | None:
+        """The means so far; None when nothing was counted."""
+        if self.sums is None or float(self.sums[:, 2].sum()) == 0:
+            return None
+        sums_GX, num_experts = self.sums.cpu(), len(self.experts)
+        seen = [index for index in range(len(self.domains)) if sums_GX[index, 2] > 0]
+        shares_GE = sums_GX[:, 4 : 4 + num_experts]
+        total = sums_GX.sum(0)
+        mean_p_E = total[4 + num_experts :] / total[2]
+        return Reading(
+            loss=float(total[0] / total[1].clamp_min(1)),
+            domain_losses={
+                self.domains[index]: float(sums_GX[index, 0] / sums_GX[index, 1])
+                for index in seen
+                if sums_GX[index, 1] > 0
+            },
+            shares=dict(zip(self.experts, (shares_GE.sum(0) / total[2]).tolist(), strict=True)),
+            domain_shares={
+                self.domains[index]: dict(
+                    zip(self.experts, (shares_GE[index] / sums_GX[index, 2]).tolist(), strict=True)
+                )
+                for index in seen
+            },
+            token_entropy=float(total[3] / total[2]),
+            average_entropy=float(torch.special.entr(mean_p_E).sum()),
+        )
