@@ -95,7 +95,9 @@ def hidden_states(model, texts: list[Text], layers: Sequence[int]) -> dict[int, 
 def features(states: list[Tensor], half_life: float) -> list[Tensor]:
     """The router's features of each text."""
     return [
-        causal_exponential_mean(state[None], mask=torch.ones(1, len(state), dtype=torch.bool), half_life=half_life)[0][0]
+        causal_exponential_mean(state[None], mask=torch.ones(1, len(state), dtype=torch.bool), half_life=half_life)[0][
+            0
+        ]
         for state in states
     ]
 
@@ -112,7 +114,9 @@ def fit_gate(rows: list[Tensor], labels: list[int], num_skills: int) -> tuple[Te
     return weights, -0.5 * (weights * means).sum(1)
 
 
-def accuracy(gate: tuple[Tensor, Tensor], rows: list[Tensor], labels: list[int], start: int = 0, stop: int = 10**9) -> float:
+def accuracy(
+    gate: tuple[Tensor, Tensor], rows: list[Tensor], labels: list[int], start: int = 0, stop: int = 10**9
+) -> float:
     """Share of the tokens at positions [start, stop) that go to their own skill."""
     right = total = 0
     for row, label in zip(rows, labels, strict=True):

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 
 EMBEDDINGS = "embeddings"
 
+NUM_EXPERTS = 4
+LORA_R = 16
+LORA_ALPHA = 32
+LORA_DROPOUT = 0.05
+BALANCE_COEFFICIENT = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
@@ -88,3 +94,13 @@ def _is_router_layer(value: object) -> bool:
     if isinstance(value, float):
         return 0 < value < 1
     return value == EMBEDDINGS
+
+
+def parse_router_layer(text: str) -> str | int | float:
+    """A `router_layer` as typed: a whole number is an index, a number with a point a fraction."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

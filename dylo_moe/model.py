@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base import load_base
-from .config import RouterConfig
+from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
 from .expert import Expert, ExpertPool, check_name, decoder_layers, routed_layers, routed_lora_config
 from .layer import ContextSlot, ForwardContext, RoutedLayer, pack
 from .router import Router, RouterState, Routing, causal_exponential_mean, force_routing, make_dispatch
@@ -100,12 +100,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
         cls,
         base: PreTrainedModel | str,
         *,
-        num_experts: int = 4,
+        num_experts: int = NUM_EXPERTS,
         lora: LoraConfig | None = None,
         router: RouterConfig | None = None,
         names: Sequence[str] | None = None,
         allow_expert_growth: bool = False,
-        balance_coefficient: float = 0.01,
+        balance_coefficient: float = BALANCE_COEFFICIENT,
     ) -> DyLoRAMoE:
         """A new model on a base: fresh experts (zero delta), a small random gate.
 
@@ -133,7 +133,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
             base = load_base(base)
         check_base(base)
         if lora is None:
-            lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+            lora = LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules="all-linear")
         index = router.layer_index(base.config.get_text_config().num_hidden_layers)
         lora = routed_lora_config(base, lora, router_index=index)
         return cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient)

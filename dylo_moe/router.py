@@ -238,18 +238,21 @@ class Router(nn.Module):
     def observe(self, routing: Routing) -> None:
         """Count this forward's selections towards the running optimizer step.
 
-        A step is over when the gate's parameters have changed; this needs no callback, so any training
-        loop, and any number of micro-batches, is counted right.
+        A step begins when the gate has no gradient yet, or when its parameters have changed; this needs no
+        callback, so any training loop, and any number of micro-batches, is counted right.
         """
-        self._roll()
+        if self._step_begins():
+            self._finish_step()
         self.step_counts += (routing.weights.detach() > 0).flatten(0, 1).sum(0)
 
-    @torch.no_grad()
-    def _roll(self) -> None:
-        version = sum(parameter._version for parameter in self.parameters())
-        if version == self._gate_version:
-            return
+    def _step_begins(self) -> bool:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        version = sum(parameter._version for parameter in parameters)
+        begins = version != self._gate_version or any(parameter.grad is None for parameter in parameters)
         self._gate_version = version
+        return begins
+
+    def _finish_step(self) -> None:
         counts = self.step_counts
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from .meter import Meter, Reading
+from .model import DyLoRAMoE
 
 
 class DyLoRATrainer(Trainer):
@@ -25,9 +26,10 @@ class DyLoRATrainer(Trainer):
 
     def __init__(self, *args: Any, domains: list[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        experts = cast(DyLoRAMoE, self.model).experts.names
         self.domains = domains
-        self.train_meter = Meter(domains, self.model.experts.names)
-        self.eval_meter = Meter(domains, self.model.experts.names)
+        self.train_meter = Meter(domains, experts)
+        self.eval_meter = Meter(domains, experts)
         self.readings: dict[str, Reading] = {}
         """The last evaluation's, by dataset."""
         self._balance_sum, self._balance_steps = 0.0, 0
@@ -85,16 +87,18 @@ class DyLoRATrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Adds the routing to an evaluation's metrics; its loss is the mean over tokens."""
         self.eval_meter.reset()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics = cast(dict[str, float], output.metrics)
         reading = self._shared(self.eval_meter)
         if reading is not None:
             name = metric_key_prefix.removeprefix("eval_")
             self.readings[name] = reading
             shares = {f"{metric_key_prefix}_share_{expert}": share for expert, share in reading.shares.items()}
-            output.metrics.update(shares)
-            output.metrics[f"{metric_key_prefix}_loss"] = reading.loss
-            output.metrics[f"{metric_key_prefix}_token_entropy"] = reading.token_entropy
-            output.metrics[f"{metric_key_prefix}_average_entropy"] = reading.average_entropy
+            metrics.update(shares)
+            metrics[f"{metric_key_prefix}_loss"] = reading.loss
+            metrics[f"{metric_key_prefix}_token_entropy"] = reading.token_entropy
+            metrics[f"{metric_key_prefix}_average_entropy"] = reading.average_entropy
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -20,7 +20,10 @@ OPTIMIZERS = {
 
 def rows():
     """Eight texts of unequal length, each of its own skill (a range of the vocabulary), part of it prompt."""
-    texts = [tokens(length, seed=length, low=3 + 11 * index, high=14 + 11 * index) for index, length in enumerate((17, 4, 9, 12, 6, 21, 3, 8))]  # fmt: skip
+    texts = [
+        tokens(length, seed=length, low=3 + 11 * index, high=14 + 11 * index)
+        for index, length in enumerate((17, 4, 9, 12, 6, 21, 3, 8))
+    ]
     return [(ids, torch.where(torch.arange(len(ids)) < len(ids) // 3, -100, ids)) for ids in texts]
 
 
@@ -58,13 +61,21 @@ def test_losses_equal_their_formulas_over_real_tokens_only(given, side, shares):
     batch = whole_batch(side)
     num_items, num_tokens = counts()
     scale = {"nothing": 1.0, "items": 0.5, "tokens": 0.25}[given]
-    known = {"nothing": {}, "items": {"num_items_in_batch": num_items * 2}, "tokens": {"num_tokens_in_batch": num_tokens * 4}}[given]  # fmt: skip
+    known = {
+        "nothing": {},
+        "items": {"num_items_in_batch": num_items * 2},
+        "tokens": {"num_tokens_in_batch": num_tokens * 4},
+    }[given]
     out = model(**batch, **known)
     counted = batch["attention_mask"].bool()
     if given == "items":
         counted = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
     balance, z, entropy = naive_losses(out.routing.logits.detach(), tokens=counted, shares=model.router.shares)
-    for name, ours, expected in (("balance", out.balance_loss, balance), ("z", out.z_loss, z), ("entropy", out.entropy_loss, entropy)):  # fmt: skip
+    for name, ours, expected in (
+        ("balance", out.balance_loss, balance),
+        ("z", out.z_loss, z),
+        ("entropy", out.entropy_loss, entropy),
+    ):
         torch.testing.assert_close(ours.item(), expected * scale, rtol=1e-4, atol=1e-6, msg=name)
     total = out.lm_loss + 0.3 * out.balance_loss + 0.2 * out.z_loss - 0.1 * out.entropy_loss
     torch.testing.assert_close(out.loss, total)
@@ -79,11 +90,17 @@ def test_losses_equal_their_formulas_over_real_tokens_only(given, side, shares):
 @pytest.mark.parametrize("known", [("num_items_in_batch", "num_tokens_in_batch"), ("num_items_in_batch",)], ids=str)
 @pytest.mark.parametrize("mode", ["top 1", "top 2", "nascent"])
 def test_a_step_in_pieces_gives_the_gradient_of_the_whole(mode, known, sizes):
-    model = precise_moe(top_k=2 if mode == "top 2" else 1, balance_coefficient=0.5, z_loss_coefficient=0.3, entropy_coefficient=0.2)  # fmt: skip
+    model = precise_moe(
+        top_k=2 if mode == "top 2" else 1, balance_coefficient=0.5, z_loss_coefficient=0.3, entropy_coefficient=0.2
+    )
     if mode == "nascent":
         model.experts[2].mature = False
     model.router.shares.copy_(torch.tensor([0.6, 0.1, 0.3, 0.0]))
-    totals = {name: value for name, value in zip(("num_items_in_batch", "num_tokens_in_batch"), counts(), strict=True) if name in known}  # fmt: skip
+    totals = {
+        name: value
+        for name, value in zip(("num_items_in_batch", "num_tokens_in_batch"), counts(), strict=True)
+        if name in known
+    }
     pieces = copy.deepcopy(model)
     losses = {"whole": 0.0, "pieces": 0.0}
 
@@ -99,30 +116,36 @@ def test_a_step_in_pieces_gives_the_gradient_of_the_whole(mode, known, sizes):
     assert_same_gradients(cut, whole, relative=1e-5)
 
 
-def step(model, optimizer, sizes):
-    """One optimizer step in micro-batches; returns how often each expert was selected in it."""
+def step(model, optimizer, sizes, *, backward="each", set_to_none=True):
+    """One optimizer step in micro-batches; returns how often each expert was selected in it, and the f it used."""
     num_items, num_tokens = counts()
-    used, shares = 0, []
+    used, shares, losses = 0, [], []
     for batch in micro_batches(sizes):
         out = model(**batch, num_items_in_batch=num_items, num_tokens_in_batch=num_tokens)
         used = used + (out.routing.weights > 0).sum((0, 1))
         shares.append(model.router.shares.clone())
-        out.loss.backward()
+        losses.append(out.loss)
+        if backward == "each":
+            losses.pop().backward()
+    if losses:
+        sum(losses).backward()
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=set_to_none)
     assert all(torch.equal(shares[0], other) for other in shares), "f moved inside a step"
     return used, shares[0]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["grads to none", "grads to zero"])
+@pytest.mark.parametrize("backward", ["each", "together"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_f_is_the_share_of_the_whole_previous_step(optimizer, top_k):
+def test_f_is_the_share_of_the_whole_previous_step(optimizer, set_to_none, backward, top_k):
     """Reported: the end of a step was told by tensor versions, which the fused optimizer does not raise."""
     model = tiny_moe("llama", num_experts=4, top_k=top_k, balance_coefficient=0.5).train()
     optimizer = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
     expected = torch.full((4,), 0.25)
     for sizes in ([1] * 8, [3, 5], [8], [2, 6]):
-        used, shares = step(model, optimizer, sizes)
+        used, shares = step(model, optimizer, sizes, backward=backward, set_to_none=set_to_none)
         torch.testing.assert_close(shares, expected)
         assert int(used.sum()) == counts()[1] * top_k
         expected = used / used.sum()
@@ -164,7 +187,7 @@ def test_the_balance_loss_pushes_towards_equal_use():
     """Descent on it alone: the share of the busiest expert falls."""
     model = tiny_moe("llama", num_experts=4, balance_coefficient=1.0).train()
     with torch.no_grad():
-        model.router.gate_bias["expert_1"].fill_(4.0)
+        model.router.gate_bias["expert_1"].fill_(8.0)
     gate = [p for name, p in model.named_parameters() if "router." in name]
     optimizer, busiest = torch.optim.Adam(gate, lr=0.2, foreach=False), []
     for _ in range(30):

@@ -97,10 +97,17 @@ def test_dropout_of_the_base_is_off_in_training(family):
 def test_skipping_of_layers_is_off_in_training():
     """OPT skips whole layers at random in training, the routed one included."""
     config = OPTConfig(
-        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, layerdrop=0.5,
-        dropout=0.5, max_position_embeddings=64, word_embed_proj_dim=32,
-    )  # fmt: skip
-    model = tiny_moe(OPTForCausalLM(config)).train()
+        vocab_size=97,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        layerdrop=0.5,
+        dropout=0.5,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )
+    model = tiny_moe(OPTForCausalLM(config).eval()).train()
     ids = tokens(2, 7)
     outputs = [model(input_ids=ids).logits for _ in range(6)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])

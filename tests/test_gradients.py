@@ -1,5 +1,6 @@
 """Who learns from a loss, and that recomputing layers in the backward pass changes nothing of it."""
 
+import copy
 import itertools
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_nascent_expert_makes_everyone_learn_but_the_frozen(frozen, temperatur
     expected = {
         name
         for name, _ in model.named_parameters()
-        if any(f".{expert}." in name and "lora_" in name or name.endswith(f".{expert}") for expert in learning)
+        if any((f".{expert}." in name and "lora_" in name) or name.endswith(f".{expert}") for expert in learning)
     }
     assert set(found) == expected
     for name, gradient in found.items():
@@ -70,7 +71,9 @@ def test_a_nascent_expert_makes_everyone_learn_but_the_frozen(frozen, temperatur
 def test_gradients_equal_finite_differences(monkeypatch, top_k, path):
     """Through the whole model; its norms compute in fp32 even where the rest is fp64, hence the tolerance."""
     force_path(monkeypatch, path)
-    model = tiny_moe(tiny_base("llama", dtype=torch.float64), top_k=top_k, lora={"target_modules": ["v_proj", "up_proj"]})
+    model = tiny_moe(
+        tiny_base("llama", dtype=torch.float64), top_k=top_k, lora={"target_modules": ["v_proj", "up_proj"]}
+    )
     direction = torch.randn_like(model(**batch()).logits)
 
     def value():
@@ -116,9 +119,9 @@ def checkpointed(model, on):
 
 
 def both_ways(model, backward):
-    """The gradients of `backward(model)` without and with recomputation."""
-    plain, recomputed = (gradients(checkpointed(model, on), lambda: backward(model)) for on in (False, True))
-    return plain, recomputed
+    """The gradients of `backward(model)` without and with recomputation; of copies, as each counts as a step."""
+    twins = [checkpointed(copy.deepcopy(model), on) for on in (False, True)]
+    return [gradients(twin, lambda twin=twin: backward(twin)) for twin in twins]
 
 
 @pytest.mark.parametrize("router_layer", ["embeddings", 1])
@@ -202,7 +205,7 @@ def test_routing_of_a_checkpointed_model_in_training_is_the_same():
 def test_options_that_would_lose_the_router_are_refused(options):
     model = tiny_moe("llama")
     for enable in (model.gradient_checkpointing_enable, model.activation_checkpointing_enable):
-        with pytest.raises(ValueError, match="use_reentrant|context_fn"):
+        with pytest.raises(ValueError, match=r"use_reentrant|context_fn"):
             enable(options)
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 

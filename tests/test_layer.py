@@ -82,7 +82,9 @@ def naive(routed, x, weights, names=NAMES):
 
 
 def leaves(routed, x, raw):
-    adapters = {f"{kind}.{name}": getattr(routed, kind)[name].weight for name in routed.lora_A for kind in ("lora_A", "lora_B")}  # fmt: skip
+    adapters = {
+        f"{kind}.{name}": getattr(routed, kind)[name].weight for name in routed.lora_A for kind in ("lora_A", "lora_B")
+    }
     return {"x": x, "routing weights": raw, **adapters}
 
 

@@ -57,9 +57,7 @@ def test_after_a_half_life_a_text_counts_half():
     """From a first subject held long to a second one: h tokens later the features are halfway."""
     half_life = 5
     hidden = torch.cat([draw(1, 1, 1, 8).expand(1, 400, 8), draw(2, 1, 1, 8).expand(1, 400, 8)], 1)
-    features, _ = causal_exponential_mean(
-        hidden, mask=torch.ones(1, 800, dtype=torch.bool), half_life=float(half_life)
-    )
+    features, _ = causal_exponential_mean(hidden, mask=torch.ones(1, 800, dtype=torch.bool), half_life=float(half_life))
     first, second = features[0, 399], features[0, 799]
     for halvings in (1, 2, 3):
         share = 0.5**halvings
@@ -71,7 +69,9 @@ def test_after_a_half_life_a_text_counts_half():
 def test_a_state_carried_over_any_split_changes_nothing(seed, seq, cuts, tail):
     hidden, mask = draw(seed, 2, seq, 5), draw(seed + 1, 2, seq) > -1.0
     whole, end = causal_exponential_mean(hidden, mask=mask, half_life=9.0)
-    borders = sorted({0, seq, *(int(cut * seq) for cut in cuts)} | (set(range(seq - 4, seq)) if tail and seq > 4 else set()))
+    borders = sorted(
+        {0, seq, *(int(cut * seq) for cut in cuts)} | (set(range(seq - 4, seq)) if tail and seq > 4 else set())
+    )
     state, parts = None, []
     for start, stop in itertools.pairwise(borders):
         part, state = causal_exponential_mean(
@@ -133,7 +133,7 @@ def test_features_do_not_depend_on_what_the_experts_learned():
     assert torch.equal(model.router_features(ids), before)
     with model.route_to(None), torch.no_grad():
         hidden = tiny_base("llama")(ids, output_hidden_states=True).hidden_states[1]
-        expected, _ = causal_exponential_mean(hidden, mask=torch.ones_like(ids).bool(), half_life=2.0)
+        expected, _ = causal_exponential_mean(hidden, mask=torch.ones_like(ids).bool(), half_life=1.5)
         assert torch.equal(model.router_features(ids), expected)
 
 
@@ -168,7 +168,13 @@ def test_a_started_gate_scales_features_and_leads_by_the_margin():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, num_experts=st.integers(1, 9), top_k=st.integers(1, 9), dense=st.booleans(), scale=st.sampled_from([1e-3, 1.0, 50.0]))  # fmt: skip
+@given(
+    seed=seeds,
+    num_experts=st.integers(1, 9),
+    top_k=st.integers(1, 9),
+    dense=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 50.0]),
+)
 def test_weights_are_a_distribution_over_the_selected(seed, num_experts, top_k, dense, scale):
     torch.manual_seed(seed)
     top_k = min(top_k, num_experts)
@@ -236,3 +242,14 @@ def test_temperature_divides_the_logits_of_dense_collaboration_only(temperature)
     sparse, selected = router(features, mask=mask, dense=False)
     expected = router.logits(features).gather(-1, selected).softmax(-1)
     torch.testing.assert_close(sparse.weights.gather(-1, selected), expected)
+
+
+def test_probabilities_are_over_all_experts_and_unknown_where_route_to_decided():
+    model, ids = tiny_moe("llama", top_k=1), tokens(2, 9)
+    routing = model.route(ids)
+    torch.testing.assert_close(routing.probabilities, routing.logits.softmax(-1))
+    with model.route_to("expert_1"):
+        forced = model.route(ids)
+    assert forced.weights[..., 1].eq(1).all() and forced.weights.sum() == ids.numel()
+    with pytest.raises(ValueError, match="forced"):
+        forced.probabilities  # noqa: B018

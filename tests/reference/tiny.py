@@ -31,14 +31,18 @@ MIXED_LAYERS = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {"head_dim": 8, "sliding_window": 6, "layer_types": MIXED_LAYERS}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "layer_types": MIXED_LAYERS}),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {"head_dim": 8, "sliding_window": 6, "layer_types": MIXED_LAYERS},
+    ),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 6}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}),
-}  # fmt: skip
+}
 """Class, config class, and what the family needs beyond COMMON. The last two pass their cache to a layer
 in other ways than the rest, and GPT-2's linears are Conv1D."""
 
@@ -62,6 +66,8 @@ def scramble(model: DyLoRAMoE, *, seed: int = 5, up: float = 0.2, gate: float = 
             if f"lora_B.{expert.name}." in name:
                 parameter.copy_(torch.randn(parameter.shape) * up)
         model.router.gate[expert.name].copy_(torch.randn(model.router.gate[expert.name].shape) * gate)
+    # Without their common part, features choose every expert for a fair part of the tokens.
+    model.router.feature_mean.copy_(model.router_features(tokens(4, 64, seed=seed)).mean((0, 1)))
     return model
 
 
@@ -82,7 +88,7 @@ def tiny_moe(
         num_experts=num_experts,
         names=names,
         lora=LoraConfig(**{**LORA, **(lora or {})}),
-        router=RouterConfig(**{"router_half_life": 2.0, **router}),
+        router=RouterConfig(**{"router_half_life": 1.5, **router}),
         balance_coefficient=balance_coefficient,
     )
     return scramble(model).eval()
@@ -102,6 +108,11 @@ def padded(rows: list[Tensor], *, side: str, pad: int = 0) -> tuple[Tensor, Tens
         where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[index, where], mask[index, where] = row, 1
     return ids, mask
+
+
+def tensors(model: DyLoRAMoE) -> dict[str, Tensor]:
+    """Copies of everything a routed model holds, buffers too."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def gradients(model: DyLoRAMoE, backward: Callable[[], None]) -> dict[str, Tensor]:

@@ -1,0 +1,305 @@
+"""The flags of `dylora train`: ours, the Trainer's under the Trainer's names, and recipes in YAML."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .base import DEFAULT_BASE
+from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
+from .data import SOURCES
+
+SHOWN = (  # noqa: SIM905
+    "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 "
+    "gradient_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps save_total_limit seed"
+).split()
+"""The Trainer's flags that --help shows; all others of the Trainer work too."""
+
+REFUSED = {
+    "resume_from_checkpoint": "resuming is not there yet",
+    "save_only_model": "resuming is not there yet, so only the model is saved",
+    "load_best_model_at_end": "choosing the best checkpoint is not there yet; the last one is kept",
+    "label_smoothing_factor": "the Trainer would smooth outside the model and drop the router's losses",
+    "neftune_noise_alpha": "noise on the embeddings would change what the router reads",
+    "torch_compile": "not tested with routing yet",
+    "torch_compile_backend": "not tested with routing yet",
+    "torch_compile_mode": "not tested with routing yet",
+    "use_liger_kernel": "not tested with routing yet",
+    "fsdp": "not tested with routing yet",
+    "fsdp_config": "not tested with routing yet",
+    "deepspeed": "not tested with routing yet",
+    "parallelism_config": "not tested with routing yet",
+    "auto_find_batch_size": "it would restart on experts that were already trained",
+    "push_to_hub": "upload the checkpoint folder with the `hf` command instead",
+    "do_train": "this command always trains",
+    "do_eval": "this command evaluates before and after training, and as eval_strategy says",
+    "do_predict": "this command does not predict",
+    "remove_unused_columns": "the batches hold just what training needs",
+    "prediction_loss_only": "evaluation is by loss",
+    "label_names": "the batches' labels are called labels",
+    "include_for_metrics": "evaluation is by loss",
+    "batch_eval_metrics": "evaluation is by loss",
+    "eval_on_start": "this command always evaluates before training",
+    "disable_tqdm": "this command has its own progress bar",
+    "config": "give --config once, on the command line",
+}
+"""Flags of the Trainer that would do nothing, or something wrong, here; each with the reason."""
+REFUSED_PREFIXES = ("hub_", "trackio_")
+
+
+class UsageError(ValueError):
+    """A mistake on the command line or in a recipe."""
+
+
+@dataclass
+class ModelArguments:
+    """Our flags: the base, its experts and the router."""
+
+    model: str = field(
+        default=DEFAULT_BASE,
+        metadata={"help": "Base model: a hub id, a folder, or smollm2-135m (small, needs no hub and no token)."},
+    )
+    num_experts: int = field(default=NUM_EXPERTS, metadata={"help": "Experts trained together."})
+    lora_r: int = field(default=LORA_R, metadata={"help": "Rank of each expert."})
+    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "LoRA alpha; an expert is scaled by alpha / rank."})
+    lora_dropout: float = field(default=LORA_DROPOUT, metadata={"help": "Dropout on the experts' input."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the linears that carry experts; all-linear: every one in the routed layers."},
+    )
+    top_k: int = field(default=RouterConfig.top_k, metadata={"help": "Experts per token, 1 to num_experts."})
+    router_layer: str = field(
+        default=str(RouterConfig.router_layer),
+        metadata={
+            "help": "Where the router reads: embeddings, a layer's index (7), or a fraction of the depth (0.25). "
+            "Deeper tells apart skills of the same words, but layers below it carry no experts."
+        },
+    )
+    router_half_life: float = field(
+        default=RouterConfig.router_half_life,
+        metadata={"help": "Half-life of the router's memory, in tokens; shorter follows a change of subject faster."},
+    )
+    balance_coefficient: float = field(
+        default=BALANCE_COEFFICIENT, metadata={"help": "Weight of the loss that keeps the experts evenly used."}
+    )
+    z_loss_coefficient: float = field(
+        default=RouterConfig.z_loss_coefficient, metadata={"help": "Weight of the router z-loss."}
+    )
+    entropy_coefficient: float = field(
+        default=RouterConfig.entropy_coefficient,
+        metadata={"help": "Weight of the entropy of a token's routing; above 0 makes the router surer."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Our flags: what to train on."""
+
+    datasets: list[str] = field(
+        default_factory=lambda: list(SOURCES),
+        metadata={
+            "help": f"Any of {', '.join(SOURCES)} (real text found on this machine), or paths of .jsonl files "
+            'whose lines are {"prompt": ..., "response": ...} or {"text": ...}. Comma- or space-separated.'
+        },
+    )
+    max_seq_length: int = field(default=512, metadata={"help": "Longest training row, in tokens; longer ones are cut."})
+    training_subset: float = field(default=100.0, metadata={"help": "Percent of the training rows to use."})
+    eval_subset: float = field(default=100.0, metadata={"help": "Percent of the held-out rows to use."})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """The Trainer's arguments, with our defaults where they differ from its own."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the run is written; must be new or empty. Default: runs/ and the time."}
+    )
+    num_train_epochs: float = field(
+        default=10.0, metadata={"help": "Passes over the training rows.", "aliases": ["--num_epochs"]}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of experts and gate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate while training: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save while training: no, steps, epoch."})
+    save_only_model: bool = field(default=True, metadata={"help": "Not offered."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not offered."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Not offered."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in memory; default where a GPU is."}
+    )
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "Not offered."})
+
+
+class Arguments(NamedTuple):
+    """Everything a training run was asked for."""
+
+    model: ModelArguments
+    data: DataArguments
+    train: TrainArguments
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:  # type: ignore[override]
+        raise UsageError(message)
+
+
+def build_parser(prog: str, *, show_all: bool = False) -> HfArgumentParser:
+    """The parser of `dylora train`; its help hides the Trainer's rarer flags unless `show_all`."""
+    parser = _Parser(
+        (ModelArguments, DataArguments, TrainArguments),  # type: ignore[arg-type]
+        prog=prog,
+        allow_abbrev=False,
+        add_help=False,
+        usage=f"{prog} [--config RECIPE.yaml] [--FLAG VALUE ...]",
+        description="Train several LoRA experts and their router together on one frozen model.",
+        epilog="Every other flag of transformers.TrainingArguments works too, under its own name: --help_all lists "
+        "them. A recipe is a YAML file of `flag: value` lines; flags on the command line win over it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    ours = {item.name for kind in (ModelArguments, DataArguments) for item in fields(kind)}
+    for action in parser._actions:
+        if action.dest not in ours | set(SHOWN) and (not show_all or _refusal(action.dest)):
+            action.help = argparse.SUPPRESS
+        action.metavar = "VALUE"
+        action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+    return parser
+
+
+def _refusal(name: str) -> str | None:
+    if name.startswith(REFUSED_PREFIXES):
+        return "this command has no such destination"
+    return REFUSED.get(name)
+
+
+def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments:
+    """Read the command line and the recipe it names.
+
+    Raises:
+        UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
+    """
+    parser = build_parser(prog)
+    recipe, rest = _split_config(list(argv))
+    words = (_recipe_words(Path(recipe), parser) if recipe else []) + rest
+    _check_names(words, parser)
+    try:
+        model, data, train = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except UsageError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(str(error).strip()) from error
+    data.datasets = [name for part in data.datasets for name in part.split(",") if name]
+    model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
+    return Arguments(model, data, train)
+
+
+def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    recipe, rest = None, []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            if recipe is not None:
+                raise UsageError("--config is given twice; a run has one recipe")
+            recipe = word[len("--config=") :] if "=" in word else next(words, None)
+            if not recipe:
+                raise UsageError("--config needs the path of a YAML recipe")
+        else:
+            rest.append(word)
+    return recipe, rest
+
+
+def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
+    """A recipe as the command line that means the same."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path} must be `flag: value` lines; it is a {type(content).__name__}")
+    words: list[str] = []
+    for key, value in content.items():
+        if f"--{key}" not in _options(parser) or _refusal(str(key)):
+            raise UsageError(f"recipe {path}: " + _unknown(f"--{key}", parser).replace("--", ""))
+        if value is None:
+            continue
+        words.append(f"--{key}")
+        if isinstance(value, list):
+            words += [str(item) for item in value]
+        else:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
+
+
+def _options(parser: HfArgumentParser) -> set[str]:
+    return set(parser._option_string_actions)
+
+
+def _check_names(words: list[str], parser: HfArgumentParser) -> None:
+    problems = []
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and (name not in _options(parser) or _refusal(name[2:])):
+            problems.append(_unknown(name, parser))
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _unknown(name: str, parser: HfArgumentParser) -> str:
+    reason = _refusal(name.lstrip("-"))
+    if reason:
+        return f"{name} is not offered: {reason}"
+    offered = [option for option in _options(parser) if "-" not in option[2:] and not _refusal(option[2:])]
+    near = difflib.get_close_matches(name, offered, n=1, cutoff=0.5)
+    return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+
+
+def new_output_dir(wanted: str | None) -> Path:
+    """The run's folder: the wanted one, which must be new or empty, or a new one named by the time.
+
+    Raises:
+        UsageError: when the wanted folder already holds something.
+    """
+    if wanted is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path = next(
+            path
+            for path in (Path("runs") / (stamp + suffix) for suffix in ["", *(f"-{n}" for n in range(2, 1000))])
+            if not path.exists()
+        )
+    else:
+        path = Path(wanted)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"output_dir {path} is not empty; choose a new one, so that no earlier run is overwritten")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def save_config(arguments: Arguments, path: Path) -> None:
+    """Write what the run was resolved to, as a recipe that `--config` reads.
+
+    Ours in full; of the Trainer's what differs from its defaults or is shown by --help.
+    """
+    values: dict[str, Any] = {}
+    for part in (arguments.model, arguments.data):
+        values |= {item.name: getattr(part, item.name) for item in fields(part)}
+    saved = arguments.train.to_dict()
+    for item in fields(TrainingArguments):
+        value = saved.get(item.name)
+        if item.name == "output_dir" or not item.init or _refusal(item.name) or value in (None, []):
+            continue
+        if item.name in SHOWN or value != getattr(TrainingArguments, item.name, None):
+            values[item.name] = value
+    plain = json.loads(json.dumps(values, default=str))
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

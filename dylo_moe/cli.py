@@ -1,0 +1,96 @@
+"""The command `dylora`: parse, then one call."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train several experts and their router together on one frozen model",
+    "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
+}
+
+DESCRIPTION = (
+    "One frozen language model, many small LoRA experts, and a router that sends each token to the right ones."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from . import __version__
+
+        print(f"dylora {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
+        print(f"dylora: there is no command {name!r}{hint}", file=sys.stderr)
+        return 2
+    # PEFT reads a name that Transformers is about to rename; nothing a user can act on.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    try:
+        return {"train": train, "generate": generate}[name](rest)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("DYLORA_TRACEBACK"):
+            raise
+        print(f"dylora {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dylora {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _overview() -> str:
+    lines = [DESCRIPTION, "", "usage: dylora COMMAND [--FLAG VALUE ...]", ""]
+    lines += [f"  {name:10s} {text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", "`dylora COMMAND --help` explains a command."])
+
+
+def train(words: list[str]) -> int:
+    """`dylora train`, and `python train.py`."""
+    from .arguments import build_parser, parse_train
+
+    if any(word in ("-h", "--help", "--help_all") for word in words):
+        build_parser("dylora train", show_all="--help_all" in words).print_help()
+        return 0
+    from .train import run
+
+    run(parse_train(words))
+    return 0
+
+
+def generate(words: list[str]) -> int:
+    """`dylora generate`."""
+    parser = argparse.ArgumentParser(
+        prog="dylora generate",
+        allow_abbrev=False,
+        description="Continue a prompt with a trained model. Each token is coloured by the expert that processed it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint folder (the one that holds dylora.json)")
+    parser.add_argument("--prompt", required=True, help="what to ask, or with --raw the text to continue")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
+    parser.add_argument("--expert", help="send every token to this expert; base: to the unchanged model")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest continuation, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sample")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    arguments = parser.parse_args(words)
+    from .generate import run
+
+    run(**vars(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

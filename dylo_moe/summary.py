@@ -1,0 +1,164 @@
+"""What a run shows when it is done: tables, samples coloured by expert, plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from .data import DatasetCounts
+from .meter import Reading
+
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow")
+DEAD_SHARE = 0.01
+"""An expert that gets less than this share of the held-out tokens of every dataset is called dead."""
+
+
+class Sample(NamedTuple):
+    """A generated text and the expert of each of its tokens (None: the base alone)."""
+
+    domain: str
+    ids: list[int]
+    experts: list[str | None]
+    prompt_length: int
+
+
+COUNT_TITLES = {
+    "documents": "files",
+    "examples": "read",
+    "train": "train",
+    "evaluation": "held out",
+    "cut": "cut",
+    "dropped": "dropped",
+    "duplicates": "double",
+    "malformed": "bad",
+    "left_out": "not read",
+}
+
+
+def show_counts(console: Console, counts: Sequence[DatasetCounts]) -> None:
+    """What happened to every example; a column that is zero everywhere is left out."""
+    table = Table(title="data: examples read, and what became of them")
+    table.add_column("dataset", no_wrap=True)
+    columns = [
+        name
+        for name in COUNT_TITLES
+        if name in ("train", "evaluation") or any(getattr(count, name) for count in counts)
+    ]
+    for column in columns:
+        table.add_column(COUNT_TITLES[column], justify="right", no_wrap=True)
+    for count in counts:
+        table.add_row(count.name, *(f"{getattr(count, column):,}" for column in columns))
+    console.print(table)
+
+
+def show_losses(console: Console, before: dict[str, Reading], after: dict[str, Reading]) -> None:
+    """Held-out loss of each dataset before and after."""
+    table = Table(title="held-out loss, nats per token")
+    for column in ("dataset", "before", "after", "change"):
+        table.add_column(column, justify="left" if column == "dataset" else "right")
+    for domain, reading in after.items():
+        change = reading.loss - before[domain].loss
+        colour = "green" if change < 0 else "red"
+        table.add_row(domain, f"{before[domain].loss:.3f}", f"{reading.loss:.3f}", Text(f"{change:+.3f}", style=colour))
+    console.print(table)
+
+
+def show_shares(console: Console, readings: dict[str, Reading]) -> None:
+    """Experts x datasets: which share of a dataset's held-out tokens went to which expert."""
+    table = Table(title="share of the held-out tokens sent to each expert")
+    table.add_column("expert")
+    for domain in readings:
+        table.add_column(domain, justify="right")
+    experts = list(next(iter(readings.values())).shares)
+    for index, expert in enumerate(experts):
+        cells = []
+        for reading in readings.values():
+            share = reading.shares[expert]
+            cells.append(Text(f"{share:.2f}", style="bold" if share >= 0.5 else "dim" if share < 0.05 else ""))
+        table.add_row(Text(expert, style=COLOURS[index % len(COLOURS)]), *cells)
+    entropies = [
+        ("router entropy, per token", [f"{reading.token_entropy:.2f}" for reading in readings.values()]),
+        ("router entropy, of the average", [f"{reading.average_entropy:.2f}" for reading in readings.values()]),
+    ]
+    table.add_section()
+    for label, cells_ in entropies:
+        table.add_row(Text(label, style="dim"), *cells_)
+    console.print(table)
+    dead = [expert for expert in experts if all(reading.shares[expert] < DEAD_SHARE for reading in readings.values())]
+    if dead:
+        console.print(
+            f"[red]dead: {', '.join(dead)}[/red] (under {DEAD_SHARE:.0%} of every dataset); "
+            "raise --balance_coefficient or use fewer experts"
+        )
+    else:
+        console.print("No expert is dead.")
+
+
+def show_sample(console: Console, sample: Sample, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]) -> None:
+    """One text, each token in the colour of its expert; without colours, each change of expert is written out."""
+    styles: dict[str | None, str] = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(experts)}
+    text, last = Text(), "nobody"
+    for position, (token, expert) in enumerate(zip(sample.ids, sample.experts, strict=True)):
+        if position == sample.prompt_length:
+            text.append(" » ", style="bold")
+        if not console.is_terminal and not console.record and expert != last:
+            text.append(f"⟨{expert or 'base'}⟩")
+        last = expert or "base"
+        faint = " dim" if position < sample.prompt_length else ""
+        text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + faint)
+    console.rule(sample.domain, align="left", style="dim")
+    console.print(text, highlight=False)
+
+
+def show_legend(console: Console, experts: Sequence[str]) -> None:
+    """Which colour is whose."""
+    legend = Text("tokens by expert: ")
+    for index, name in enumerate(experts):
+        legend.append(f"{name}  ", style=COLOURS[index % len(COLOURS)])
+    legend.append("(the prompt is faint; » is where the model goes on)", style="dim")
+    console.print(legend)
+
+
+def write_plots(folder: Path, metrics: Path, readings: dict[str, Reading]) -> list[Path]:
+    """losses.png (training and held-out loss per dataset over steps) and routing.png (experts x datasets)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for index, domain in enumerate(readings):
+        for key, style, label in ((f"loss_{domain}", "-", domain), (f"eval_{domain}_loss", "o--", None)):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=f"C{index}", label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title="training (lines) and held-out (dots) loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "losses.png", dpi=120)
+    plt.close(figure)
+
+    experts = list(next(iter(readings.values())).shares)
+    shares = [[reading.shares[expert] for reading in readings.values()] for expert in experts]
+    figure, axes = plt.subplots(figsize=(1.6 * len(readings) + 2.5, 0.6 * len(experts) + 2))
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axes.set_xticks(range(len(readings)), list(readings), rotation=20, ha="right")
+    axes.set_yticks(range(len(experts)), experts)
+    for row, cells in enumerate(shares):
+        for column, share in enumerate(cells):
+            axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    axes.set_title("share of held-out tokens")
+    figure.colorbar(image)
+    figure.tight_layout()
+    figure.savefig(folder / "routing.png", dpi=120)
+    plt.close(figure)
+    return [folder / "losses.png", folder / "routing.png"]

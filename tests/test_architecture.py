@@ -1,0 +1,112 @@
+"""Imports go one way: a module may read only those before it in DESIGN.md's list."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dylo_moe
+
+ORDER = [
+    "config",
+    "base",
+    "clusters",
+    "layer",
+    "router",
+    "router_cache",
+    "skill_library",
+    "novelty_detector",
+    "expert",
+    "model",
+    "checkpoint",
+    "data",
+    "meter",
+    "arguments",
+    "summary",
+    "progress",
+    "generate",
+    "trainer",
+    "scheduler",
+    "train",
+    "continual",
+    "evaluate",
+    "report",
+    "cloud",
+    "cli",
+]
+PACKAGE = Path(dylo_moe.__file__).parent
+LATE = {("model", "checkpoint")}
+"""Imports inside a function that go against the order on purpose: a model saves and loads itself, and the checkpoint
+module is what knows how."""
+
+
+def noun(path):
+    """The entry of ORDER that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(noun, at module level) of each import of ours in a file; what is for types alone is not at module level."""
+    tree = ast.parse(path.read_text())
+    inner = set()
+    for node in ast.walk(tree):
+        late = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
+        if late:
+            inner |= {id(child) for child in ast.walk(node)}
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".")[1:] for alias in node.names if alias.name.split(".")[0] == "dylo_moe"]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0 and (node.module or "").split(".")[0] == "dylo_moe":
+                names = [[*node.module.split(".")[1:], alias.name] for alias in node.names]
+            elif node.level == depth:
+                names = [[*(node.module or "").split("."), alias.name] for alias in node.names]
+        for name in names:
+            first = next((part for part in name if part), None)
+            if first is not None and not first.startswith("__"):
+                yield first, id(node) not in inner
+
+
+def sources():
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def test_every_module_has_its_place():
+    assert {noun(path) for path in sources()} - set(ORDER) == set()
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path):
+    own = noun(path)
+    for other, at_module_level in imports(path):
+        if other == own:  # inside data/ or evaluate/
+            continue
+        allowed = ORDER.index(other) < ORDER.index(own) or (not at_module_level and (own, other) in LATE)
+        assert allowed, f"{own} imports {other}, which comes after it"
+
+
+def test_the_reader_of_imports_sees_them(monkeypatch, tmp_path):
+    """Else the law above would hold for any code."""
+    source = (
+        "from .layer import Order\nfrom . import router\nimport dylo_moe.expert\nfrom dylo_moe.model import DyLoRAMoE\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .cli import main\n"
+        "def late():\n    from .checkpoint import save\n    import torch\n"
+    )
+    (tmp_path / "config.py").write_text(source)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "formats.py").write_text("from ..config import RouterConfig\nfrom .sources import load\n")
+    monkeypatch.setattr("test_architecture.PACKAGE", tmp_path)
+    found = set(imports(tmp_path / "config.py"))
+    assert found == {
+        ("layer", True),
+        ("router", True),
+        ("expert", True),
+        ("model", True),
+        ("cli", False),
+        ("checkpoint", False),
+    }
+    assert set(imports(tmp_path / "data" / "formats.py")) == {("config", True)}

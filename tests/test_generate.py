@@ -1,0 +1,313 @@
+"""Laws of cached decoding: it equals recomputing the whole text at every step, token for token."""
+
+import copy
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from reference.tiny import FAMILIES, padded, tiny_base, tiny_moe, tokens
+from transformers import DynamicCache
+
+NEW = 10
+
+
+def prompts(*, side="left"):
+    return padded([tokens(n, seed=n) for n in (9, 3, 6)], side=side)
+
+
+def uncached(model, ids, mask, *, steps=NEW, sample=False, end=None, pad=0):
+    """The whole sequence again for every new token; returns the tokens and the last logits of each step."""
+    logits, finished = [], torch.zeros(len(ids), dtype=torch.bool)
+    with torch.no_grad():
+        for _ in range(steps):
+            positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+            last = (
+                model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1].float()
+            )
+            new = torch.multinomial(last.softmax(-1), 1).squeeze(1) if sample else last.argmax(-1)
+            new = torch.where(finished, pad, new)
+            if end is not None:
+                finished |= new == end
+            ids = torch.cat([ids, new[:, None]], 1)
+            mask = torch.cat([mask, torch.ones(len(ids), 1, dtype=mask.dtype)], 1)
+            logits.append(last)
+            if finished.all():
+                break
+    return ids, torch.stack(logits, 1)
+
+
+def generate(model, ids, mask, **options):
+    options = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        **options,
+    }
+    return model.generate(input_ids=ids, attention_mask=mask, **options)
+
+
+def used_per_step(model):
+    """Records the routing of each forward of the base, as it is made."""
+    seen = []
+    handle = model.base.register_forward_hook(lambda module, args, output: seen.append(output.routing))
+    return seen, handle
+
+
+@pytest.mark.parametrize("router_layer", ["embeddings", 1])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_recomputing_the_whole_text(family, top_k, router_layer):
+    model = tiny_moe(family, top_k=top_k, router_layer=router_layer)
+    ids, mask = prompts()
+    expected, logits = uncached(model, ids, mask)
+    out = generate(model, ids, mask)
+    assert torch.equal(out.sequences, expected)
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits, rtol=1e-4, atol=1e-4)
+    spread = out.routing.weights[out.routing.mask].std(0)
+    assert (spread > 0.05).sum() >= 2  # else the routing was never put to the test
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_sampling_equals_recomputing_the_whole_text(family, seed):
+    model = tiny_moe(family, top_k=2)
+    ids, mask = prompts()
+    torch.manual_seed(seed)
+    expected, _ = uncached(model, ids, mask, sample=True)
+    torch.manual_seed(seed)
+    assert torch.equal(generate(model, ids, mask, do_sample=True, top_k=0).sequences, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=str,
+)
+def test_beams_and_several_answers_equal_the_same_without_a_cache(family, options):
+    model = tiny_moe(family, top_k=2)
+    ids, mask = prompts()
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        results.append(generate(model, ids, mask, use_cache=use_cache, **options))
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    routing = results[0].routing
+    rows = options.get("num_return_sequences", 1)
+    assert routing.weights.shape[:2] == results[0].sequences.shape == (3 * rows, ids.shape[1] + NEW)
+    repeated = torch.cat([mask.repeat_interleave(rows, 0), torch.ones(3 * rows, NEW, dtype=mask.dtype)], 1)
+    torch.testing.assert_close(routing.weights, model.route(results[0].sequences, repeated).weights)
+
+
+@pytest.mark.parametrize("mode", ["gate", "forced", "nascent"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_reported_routing_is_what_every_cached_step_used(family, mode):
+    model = tiny_moe(family, top_k=2)
+    model.experts[1].mature = mode != "nascent"
+    ids, mask = prompts()
+    seen, handle = used_per_step(model)
+    with model.route_to(["expert_2", None, "expert_0"]) if mode == "forced" else nullcontext():
+        out = generate(model, ids, mask)
+    handle.remove()
+    assert [step.weights.shape[1] for step in seen[:NEW]] == [ids.shape[1]] + [1] * (NEW - 1)
+    used = torch.cat([step.weights for step in seen[:NEW]], 1)
+    torch.testing.assert_close(out.routing.weights[:, :-1], used, rtol=1e-4, atol=1e-4)
+    assert out.routing.names == seen[0].names
+    assert not out.routing.weights[:, : ids.shape[1]][mask == 0].any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill_chunk_size": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_way_of_decoding_gives_the_same_tokens_or_is_refused(family, options):
+    """Reported: a static cache that the router's memory was appended to was no longer masked as one."""
+    model = tiny_moe(family, top_k=2)
+    ids = tokens(1 if "prompt_lookup_num_tokens" in options else 3, 9)
+    expected, _ = uncached(model, ids, torch.ones_like(ids))
+    try:
+        out = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, **options)
+    except ValueError as error:
+        assert "cache" in str(error)
+        assert "use_cache" not in options and "prefill_chunk_size" not in options
+    else:
+        assert torch.equal(out, expected)
+
+
+def test_after_a_row_has_ended_its_tokens_are_not_routed():
+    model = tiny_moe("llama")
+    ids, mask = prompts()
+    sequence, _ = uncached(model, ids, mask)
+    end = int(sequence[0, ids.shape[1] + 2])
+    expected, _ = uncached(model, ids, mask, end=end)
+    out = generate(model, ids, mask, eos_token_id=end, pad_token_id=0)
+    assert torch.equal(out.sequences, expected)
+    new = out.sequences[:, ids.shape[1] :]
+    for row in range(3):
+        ended = (new[row] == end).nonzero()
+        last = int(ended[0]) if len(ended) else new.shape[1] - 1
+        assert out.routing.mask[row, ids.shape[1] :].tolist() == [t <= last for t in range(new.shape[1])]
+
+
+def test_padding_is_inferred_from_its_token_as_transformers_does():
+    model = tiny_moe("llama")
+    ids, mask = prompts()
+    told, inferred = generate(model, ids, mask), generate(model, ids, None)
+    assert torch.equal(told.sequences, inferred.sequences)
+    assert torch.equal(told.routing.weights, inferred.routing.weights)
+    positional = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(positional, told.sequences)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_a_list_of_experts_is_each_row_with_its_own(options):
+    model = tiny_moe("llama")
+    ids, mask = prompts()
+    experts = ["expert_2", None, "expert_0"]
+    with model.route_to(experts):
+        torch.testing.assert_close(
+            model(input_ids=ids, attention_mask=mask).logits,
+            torch.cat([alone(model, expert, ids[i : i + 1], mask[i : i + 1]) for i, expert in enumerate(experts)]),
+        )
+        together = generate(model, ids, mask, **options)
+    if "do_sample" in options:
+        with model.route_to([expert for expert in experts for _ in range(2)]):
+            logits = model(input_ids=together.sequences, attention_mask=together.routing.mask.long()).logits
+        torch.testing.assert_close(logits[:, -2].float(), together.logits[-1], rtol=1e-4, atol=1e-4)
+        return
+    for index, expert in enumerate(experts):
+        with model.route_to(expert):
+            single = generate(model, ids[index : index + 1], mask[index : index + 1], **options)
+        assert torch.equal(single.sequences[0], together.sequences[index])
+
+
+def alone(model, expert, ids, mask):
+    with model.route_to(expert):
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+def test_route_to_nests_and_is_restored_after_an_exception():
+    model, ids = tiny_moe("llama"), tokens(2, 8)
+    free = model(input_ids=ids).logits
+    one, other = alone(model, "expert_0", ids, None), alone(model, "expert_1", ids, None)
+    assert not torch.allclose(one, other, atol=1e-2) and not torch.allclose(one, free, atol=1e-2)
+    with model.route_to("expert_0"):
+        with model.route_to("expert_1"), pytest.raises(ZeroDivisionError), model.route_to(None):
+            raise ZeroDivisionError
+        assert torch.equal(model(input_ids=ids).logits, one)
+        with model.route_to("expert_1"):
+            assert torch.equal(model(input_ids=ids).logits, other)
+            with model.disable_adapter():
+                assert not torch.allclose(model(input_ids=ids).logits, other, atol=1e-2)
+        with pytest.raises(ValueError, match="nobody"), model.route_to("nobody"):
+            pass
+        assert torch.equal(model(input_ids=ids).logits, one)
+    assert torch.equal(model(input_ids=ids).logits, free)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate", "beams"])
+@pytest.mark.parametrize("experts", [[], ["expert_0"], ["expert_0"] * 2, ["expert_0"] * 3, ["expert_0"] * 8], ids=len)
+def test_a_list_of_the_wrong_length_is_refused_with_both_numbers(call, experts):
+    """Reported: in generate, a list that divides the batch was spread over it."""
+    model, ids = tiny_moe("llama"), tokens(4, 5)
+    with pytest.raises(ValueError, match=rf"{len(experts)} experts .* 4"), model.route_to(experts):
+        if call == "forward":
+            model(input_ids=ids)
+        else:
+            model.generate(input_ids=ids, max_new_tokens=2, num_beams=2 if call == "beams" else 1)
+    assert model(input_ids=ids).routing.logits is not None
+
+
+@pytest.mark.parametrize("experts", ["nobody", ["expert_0", "nobody"], [None, "nobody"]], ids=str)
+def test_an_unknown_expert_is_refused_by_name(experts):
+    model = tiny_moe("llama")
+    with pytest.raises(ValueError, match=r"'nobody'.*expert_0, expert_1, expert_2"), model.route_to(experts):
+        raise AssertionError("not reached")
+
+
+# --- the cache by hand
+
+
+@pytest.mark.parametrize("borders", [[5], [1, 2, 3], [4, 11], list(range(1, 12))], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_split_of_a_text_over_a_cache_changes_nothing(family, borders):
+    model, (ids, mask) = tiny_moe(family), padded([tokens(12, seed=1), tokens(7, seed=2)], side="left")
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    whole, cache, parts = model(input_ids=ids, attention_mask=mask, position_ids=positions), None, []
+    for start, stop in itertools.pairwise([0, *borders, 12]):
+        out = model(
+            input_ids=ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = out.past_key_values
+        parts.append(out)
+    real = mask.bool()
+    weights = torch.cat([part.routing.weights for part in parts], 1)
+    torch.testing.assert_close(weights[real], whole.routing.weights[real], rtol=1e-4, atol=1e-4)
+    logits = torch.cat([part.logits for part in parts], 1)
+    torch.testing.assert_close(logits[real], whole.logits[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_switching_experts_while_a_cache_grows_keeps_the_memory_right(family):
+    """The router's memory goes on while `route_to` decides, so that the gate can take over again."""
+    model, ids = tiny_moe(family), tokens(2, 12)
+    with model.route_to("expert_1"):
+        cache = model(input_ids=ids[:, :7], use_cache=True).past_key_values
+    out = model(input_ids=ids[:, 7:], past_key_values=cache)
+    torch.testing.assert_close(out.routing.weights, model.route(ids).weights[:, 7:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_the_router_did_not_see_from_its_start_is_refused():
+    model, ids = tiny_moe("llama"), tokens(1, 6)
+    foreign = tiny_base("llama")(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 6 tokens, but the router has seen 0"):
+        model(input_ids=ids, past_key_values=foreign)
+    ours = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cropped"):
+        ours.crop(-2)
+    ours.reset()
+    fresh = model(input_ids=ids, use_cache=True)
+    torch.testing.assert_close(model(input_ids=ids, past_key_values=ours).logits, fresh.logits)
+
+
+def test_a_cache_without_config_works_for_a_router_at_any_layer():
+    for router_layer in ("embeddings", 1):
+        model, ids = tiny_moe("llama", router_layer=router_layer), tokens(1, 9)
+        cache, expected = DynamicCache(), model(input_ids=ids)
+        model(input_ids=ids[:, :4], past_key_values=cache)
+        out = model(input_ids=ids[:, 4:], past_key_values=cache)
+        torch.testing.assert_close(out.logits, expected.logits[:, 4:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.routing.weights, expected.routing.weights[:, 4:])
+
+
+def test_a_copied_cache_goes_its_own_way():
+    model, ids = tiny_moe("llama"), tokens(1, 9)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+    branch = copy.deepcopy(cache)
+    model(input_ids=tokens(1, 3, seed=9), past_key_values=branch)
+    out = model(input_ids=ids[:, 5:], past_key_values=cache)
+    torch.testing.assert_close(out.logits, model(input_ids=ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma2", "qwen2"])
+def test_a_base_whose_layers_all_slide_decodes_as_without_a_cache(family):
+    """Reported: Transformers took the router's memory for the first layer with full attention."""
+    sliding = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6}
+    model = tiny_moe(tiny_base(family, **sliding, **({"use_sliding_window": True} if family == "qwen2" else {})))
+    ids, mask = prompts()
+    expected, _ = uncached(model, ids, mask)
+    assert torch.equal(generate(model, ids, mask).sequences, expected)
