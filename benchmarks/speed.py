@@ -1,6 +1,6 @@
 """What routing costs: forward, training step and cached generation against the plain base.
 
-    python benchmarks/speed.py [--model smollm2-135m] [--num_experts 4] [--rounds 9]
+    python benchmarks/speed.py [--model smollm2-135m] [--num_experts 4] [--lora_dropout 0.05] [--rounds 9]
 
 Every variant does the same work on the same real text, in turns in one process, one thread, as CPU
 time; the table gives the median ratio to the plain base of the same round, with the least and the most.
@@ -28,9 +28,9 @@ BATCH, SEQ = 2, 128
 PROMPT, NEW_TOKENS = 32, 16
 
 
-def lora_config() -> LoraConfig:
+def lora_config(dropout: float = 0.05) -> LoraConfig:
     """The same targets, rank and dropout for every variant."""
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -49,16 +49,16 @@ def real_text(model_name: str) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def build_variants(model_name: str, num_experts: int, ids: torch.Tensor) -> dict[str, nn.Module]:
+def build_variants(model_name: str, num_experts: int, dropout: float, ids: torch.Tensor) -> dict[str, nn.Module]:
     """The plain base, stock PEFT with one adapter, ours routed top-1, and ours dense over all."""
-    peft = randomise(get_peft_model(load_base(model_name, dtype=torch.float32), lora_config()))
+    peft = randomise(get_peft_model(load_base(model_name, dtype=torch.float32), lora_config(dropout)))
     variants: dict[str, nn.Module] = {
         "base": load_base(model_name, dtype=torch.float32).requires_grad_(False),
         "PEFT, 1 adapter": peft,
     }
     for label, dense in (("top-1 of", False), ("dense", True)):
         ours = DyLoRAMoE.from_base(
-            load_base(model_name, dtype=torch.float32), num_experts=num_experts, lora=lora_config()
+            load_base(model_name, dtype=torch.float32), num_experts=num_experts, lora=lora_config(dropout)
         )
         randomise(ours)
         ours.initialize_router([{"input_ids": ids.view(2 * num_experts, -1)}])
@@ -128,13 +128,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--num_experts", type=int, default=4)
+    parser.add_argument("--lora_dropout", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     ids = real_text(arguments.model)
-    variants = build_variants(arguments.model, arguments.num_experts, ids)
-    print(f"{arguments.model}, torch {torch.__version__}, one thread, {arguments.rounds} rounds")
+    variants = build_variants(arguments.model, arguments.num_experts, arguments.lora_dropout, ids)
+    print(
+        f"{arguments.model}, torch {torch.__version__}, one thread, "
+        f"lora_dropout {arguments.lora_dropout}, {arguments.rounds} rounds"
+    )
     print(f"{'':34s}" + "".join(f"{name:>26s}" for name in variants))
     for label, work in WORK.items():
         seconds = measure(variants, work, ids, arguments.rounds)

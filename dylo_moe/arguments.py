@@ -150,7 +150,7 @@ class Arguments(NamedTuple):
 
 
 class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:  # type: ignore[override]
+    def error(self, message: str) -> Any:
         raise UsageError(message)
 
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from .base import load_base
 from .config import RouterConfig
+from .expert import Expert, check_name
 
 if TYPE_CHECKING:
     from .model import DyLoRAMoE
@@ -37,6 +38,8 @@ FORMAT_VERSION = 1
 MANIFEST = "dylora.json"
 ROUTER_FILE = "router.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+TRAINER_FILES = ("trainer_state.json", "training_args.bin")
+"""Where one of these lies, the Trainer wrote the folder, and its own files may lie beside ours."""
 SAMPLES_PER_TENSOR = 16
 
 
@@ -95,16 +98,25 @@ def compare_base(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
             problems.append(f"{name} has shape {theirs}, was {ours}")
     if problems:
         return problems
-    patterns = [
-        torch.frombuffer(bytearray(base64.b64decode(side["samples"])), dtype=torch.int16) for side in (saved, here)
-    ]
-    if patterns[0].numel() != patterns[1].numel():
-        return ["its fingerprint has another length"]
-    # fp16 rounds a second time, which may move the bf16 pattern by one.
-    tolerance = 1 if "float16" in (saved["dtype"], here["dtype"]) else 0
-    differs = ((patterns[0].int() - patterns[1].int()).abs() > tolerance).view(-1, SAMPLES_PER_TENSOR).any(1)
+    patterns = [_unpacked(side) for side in (saved, here)]
+    if "float16" in (saved["dtype"], here["dtype"]):
+        # fp16 rounds a second time, which may move a bf16 value by one step, and has few bits below 6e-5.
+        ours_, theirs_ = (pattern.view(torch.bfloat16).float() for pattern in patterns)
+        differs = (ours_ - theirs_).abs() > 2.0**-7 * torch.maximum(ours_.abs(), theirs_.abs()) + 2.0**-24
+    else:
+        differs = patterns[0] != patterns[1]
+    differs = differs.view(-1, SAMPLES_PER_TENSOR).any(1)
     names = list(saved["tensors"])
     return [f"{names[index]} has other values" for index in differs.nonzero().flatten().tolist()]
+
+
+def _unpacked(side: dict[str, Any]) -> Tensor:
+    """The samples of a fingerprint, int16. Raises ValueError unless there are 16 for each tensor."""
+    packed = base64.b64decode(side["samples"], validate=True)
+    expected = 0 if side["quantized"] else 2 * SAMPLES_PER_TENSOR * len(side["tensors"])
+    if len(packed) != expected or not isinstance(side["dtype"], str):
+        raise ValueError(f"the base's fingerprint has {len(packed)} bytes of samples, expected {expected}")
+    return torch.frombuffer(bytearray(packed), dtype=torch.int16) if packed else torch.zeros(0, dtype=torch.int16)
 
 
 def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
@@ -112,8 +124,11 @@ def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"cannot save to {target}: it is a file")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise ValueError(f"cannot save to {target}: it holds other files; choose a new folder")
+    foreign = _foreign_files(target)
+    if foreign:
+        raise ValueError(
+            f"cannot save to {target}: it holds other files ({', '.join(foreign[:3])}); choose a new folder"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -124,15 +139,36 @@ def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
         raise
 
 
+def _foreign_files(folder: Path) -> list[str]:
+    """Files in a folder that no checkpoint of ours put there."""
+    if not folder.is_dir():
+        return []
+    try:
+        own = {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    return sorted(_files_below(folder) - own)
+
+
+def _files_below(folder: Path, scope: str = ".") -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in (folder / scope).rglob("*") if not file.is_dir()}
+
+
 def _replace(aside: Path, target: Path) -> None:
     os.chmod(aside, 0o755)
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    if not target.exists():
+        os.rename(aside, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
         os.rename(target, old / "checkpoint")
-        os.rename(aside, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(aside, target)
+        try:
+            os.rename(aside, target)
+        except BaseException:
+            os.rename(old / "checkpoint", target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_files(model: DyLoRAMoE, folder: Path) -> None:
@@ -143,7 +179,8 @@ def write_files(model: DyLoRAMoE, folder: Path) -> None:
         (folder / name).mkdir(parents=True)
         state = get_peft_model_state_dict(model, adapter_name=expert.name, save_embedding_layers=False)
         _save_tensors(state, folder / name / ADAPTER_FILES[1])
-        config = LoraConfig(**{**model.peft_config[expert.name].to_dict(), "inference_mode": True})
+        config = LoraConfig(**_plain(model.peft_config[expert.name]))
+        config.inference_mode = True
         config.base_model_name_or_path = model.base_id or None
         config.save_pretrained(str(folder / name))
         files += [f"{name}/{file}" for file in ADAPTER_FILES]
@@ -158,6 +195,7 @@ def write_files(model: DyLoRAMoE, folder: Path) -> None:
         },
         "router": asdict(model.router_config),
         "balance_coefficient": model.balance_coefficient,
+        "lora": _plain(model.experts.lora),
         "experts": [asdict(expert) for expert in model.experts],
         "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
     }
@@ -166,6 +204,15 @@ def write_files(model: DyLoRAMoE, folder: Path) -> None:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _plain(config: PeftConfig) -> dict[str, Any]:
+    """A LoRA config as JSON holds it; sets in one order, so that the same config is the same bytes."""
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), list):
+            values[name] = sorted(values[name])
+    return json.loads(json.dumps(values, default=str))
 
 
 def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
@@ -199,9 +246,18 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]
         files = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
-        wanted = {f"experts/{expert['name']}/{file}" for expert in manifest["experts"] for file in ADAPTER_FILES}
+        experts = [Expert(**expert) for expert in manifest["experts"]]
+        wanted = {f"experts/{expert.name}/{file}" for expert in experts for file in ADAPTER_FILES}
+        if not experts or len({expert.name for expert in experts}) < len(experts):
+            raise ValueError("it must list at least one expert, and each once")
+        for expert in experts:
+            check_name(expert.name)
         RouterConfig(**manifest["router"])
-        manifest["base"]["fingerprint"]["tensors"]
+        LoraConfig(**manifest["lora"])
+        float(manifest["balance_coefficient"])
+        base = manifest["base"]
+        base["id"], base["revision"]
+        _unpacked(base["fingerprint"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
@@ -223,8 +279,7 @@ def _file_problems(folder: Path, files: dict[str, tuple[str, int]], *, strict: b
             problems.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
         elif _sha256(file) != digest:
             problems.append(f"{name} was altered: its sha256 is not the one in {MANIFEST}")
-    scope = folder if strict else folder / "experts"
-    present = {file.relative_to(folder).as_posix() for file in scope.rglob("*") if not file.is_dir()}
+    present = _files_below(folder, "." if strict else "experts")
     problems += [f"{name} does not belong to it" for name in sorted(present - files.keys() - {MANIFEST})]
     return problems
 
@@ -236,7 +291,7 @@ def load_checkpoint(
     from .model import check_base
 
     folder = Path(path)
-    manifest = read_manifest(folder, strict=not (folder / "trainer_state.json").is_file())
+    manifest = read_manifest(folder, strict=not any((folder / name).is_file() for name in TRAINER_FILES))
     if base is None:
         base = manifest["base"]["id"]
         if not base:
@@ -273,6 +328,7 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
         names=[first],
         balance_coefficient=manifest["balance_coefficient"],
     )
+    model.experts.lora = LoraConfig(**manifest["lora"])
     for entry in entries[1:]:
         configs[entry["name"]].inference_mode = False
         model.experts.add(entry["name"], configs[entry["name"]], mature=entry["mature"], skill=entry["skill"])
@@ -289,6 +345,7 @@ def _load_expert(model: DyLoRAMoE, entry: dict[str, Any], state: dict[str, Tenso
     problems = _state_problems(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), state)
     if problems:
         raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
+    model.experts.cast(name, next(iter(state.values())).dtype)
     set_peft_model_state_dict(model, state, adapter_name=name)
     expert = model.experts[name]
     expert.mature, expert.skill, expert.trainable = entry["mature"], entry["skill"], entry["trainable"]

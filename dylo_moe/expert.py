@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, cast
 
@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from .layer import ROUTED_CLASSES, ContextSlot, ExpertShape, RoutedLayer, compute_dtype, pack
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-RESERVED_NAMES = {"base", "default", "lora_A", "lora_B"}
+RESERVED_NAMES = {"base", "default", "base_model", "lora_A", "lora_B"}
+TAKEN_BY_TORCH = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), "weight", "bias"])
 LORA_FIELDS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -65,8 +66,11 @@ class ExpertPool:
     def __init__(self, model: PeftModel, slot: ContextSlot, lora: LoraConfig) -> None:
         self._model = model
         self._slot = slot
-        self._lora = lora
+        self.lora = lora
+        """What the next expert is made of."""
         self._experts: dict[str, Expert] = {}
+        self.layers: tuple[RoutedLayer, ...] = ()
+        """The routed linears, in the model's order."""
         self.layouts: frozenset[tuple[ExpertShape, ...]] = frozenset()
         """The distinct `expert_shapes` of the routed linears."""
 
@@ -102,10 +106,14 @@ class ExpertPool:
 
     def config_for(self, rank: int | None) -> LoraConfig:
         """The pool's LoRA config at another rank; alpha follows, so that the scaling stays."""
-        config = copy.deepcopy(self._lora)
+        config = copy.deepcopy(self.lora)
         if rank is not None and rank != config.r:
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
+            if config.rank_pattern or config.alpha_pattern:
+                raise ValueError(
+                    f"rank {rank} cannot apply: the pool's rank_pattern or alpha_pattern sets them by layer"
+                )
             ratio = (rank / config.r) ** (0.5 if config.use_rslora else 1.0)
             config.lora_alpha = config.lora_alpha * ratio
             config.r = rank
@@ -120,9 +128,23 @@ class ExpertPool:
 
     def add(self, name: str, config: LoraConfig, *, mature: bool, skill: str | None = None) -> Expert:
         """Inject a fresh adapter and take it into the pool, as its last expert."""
-        check_name(name, taken=self._experts)
+        check_name(name, taken=self._experts, modules=self._base_modules())
+        dtype = next(self.parameters(self.names[0])).dtype
         PeftModel.add_adapter(self._model, name, config)
-        return self.register(name, mature=mature, skill=skill)
+        expert = self.register(name, mature=mature, skill=skill)
+        self.cast(name, dtype)
+        return expert
+
+    def _base_modules(self) -> Iterator[str]:
+        paths = (path for path, _ in self._model.base_model.model.named_modules())
+        return (path for path in paths if ".lora_" not in path)
+
+    def cast(self, name: str, dtype: torch.dtype) -> None:
+        """Bring an expert's matrices to a dtype; PEFT makes new ones fp32, whatever the others are."""
+        for parameter in self.parameters(name):
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        self.pack()
 
     def remove(self, name: str) -> None:
         """Delete an expert's adapter. The last one of a pool cannot be removed."""
@@ -141,6 +163,7 @@ class ExpertPool:
                 layer.__class__ = routed
             layer.bind(self._slot, self._experts)
             pack(layer)
+        self.layers = tuple(layers)
         self.layouts = frozenset(layer.expert_shapes for layer in layers)
         for expert in self:
             expert.parameters = sum(parameter.numel() for parameter in self.parameters(expert.name))
@@ -160,10 +183,15 @@ class ExpertPool:
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The A and B matrices of one expert, layer by layer."""
-        for _, layer in routed_layers(self._model):
-            if name in layer.lora_A:
-                yield layer.lora_A[name].weight
-                yield layer.lora_B[name].weight
+        for layer in self.layers:
+            if name in layer.adapters:
+                yield cast(nn.Parameter, layer.adapters[name].down.weight)
+                yield cast(nn.Parameter, layer.adapters[name].up.weight)
+
+    def pack(self) -> None:
+        """Lay each layer's experts behind one another in memory again, after they were moved."""
+        for layer in self.layers:
+            pack(layer)
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -173,13 +201,21 @@ def routed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def check_name(name: object, *, taken: Any = ()) -> None:
-    """Raises ValueError unless `name` can be an expert: a folder, a module and a state-dict key."""
+def check_name(name: object, *, taken: Any = (), modules: Iterable[str] = ()) -> None:
+    """Raises ValueError unless `name` can be an expert: a folder, a module and a part of state-dict keys.
+
+    Args:
+        taken: names of other experts.
+        modules: of the base, with dots; PEFT cannot tell an expert from a module of the same name.
+    """
     if not isinstance(name, str) or not NAME_RULE.fullmatch(name) or name in RESERVED_NAMES:
         raise ValueError(
             f"expert name is {name!r}; it must be 1 to 64 letters, digits, '_' or '-', begin with a letter or "
             f"digit, and not be one of {', '.join(sorted(RESERVED_NAMES))}"
         )
+    parts = {part for module in modules for part in module.split(".")}
+    if name in TAKEN_BY_TORCH or name in parts:
+        raise ValueError(f"expert name is {name!r}, which modules of the model or of torch have; choose another name")
     if name in taken:
         raise ValueError(f"there is already an expert {name!r}; choose another name")
 
@@ -212,6 +248,8 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
     Raises:
         ValueError: with every reason why this config cannot make a routed expert.
     """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"lora is {config!r}; experts are made of a peft.LoraConfig")
     config = copy.deepcopy(config)
     problems = _unsupported_fields(config)
     prefix, layers = decoder_layers(base)
@@ -253,9 +291,9 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
 
 
 def _unsupported_fields(config: LoraConfig) -> list[str]:
-    if not isinstance(config, LoraConfig):
-        return [f"it is a {type(config).__name__}; experts are made of peft.LoraConfig"]
     problems = []
+    if not isinstance(config.r, int) or config.r < 1:
+        problems.append(f"r is {config.r!r}; it must be a whole number of at least 1")
     for field in fields(config):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)

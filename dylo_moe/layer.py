@@ -21,8 +21,11 @@ from torch import Tensor, nn
 TOKENS_PER_SEGMENT = 24
 """A segment of the sparse path costs about as much to start as this many tokens of one expert's arithmetic."""
 
-TOKENS_PER_RUN = 24
-"""Runs at least this long on average are multiplied where they lie; shorter ones are grouped by expert first."""
+EXPERTS_PER_CHOICE = 4
+"""Up to so many experts for each selected one, computing all of them costs no more than moving tokens."""
+
+RUNS_PER_EXPERT = 2
+"""Up to so many runs for each expert at hand, tokens are multiplied where they lie; more are grouped first."""
 
 
 class ExpertShape(NamedTuple):
@@ -395,12 +398,13 @@ def pack(layer: RoutedLayer) -> None:
     """
     for transposed in (False, True):
         weights = [adapter.up.weight if transposed else adapter.down.weight for adapter in layer.adapters.values()]
-        if len(weights) < 2 or any(type(weight) is not nn.Parameter for weight in weights):
+        if not weights or any(type(weight) is not nn.Parameter for weight in weights):
             continue
         if len({(weight.dtype, weight.device) for weight in weights}) > 1:
             continue
         rows = [weight.t() if transposed else weight for weight in weights]
-        if weights[0].is_meta or _adjacent(rows):
+        whole = sum(row.numel() * row.element_size() for row in rows)
+        if weights[0].is_meta or (_adjacent(rows) and rows[0].untyped_storage().nbytes() == whole):
             continue
         block_RD = torch.cat(rows)
         for weight, part in zip(weights, block_RD.split([row.shape[0] for row in rows]), strict=True):
@@ -424,11 +428,11 @@ def plan_sparse(*, names: Sequence[str], selected_TK: Tensor, mask_T: Tensor) ->
     Returns:
         The segments, and how assignments are grouped (None where they are the tokens in order).
     """
-    num_tokens, top_k = selected_TK.shape
+    top_k = selected_TK.shape[1]
     expert_N = selected_TK.masked_fill(~mask_T[:, None], -1).reshape(-1)
     if top_k == 1:
         runs, lengths = expert_N.unique_consecutive(return_counts=True)
-        if len(runs) <= max(2, num_tokens // TOKENS_PER_RUN):
+        if len(runs) <= RUNS_PER_EXPERT * len(runs.unique()):
             return _segments(names, runs, lengths), None
     order_N = expert_N.argsort(stable=True)
     runs, lengths = expert_N[order_N].unique_consecutive(return_counts=True)
@@ -445,12 +449,14 @@ def _segments(names: Sequence[str], runs: Tensor, lengths: Tensor) -> list[Segme
 def dense_is_quicker(*, num_tokens: int, num_experts: int, top_k: int) -> bool:
     """Whether all experts at once beat the selected ones alone, by shapes only.
 
-    Dense wastes (E - K) / K of the adapter arithmetic on every token; sparse pays for each expert's
-    segment. A single token has its experts side by side already and is always sparse.
+    Dense wastes (E - K) / K of the adapter arithmetic on every token. Sparse starts two products for each
+    expert at hand and moves every token there and back; a single token has nothing to move.
     """
     if top_k >= num_experts:
         return True
     if num_tokens == 1:
         return False
+    if num_experts <= EXPERTS_PER_CHOICE * top_k:
+        return True
     wasted = num_tokens * (num_experts - top_k) / top_k
     return wasted <= TOKENS_PER_SEGMENT * min(num_experts, num_tokens * top_k)

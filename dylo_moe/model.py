@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .base import load_base
 from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
 from .expert import Expert, ExpertPool, check_name, decoder_layers, routed_layers, routed_lora_config
-from .layer import ContextSlot, ForwardContext, RoutedLayer, pack
+from .layer import ContextSlot, ForwardContext
 from .router import Router, RouterState, Routing, causal_exponential_mean, force_routing, make_dispatch
 from .router_cache import RouterCacheLayer, router_cache_layer
 
@@ -86,7 +87,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         self.balance_coefficient = balance_coefficient
         self.router_config = router
         self.base_id, self.base_revision = _base_identity(base)
-        self._router_index = router.layer_index(base.config.get_text_config().num_hidden_layers)
+        self._num_layers = base.config.get_text_config().num_hidden_layers
+        self._router_index = router.layer_index(self._num_layers)
         self._pool = ExpertPool(self, self._slot, lora)
         self._pool.register(first, mature=True)
         for name in rest:
@@ -125,13 +127,15 @@ class DyLoRAMoE(PeftModelForCausalLM):
             BaseUnavailableError: when the base cannot be loaded.
         """
         router = RouterConfig() if router is None else router
-        names = [f"expert_{index}" for index in range(num_experts)] if names is None else list(names)
         problems = _pool_problems(names, num_experts, router.top_k, balance_coefficient, allow_expert_growth)
         if problems:
             raise ValueError("DyLoRAMoE.from_base: " + "; ".join(problems))
         if isinstance(base, str):
             base = load_base(base)
         check_base(base)
+        names = [f"expert_{index}" for index in range(num_experts)] if names is None else list(names)
+        for name in names:
+            check_name(name, modules=(path for path, _ in base.named_modules()))
         if lora is None:
             lora = LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules="all-linear")
         index = router.layer_index(base.config.get_text_config().num_hidden_layers)
@@ -261,11 +265,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
         self.router.initialize(texts, seed=seed)
 
     def _install_hooks(self) -> None:
-        base = self.base
-        base.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
-        base.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True)
-        _, layers = decoder_layers(base)
-        layers[self._router_index].register_forward_pre_hook(self._route_tokens, with_kwargs=True)
+        _, layers = decoder_layers(self.base)
+        self._hooks = [
+            self.base.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
+            self.base.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True),
+            layers[self._router_index].register_forward_pre_hook(self._route_tokens, with_kwargs=True),
+        ]
 
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -290,7 +295,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         batch, seq = hidden.shape[:2]
         mask = _token_mask(context.attention_mask, batch, seq, hidden.device)
         stop = self._slot.stop_at_router
-        cache = kwargs.get("past_key_values")
+        cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
         if self._forced is NotForced or stop is not None or cache is not None:
             features = self._features(hidden.detach(), mask, cache)
         if self._forced is NotForced:
@@ -310,7 +315,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         memory: RouterCacheLayer | None = None
         state: RouterState | None = None
         if cache is not None:
-            memory = router_cache_layer(cache, num_layers=len(decoder_layers(self.base)[1]))
+            memory = router_cache_layer(cache, num_layers=self._num_layers)
             state = memory.continue_at(cache.get_seq_length(self._router_index))
         half_life = self.router_config.router_half_life
         features, state = causal_exponential_mean(hidden, mask=mask, half_life=half_life, state=state)
@@ -394,6 +399,9 @@ class DyLoRAMoE(PeftModelForCausalLM):
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if inputs is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._prompt_mask(inputs, kwargs)
+        forced = self._forced
+        if inputs is not None and isinstance(forced, (list, tuple)):
+            _one_per_row(forced, inputs.shape[0], expandable=False)
         self._slot.generating = True
         try:
             output = super().generate(*args, **kwargs)
@@ -456,6 +464,35 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """Refused: this version does not import adapters."""
         raise ValueError("load_adapter would add an adapter without a gate row; this version does not import adapters")
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a mixture that differs from token to token is no single weight."""
+        raise ValueError("merge_adapter cannot hold a routed mixture; use merge_and_unload(adapter_names=[one expert])")
+
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The plain base again, without experts, router and hooks. This model must not be used afterwards."""
+        self._remove_hooks()
+        return self.base_model.unload(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
+        """The base with one expert merged into its weights.
+
+        Raises:
+            ValueError: unless `adapter_names` holds exactly one expert.
+        """
+        if adapter_names is None or len(adapter_names) != 1:
+            raise ValueError(f"merge_and_unload can merge one expert, named in adapter_names; got {adapter_names!r}")
+        self._remove_hooks()
+        return self.base_model.merge_and_unload(*args, adapter_names=[self._pool[adapter_names[0]].name], **kwargs)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After deepcopy and pickle, which give every matrix memory of its own."""
+        super().__setstate__(state)
+        self._pool.pack()
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -485,9 +522,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
     def _apply(self, fn: Any, recurse: bool = True) -> DyLoRAMoE:
         """After `.to(...)`: lay the experts behind one another again."""
         result = super()._apply(fn, recurse)
-        for _, layer in routed_layers(self):
-            if isinstance(layer, RoutedLayer):
-                pack(layer)
+        self._pool.pack()
         return result
 
     # Checkpoints.
@@ -503,8 +538,11 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """
         from .checkpoint import save_checkpoint
 
-        if kwargs:
-            raise ValueError(f"save_pretrained takes only the folder; {', '.join(sorted(kwargs))} cannot apply")
+        if not kwargs.pop("is_main_process", True):
+            return
+        refused = [name for name, value in kwargs.items() if name != "state_dict" or value is not None]
+        if refused:
+            raise ValueError(f"save_pretrained takes only the folder; {', '.join(sorted(refused))} cannot apply")
         save_checkpoint(self, save_directory)
 
     @classmethod
@@ -539,20 +577,28 @@ def check_base(base: object) -> None:
 
 
 def _pool_problems(
-    names: Sequence[str], num_experts: int, top_k: int, balance_coefficient: float, allow_expert_growth: bool
+    names: Any, num_experts: Any, top_k: int, balance_coefficient: Any, allow_expert_growth: bool
 ) -> list[str]:
     problems = []
-    if not names:
-        problems.append(f"num_experts is {num_experts}; a pool needs at least 1")
-    for index, name in enumerate(names):
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
+        problems.append(f"num_experts is {num_experts!r}; it must be a whole number of at least 1")
+    if isinstance(names, str):
+        problems.append(f"names is {names!r}; it must be a list of names")
+        names = []
+    elif names is not None:
+        names = list(names)
+        if not names:
+            problems.append("names is empty; a pool needs at least 1 expert")
+    for index, name in enumerate(names or ()):
         try:
             check_name(name, taken=names[:index])
         except ValueError as error:
             problems.append(str(error))
-    if names and top_k > len(names):
-        problems.append(f"top_k is {top_k}, but there are only {len(names)} experts")
-    if not balance_coefficient >= 0:
-        problems.append(f"balance_coefficient is {balance_coefficient!r}; it must be 0 or more")
+    count = len(names) if names is not None else num_experts
+    if isinstance(count, int) and 0 < count < top_k:
+        problems.append(f"top_k is {top_k}, but there are only {count} experts")
+    if not isinstance(balance_coefficient, (int, float)) or not 0 <= balance_coefficient < math.inf:
+        problems.append(f"balance_coefficient is {balance_coefficient!r}; it must be a finite number of at least 0")
     if allow_expert_growth:
         problems.append(
             "allow_expert_growth=True needs novelty detection, which this version does not have; "
@@ -571,7 +617,7 @@ def _switch_off_dropout(base: PreTrainedModel) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
 
 

@@ -85,8 +85,16 @@ def causal_exponential_mean(
     Returns:
         fp32 [batch, seq, hidden] (zeros before the first real token), and the state after the last.
     """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _causal_exponential_mean(hidden, mask, half_life, state)
+
+
+def _causal_exponential_mean(
+    hidden: Tensor, mask: Tensor, half_life: float, state: RouterState | None
+) -> tuple[Tensor, RouterState]:
     batch, seq, width = hidden.shape
-    x_BSD = F.layer_norm(hidden.float(), (width,)) * mask[..., None]
+    # What stands on padding may be anything, also nan: it is replaced, not multiplied by zero.
+    x_BSD = F.layer_norm(hidden.float(), (width,)).masked_fill(~mask[..., None], 0.0)
     if state is None:
         state = RouterState(x_BSD.new_zeros(batch, width), x_BSD.new_zeros(batch, 1))
     total_BD, mass_B1 = state
@@ -280,7 +288,7 @@ class Router(nn.Module):
         log_p_NE = logits_BSE[tokens].log_softmax(-1)
         p_NE = log_p_NE.exp()
         mean_p_E = p_NE.sum(0) / count
-        balance = len(routing.names) * (self.shares.to(mean_p_E) * mean_p_E).sum()
+        balance = len(routing.names) * (self.shares.to(mean_p_E, copy=True) * mean_p_E).sum()
         z = (logits_BSE[tokens].logsumexp(-1) ** 2).sum() / count
         entropy = -(p_NE * log_p_NE).sum() / count
         return RouterLosses(balance, z, entropy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from .router import RouterState
 
@@ -18,6 +19,8 @@ class RouterCacheLayer:
     is_compileable = False
     is_croppable = False
     supports_early_init = False
+    is_sliding = True
+    """Transformers measures its full-attention masks at the first layer that does not slide; never at this one."""
 
     def __init__(self) -> None:
         self.keys = None
@@ -89,10 +92,16 @@ class RouterCacheLayer:
 
 
 def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
-    """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new."""
+    """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new.
+
+    Raises:
+        ValueError: for a static cache.
+    """
     for layer in reversed(cache.layers):
         if isinstance(layer, RouterCacheLayer):
             return layer
+        if isinstance(layer, StaticLayer):
+            raise ValueError("a static cache has no room for the router's memory; use a dynamic one (the default)")
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     memory = RouterCacheLayer()

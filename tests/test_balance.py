@@ -163,7 +163,7 @@ def test_evaluation_and_generation_between_steps_are_not_counted(optimizer):
             if model is disturbed:
                 model.eval()
                 with torch.no_grad():
-                    model(**whole_batch())
+                    model(input_ids=tokens(4, 40, seed=3), labels=tokens(4, 40, seed=3))
                 model.generate(input_ids=tokens(2, 5), max_new_tokens=3)
                 model.train()
         shares.append(f)

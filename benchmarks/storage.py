@@ -1,0 +1,123 @@
+"""How the experts lie in memory: what one costs, and what a decoded token costs when all are mixed.
+
+    python benchmarks/storage.py [--model smollm2-135m] [--num_experts 4 16] [--rounds 9]
+
+Three ways, on the same model, in turns, one thread, CPU time, as a ratio to the plain base:
+
+  packed   ours: each expert's matrices are views of one block per layer; nothing is copied, nothing is doubled
+  cat      separate matrices, concatenated in every call
+  cached   separate matrices and a concatenated copy that is kept: twice the memory
+
+Memory is the growth of the process per added expert (resident set), beside the bytes of its matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from speed import lora_config, randomise, real_text
+from transformers import DynamicCache
+
+from dylo_moe import DyLoRAMoE
+from dylo_moe.base import load_base
+
+PROMPT, TOKENS = 32, 12
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@torch.no_grad()
+def decode(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """CPU seconds per decoded token, batch 1, cached."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:1, :PROMPT], past_key_values=cache, use_cache=True)
+    start = time.process_time()
+    for position in range(PROMPT, PROMPT + TOKENS):
+        model(input_ids=ids[:1, position : position + 1], past_key_values=cache, use_cache=True)
+    return (time.process_time() - start) / TOKENS
+
+
+@torch.no_grad()
+def unpack(model: DyLoRAMoE) -> None:
+    """Give every matrix memory of its own."""
+    for expert in model.experts:
+        for parameter in model.experts.parameters(expert.name):
+            parameter.data = parameter.data.clone()
+
+
+def with_cached_stacks(work: Callable[[], float]) -> float:
+    """Run `work` with `torch.cat` of the same matrices answered from memory after its first call."""
+    import dylo_moe.layer as layer
+
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+    original = layer.stacked
+
+    def remembered(parts: list[torch.Tensor]) -> torch.Tensor:
+        key = tuple(part.data_ptr() for part in parts)
+        if key not in kept:
+            kept[key] = torch.cat(parts)
+        return kept[key]
+
+    layer.stacked = remembered
+    try:
+        work()
+        return work()
+    finally:
+        layer.stacked = original
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--num_experts", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    ids = real_text(arguments.model)
+    base = load_base(arguments.model, dtype=torch.float32).eval()
+    model = DyLoRAMoE.from_base(load_base(arguments.model, dtype=torch.float32), num_experts=1, lora=lora_config())
+    before, count = resident_bytes(), 0
+    print("| experts | packed | cat | cached |")
+    print("|---|---|---|---|")
+    for target in arguments.num_experts:
+        while len(model.experts) < target:
+            model.add_expert(f"more_{len(model.experts)}")
+            count += 1
+        randomise(model).eval()
+        grown = resident_bytes() - before
+        ratios: dict[str, list[float]] = {"packed": [], "cat": [], "cached": []}
+        for round_index in range(arguments.rounds + 1):
+            plain = decode(base, ids)
+            model.experts.pack()
+            found = {"packed": decode(model, ids)}
+            unpack(model)
+            found["cat"] = decode(model, ids)
+            found["cached"] = with_cached_stacks(lambda: decode(model, ids))
+            model.experts.pack()
+            if round_index > 0:
+                for name, seconds in found.items():
+                    ratios[name].append(seconds / plain)
+        cells = [f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" for values in ratios.values()]
+        print(f"| {target}, all mixed | " + " | ".join(cells) + " |", flush=True)
+        matrices = model.experts[0].parameters * 4
+        print(
+            f"memory per added expert at {target}: {grown / count / 1e6:.2f} MB resident, its matrices "
+            f"{matrices / 1e6:.2f} MB, ratio {grown / count / matrices:.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
