@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ FORMAT_VERSION = 1
 MANIFEST = "dylora.json"
 ROUTER_FILE = "router.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+EXPERT_FIELDS = {field.name for field in fields(Expert)}
 TRAINER_FILES = ("trainer_state.json", "training_args.bin")
 """Where one of these lies, the Trainer wrote the folder, and its own files may lie beside ours."""
 SAMPLES_PER_TENSOR = 16
@@ -183,6 +184,7 @@ def write_files(model: DyLoRAMoE, folder: Path) -> None:
         config.inference_mode = True
         config.base_model_name_or_path = model.base_id or None
         config.save_pretrained(str(folder / name))
+        _sort_lists(folder / name / ADAPTER_FILES[0])
         files += [f"{name}/{file}" for file in ADAPTER_FILES]
     _save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
     files.append(ROUTER_FILE)
@@ -206,12 +208,18 @@ def write_files(model: DyLoRAMoE, folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _plain(config: PeftConfig) -> dict[str, Any]:
-    """A LoRA config as JSON holds it; sets in one order, so that the same config is the same bytes."""
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+def _sort_lists(path: Path) -> None:
+    """PEFT writes sets in the order of the process; the same config should be the same bytes."""
+    values = json.loads(path.read_text(encoding="utf-8"))
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), list):
-            values[name] = sorted(values[name])
+            values[name].sort()
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _plain(config: PeftConfig) -> dict[str, Any]:
+    """A LoRA config as JSON holds it, sets in one order."""
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     return json.loads(json.dumps(values, default=str))
 
 
@@ -246,12 +254,15 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]
         files = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+        missing = [name for expert in manifest["experts"] for name in EXPERT_FIELDS - expert.keys()]
+        if missing:
+            raise KeyError(missing[0])
         experts = [Expert(**expert) for expert in manifest["experts"]]
         wanted = {f"experts/{expert.name}/{file}" for expert in experts for file in ADAPTER_FILES}
-        if not experts or len({expert.name for expert in experts}) < len(experts):
-            raise ValueError("it must list at least one expert, and each once")
-        for expert in experts:
-            check_name(expert.name)
+        if not experts:
+            raise ValueError("its experts are none; a pool has at least one")
+        for index, expert in enumerate(experts):
+            check_name(expert.name, taken=[other.name for other in experts[:index]])
         RouterConfig(**manifest["router"])
         LoraConfig(**manifest["lora"])
         float(manifest["balance_coefficient"])

@@ -136,7 +136,7 @@ class ExpertPool:
         return expert
 
     def _base_modules(self) -> Iterator[str]:
-        paths = (path for path, _ in self._model.base_model.model.named_modules())
+        paths = (path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules())
         return (path for path in paths if ".lora_" not in path)
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
@@ -249,7 +249,7 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
         ValueError: with every reason why this config cannot make a routed expert.
     """
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"lora is {config!r}; experts are made of a peft.LoraConfig")
+        raise ValueError(f"lora is {config!r}, a {type(config).__name__}; experts are made of a peft.LoraConfig")
     config = copy.deepcopy(config)
     problems = _unsupported_fields(config)
     prefix, layers = decoder_layers(base)

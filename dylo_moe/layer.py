@@ -188,6 +188,7 @@ class RoutedLayer:
     expert_shapes: tuple[ExpertShape, ...]
     expert_dropout: float
     base_layer: nn.Module
+    merged_adapters: list[str]
     training: bool
 
     def bind(self, context_slot: ContextSlot, names: Iterable[str]) -> None:

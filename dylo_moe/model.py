@@ -274,12 +274,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
 
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self._slot.begin(ForwardContext(mask))  # first, because `_end_forward` runs whatever happens
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             kind = f"{mask.dim()}-d tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
                 f"attention_mask is a {kind}; the router needs the 2-d one, [batch, tokens], to tell padding from text"
             )
-        self._slot.begin(ForwardContext(mask))
 
     def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context = self._slot.end()
@@ -295,16 +295,20 @@ class DyLoRAMoE(PeftModelForCausalLM):
         batch, seq = hidden.shape[:2]
         mask = _token_mask(context.attention_mask, batch, seq, hidden.device)
         stop = self._slot.stop_at_router
+        merged = self._pool.layers[0].merged_adapters
+        forced = merged[0] if merged else self._forced
+        if merged and self._forced not in (NotForced, forced):
+            raise ValueError(f"expert {forced!r} is merged into the base, so nothing else can be routed to; unmerge it")
         cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-        if self._forced is NotForced or stop is not None or cache is not None:
+        if forced is NotForced or stop is not None or cache is not None:
             features = self._features(hidden.detach(), mask, cache)
-        if self._forced is NotForced:
+        if forced is NotForced:
             context.routing, selected = self.router(features, mask=mask, dense=self._pool.has_nascent)
             context.dispatch = make_dispatch(
                 context.routing, selected, layouts=self._pool.layouts, dtype=self._pool.compute_dtype()
             )
         else:
-            experts = _one_per_row(self._forced, batch, expandable=self._slot.generating)
+            experts = _one_per_row(forced, batch, expandable=self._slot.generating)
             context.routing, context.dispatch = force_routing(self._pool.names, experts, mask=mask)
         if stop is not None:
             stop.update(routing=context.routing, features=features)
@@ -464,14 +468,24 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """Refused: this version does not import adapters."""
         raise ValueError("load_adapter would add an adapter without a gate row; this version does not import adapters")
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: a mixture that differs from token to token is no single weight."""
-        raise ValueError("merge_adapter cannot hold a routed mixture; use merge_and_unload(adapter_names=[one expert])")
+    def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
+        """Merge one expert into the base's weights until `unmerge_adapter`; every token then uses it.
+
+        Raises:
+            ValueError: unless `adapter_names` holds exactly one expert: a mixture that differs from token to
+                token is no single weight.
+        """
+        cast(Any, self.base_model).merge_adapter([self._only_one(adapter_names)], **kwargs)
+
+    def _only_one(self, adapter_names: list[str] | None) -> str:
+        if adapter_names is None or len(adapter_names) != 1:
+            raise ValueError(f"only one expert can be merged, named in adapter_names; got {adapter_names!r}")
+        return self._pool[adapter_names[0]].name
 
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain base again, without experts, router and hooks. This model must not be used afterwards."""
         self._remove_hooks()
-        return self.base_model.unload(*args, **kwargs)
+        return cast(Any, self.base_model).unload(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
         """The base with one expert merged into its weights.
@@ -479,10 +493,9 @@ class DyLoRAMoE(PeftModelForCausalLM):
         Raises:
             ValueError: unless `adapter_names` holds exactly one expert.
         """
-        if adapter_names is None or len(adapter_names) != 1:
-            raise ValueError(f"merge_and_unload can merge one expert, named in adapter_names; got {adapter_names!r}")
+        name = self._only_one(adapter_names)
         self._remove_hooks()
-        return self.base_model.merge_and_unload(*args, adapter_names=[self._pool[adapter_names[0]].name], **kwargs)
+        return cast(Any, self.base_model).merge_and_unload(*args, adapter_names=[name], **kwargs)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,8 @@ class Router(nn.Module):
         self.register_buffer("feature_scale", torch.full((hidden_size,), hidden_size**-0.5))
         self.register_buffer("shares", torch.zeros(0))
         self.register_buffer("step_counts", torch.zeros(0, dtype=torch.int64))
-        self._gate_version: int | None = None
+        self._seen_version: int | None = None
+        self._seen_values: Tensor | None = None
         for name in names:
             self.add_row(name)
 
@@ -173,7 +174,7 @@ class Router(nn.Module):
         count = len(self.gate)
         self.shares = torch.full((count,), 1.0 / max(count, 1), device=self.feature_mean.device)
         self.step_counts = torch.zeros(count, dtype=torch.int64, device=self.feature_mean.device)
-        self._gate_version = None
+        self._seen_values = None
 
     @torch.no_grad()
     def initialize(self, texts: Sequence[Tensor], *, seed: int) -> None:
@@ -246,19 +247,22 @@ class Router(nn.Module):
     def observe(self, routing: Routing) -> None:
         """Count this forward's selections towards the running optimizer step.
 
-        A step begins when the gate has no gradient yet, or when its parameters have changed; this needs no
-        callback, so any training loop, and any number of micro-batches, is counted right.
+        A step is over when the gate has changed; this needs no callback, so any training loop, any optimizer
+        and any number of micro-batches are counted right.
         """
-        if self._step_begins():
+        if self._has_changed():
             self._finish_step()
         self.step_counts += (routing.weights.detach() > 0).flatten(0, 1).sum(0)
 
-    def _step_begins(self) -> bool:
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+    def _has_changed(self) -> bool:
+        # Fused optimizers do not raise the versions; a step at learning rate 0 does not move the values.
+        parameters = list(self.parameters())
         version = sum(parameter._version for parameter in parameters)
-        begins = version != self._gate_version or any(parameter.grad is None for parameter in parameters)
-        self._gate_version = version
-        return begins
+        values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        same = version == self._seen_version and self._seen_values is not None
+        same = same and torch.equal(values, cast(Tensor, self._seen_values))
+        self._seen_version, self._seen_values = version, values
+        return not same
 
     def _finish_step(self) -> None:
         counts = self.step_counts
