@@ -55,6 +55,7 @@ REFUSED = {
     "config": "give --config once, on the command line",
 }
 """Flags of the Trainer that would do nothing, or something wrong, here; each with the reason."""
+NEW_RUN = "new"
 REFUSED_PREFIXES = ("hub_", "trackio_")
 
 
@@ -122,8 +123,8 @@ class DataArguments:
 class TrainArguments(TrainingArguments):
     """The Trainer's arguments, with our defaults where they differ from its own."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the run is written; must be new or empty. Default: runs/ and the time."}
+    output_dir: str = field(
+        default=NEW_RUN, metadata={"help": "Where the run is written; must be new or empty. new: runs/ and the time."}
     )
     num_train_epochs: float = field(
         default=10.0, metadata={"help": "Passes over the training rows.", "aliases": ["--num_epochs"]}
@@ -265,13 +266,13 @@ def _unknown(name: str, parser: HfArgumentParser) -> str:
     return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
 
 
-def new_output_dir(wanted: str | None) -> Path:
-    """The run's folder: the wanted one, which must be new or empty, or a new one named by the time.
+def new_output_dir(wanted: str) -> Path:
+    """The run's folder: the wanted one, which must be new or empty, or for `new` one named by the time.
 
     Raises:
         UsageError: when the wanted folder already holds something.
     """
-    if wanted is None:
+    if wanted == NEW_RUN:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = next(
             path

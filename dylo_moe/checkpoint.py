@@ -9,12 +9,12 @@ Weights are safetensors only, the base is never in it. A folder is written aside
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from .base import load_base
 from .config import RouterConfig
 from .expert import Expert, check_name
+from .frozen import base_identity, check_base, compare_base, fingerprint, unpack_samples
 
 if TYPE_CHECKING:
     from .model import DyLoRAMoE
@@ -41,83 +42,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 EXPERT_FIELDS = {field.name for field in fields(Expert)}
 TRAINER_FILES = ("trainer_state.json", "training_args.bin")
 """Where one of these lies, the Trainer wrote the folder, and its own files may lie beside ours."""
-SAMPLES_PER_TENSOR = 16
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is not whole, or not for this base; the message names every problem found."""
-
-
-def fingerprint(base: PreTrainedModel) -> dict[str, Any]:
-    """What a base is recognised by: each tensor's name and shape, and bf16-rounded samples of it.
-
-    The samples (16 per tensor, evenly spaced) are the same for one base in fp32 and in bf16, and differ
-    for another fine-tune of it.
-
-    Returns:
-        "tensors": {name: shape}, "samples": base64 of int16 bf16 patterns in the order of the names,
-        "dtype": of the first tensor, "quantized": whether samples were left out for that.
-    """
-    tensors = dict(sorted(_base_tensors(base).items()))
-    quantized = getattr(base, "hf_quantizer", None) is not None
-    patterns = [] if quantized else [_samples(tensor) for tensor in tensors.values()]
-    packed = torch.cat(patterns).numpy().tobytes() if patterns else b""
-    return {
-        "quantized": quantized,
-        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
-        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "samples": base64.b64encode(packed).decode("ascii"),
-    }
-
-
-def _base_tensors(base: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's own parameters under their own names, also when adapters are injected; tied ones once."""
-    return {
-        name.replace(".base_layer.", "."): parameter.detach()
-        for name, parameter in base.named_parameters()
-        if ".lora_" not in name
-    }
-
-
-def _samples(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).round().long()
-    return flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
-
-
-def compare_base(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
-    """The differences between the base of a checkpoint and this one; empty when it is the same."""
-    here = fingerprint(base)
-    if saved["quantized"] or here["quantized"]:
-        return []
-    problems = []
-    for name in sorted(saved["tensors"].keys() | here["tensors"].keys()):
-        ours, theirs = saved["tensors"].get(name), here["tensors"].get(name)
-        if ours is None or theirs is None:
-            problems.append(f"{name} is only in {'this base' if ours is None else 'the base it was trained on'}")
-        elif ours != theirs:
-            problems.append(f"{name} has shape {theirs}, was {ours}")
-    if problems:
-        return problems
-    patterns = [_unpacked(side) for side in (saved, here)]
-    if "float16" in (saved["dtype"], here["dtype"]):
-        # fp16 rounds a second time, which may move a bf16 value by one step, and has few bits below 6e-5.
-        ours_, theirs_ = (pattern.view(torch.bfloat16).float() for pattern in patterns)
-        differs = (ours_ - theirs_).abs() > 2.0**-7 * torch.maximum(ours_.abs(), theirs_.abs()) + 2.0**-24
-    else:
-        differs = patterns[0] != patterns[1]
-    differs = differs.view(-1, SAMPLES_PER_TENSOR).any(1)
-    names = list(saved["tensors"])
-    return [f"{names[index]} has other values" for index in differs.nonzero().flatten().tolist()]
-
-
-def _unpacked(side: dict[str, Any]) -> Tensor:
-    """The samples of a fingerprint, int16. Raises ValueError unless there are 16 for each tensor."""
-    packed = base64.b64decode(side["samples"], validate=True)
-    expected = 0 if side["quantized"] else 2 * SAMPLES_PER_TENSOR * len(side["tensors"])
-    if len(packed) != expected or not isinstance(side["dtype"], str):
-        raise ValueError(f"the base's fingerprint has {len(packed)} bytes of samples, expected {expected}")
-    return torch.frombuffer(bytearray(packed), dtype=torch.int16) if packed else torch.zeros(0, dtype=torch.int16)
 
 
 def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
@@ -268,7 +196,7 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
         float(manifest["balance_coefficient"])
         base = manifest["base"]
         base["id"], base["revision"]
-        _unpacked(base["fingerprint"])
+        unpack_samples(base["fingerprint"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
@@ -299,8 +227,6 @@ def load_checkpoint(
     cls: type[DyLoRAMoE], path: str | os.PathLike[str], base: PreTrainedModel | str | None, **kwargs: Any
 ) -> DyLoRAMoE:
     """Read the folder `path` onto a base. See `DyLoRAMoE.from_pretrained`."""
-    from .model import check_base
-
     folder = Path(path)
     manifest = read_manifest(folder, strict=not any((folder / name).is_file() for name in TRAINER_FILES))
     if base is None:
@@ -313,13 +239,23 @@ def load_checkpoint(
     elif kwargs:
         raise ValueError(f"base is already loaded, so {', '.join(sorted(kwargs))} cannot apply")
     check_base(base)
-    differences = compare_base(manifest["base"]["fingerprint"], base)
+    differences = _base_differences(manifest["base"], base)
     if differences:
         shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
         raise CheckpointError(
             f"checkpoint {folder} was trained on another base ({manifest['base']['id'] or 'unnamed'}): {shown}"
         )
     return _build(cls, folder, manifest, base)
+
+
+def _base_differences(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
+    if not saved["fingerprint"]["quantized"] and getattr(base, "hf_quantizer", None) is None:
+        return compare_base(saved["fingerprint"], base)
+    warnings.warn(
+        "a quantised base has no values to sample; it is recognised by its id and revision only", stacklevel=3
+    )
+    was, found = (saved["id"], saved["revision"]), base_identity(base)
+    return [] if was == found else [f"its id and revision are {found}, were {was}"]
 
 
 def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> DyLoRAMoE:

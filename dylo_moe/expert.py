@@ -16,7 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .layer import ROUTED_CLASSES, ContextSlot, ExpertShape, RoutedLayer, compute_dtype, pack
+from .dispatch import ContextSlot, ExpertShape
+from .frozen import decoder_layers
+from .layer import ROUTED_CLASSES, RoutedLayer, compute_dtype, pack
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED_NAMES = {"base", "default", "base_model", "lora_A", "lora_B"}
@@ -218,26 +220,6 @@ def check_name(name: object, *, taken: Any = (), modules: Iterable[str] = ()) ->
         raise ValueError(f"expert name is {name!r}, which modules of the model or of torch have; choose another name")
     if name in taken:
         raise ValueError(f"there is already an expert {name!r}; choose another name")
-
-
-def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The base's stack of decoder layers and its module name.
-
-    Raises:
-        ValueError: when the architecture has none that can be told.
-    """
-    num_layers = base.config.get_text_config().num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not found:
-        raise ValueError(
-            f"{type(base).__name__} has no stack of {num_layers} decoder layers, so there is nothing to route; "
-            "DyLoRA-MoE takes decoder-only causal language models"
-        )
-    return min(found, key=lambda item: item[0].count("."))
 
 
 def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> LoraConfig:

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base import load_base
 from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
-from .expert import Expert, ExpertPool, check_name, decoder_layers, routed_layers, routed_lora_config
-from .layer import ContextSlot, ForwardContext
+from .dispatch import ContextSlot, ForwardContext
+from .expert import Expert, ExpertPool, check_name, routed_lora_config
+from .frozen import base_identity, check_base, decoder_layers, switch_off_dropout
 from .router import Router, RouterState, Routing, causal_exponential_mean, force_routing, make_dispatch
 from .router_cache import RouterCacheLayer, router_cache_layer
 
@@ -80,13 +81,13 @@ class DyLoRAMoE(PeftModelForCausalLM):
         balance_coefficient: float,
     ) -> None:
         first, *rest = names
-        _switch_off_dropout(base)
+        switch_off_dropout(base)
         super().__init__(base, copy.deepcopy(lora), adapter_name=first)
         self._slot = ContextSlot()
         self._forced: Any = NotForced
         self.balance_coefficient = balance_coefficient
         self.router_config = router
-        self.base_id, self.base_revision = _base_identity(base)
+        self.base_id, self.base_revision = base_identity(base)
         self._num_layers = base.config.get_text_config().num_hidden_layers
         self._router_index = router.layer_index(self._num_layers)
         self._pool = ExpertPool(self, self._slot, lora)
@@ -577,18 +578,6 @@ class DyLoRAMoE(PeftModelForCausalLM):
         return load_checkpoint(cls, path, base, **kwargs)
 
 
-def check_base(base: object) -> None:
-    """Raises ValueError for what cannot be a base."""
-    if not isinstance(base, PreTrainedModel):
-        raise ValueError(f"base is a {type(base).__name__}; pass a hub id, a folder or a loaded causal language model")
-    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
-        raise ValueError(f"{type(base).__name__} is no decoder-only causal language model")
-    if next(routed_layers(base), None) is not None:
-        raise ValueError("base already carries adapters; merge or unload them, then pass the plain model")
-    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        raise ValueError("base has gradient checkpointing on; switch it on with the DyLoRAMoE model's own method")
-
-
 def _pool_problems(
     names: Any, num_experts: Any, top_k: int, balance_coefficient: Any, allow_expert_growth: bool
 ) -> list[str]:
@@ -618,20 +607,6 @@ def _pool_problems(
             "grow by hand with add_expert"
         )
     return problems
-
-
-def _base_identity(base: PreTrainedModel) -> tuple[str, str | None]:
-    return base.name_or_path or "", getattr(base.config, "_commit_hash", None)
-
-
-def _switch_off_dropout(base: PreTrainedModel) -> None:
-    """The base's own dropout, as a module or as the number that attention reads, becomes 0."""
-    for module in base.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
 
 
 def _token_mask(attention_mask: Tensor | None, batch: int, seq: int, device: torch.device) -> Tensor:

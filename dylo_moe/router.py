@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .clusters import kmeans
 from .config import RouterConfig
-from .layer import Dispatch, ExpertShape, Segment, dense_is_quicker, plan_sparse
+from .dispatch import Dispatch, ExpertShape, Segment, dense_is_quicker, plan_sparse
 
 CHUNK = 128
 """Tokens per chunk of the causal mean; bounds its working memory at B x CHUNK x CHUNK."""

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DummyLayer, StaticLayer
 
 from .router import RouterState
 
 
-class RouterCacheLayer:
-    """Holds a `RouterState` for each row, and how many tokens it has seen."""
+class RouterCacheLayer(DummyLayer):
+    """Holds a `RouterState` for each row, and how many tokens it has seen.
+
+    To Transformers it is one of the layers that hold no keys and values, and it is passed over as those are.
+    """
 
     is_compileable = False
     is_croppable = False
-    supports_early_init = False
-    is_sliding = True
-    """Transformers measures its full-attention masks at the first layer that does not slide; never at this one."""
 
     def __init__(self) -> None:
-        self.keys = None
-        self.values = None
-        self.is_initialized = True
+        super().__init__()
         self.state: RouterState | None = None
         self.num_tokens = 0
 
@@ -73,23 +71,6 @@ class RouterCacheLayer:
         if tokens_to_remove:
             raise ValueError("a routed model's cache cannot be cropped: the router's running mean cannot be unsummed")
 
-    def offload(self) -> None:
-        """Stays where it is; it is one vector a row."""
-
-    def prefetch(self) -> None:
-        """Never went away."""
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding counted."""
-        return self.num_tokens
-
-    def get_max_length(self) -> int:
-        """-1: unbounded."""
-        return -1
-
-    def lazy_initialization(self, *args: Tensor) -> None:
-        """Nothing to allocate."""
-
 
 def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
     """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new.
@@ -105,5 +86,5 @@ def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     memory = RouterCacheLayer()
-    cache.layers.append(memory)  # type: ignore[arg-type]
+    cache.layers.append(memory)
     return memory

@@ -10,7 +10,9 @@ import dylo_moe
 ORDER = [
     "config",
     "base",
+    "frozen",
     "clusters",
+    "dispatch",
     "layer",
     "router",
     "router_cache",

@@ -183,6 +183,19 @@ def test_a_saved_model_goes_on_with_the_shares_of_its_last_step(optimizer, tmp_p
         torch.testing.assert_close(shares, used / used.sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_counting_goes_on_when_the_model_is_converted_or_grows_between_steps(dtype):
+    model = tiny_moe("llama", num_experts=4, balance_coefficient=0.5).train()
+    used, _ = step(model, OPTIMIZERS["sgd"]([p for p in model.parameters() if p.requires_grad]), [8])
+    model.to(dtype)
+    _, shares = step(model, OPTIMIZERS["sgd"]([p for p in model.parameters() if p.requires_grad]), [3, 5])
+    torch.testing.assert_close(shares.double(), (used / used.sum()).double(), rtol=0.01, atol=0)
+    model.add_expert("new")
+    model.mature("new")
+    _, shares = step(model, OPTIMIZERS["sgd"]([p for p in model.parameters() if p.requires_grad]), [8])
+    torch.testing.assert_close(shares, torch.full_like(shares, 0.2))
+
+
 def test_the_balance_loss_pushes_towards_equal_use():
     """Descent on it alone: the share of the busiest expert falls."""
     model = tiny_moe("llama", num_experts=4, balance_coefficient=1.0).train()

@@ -283,14 +283,16 @@ def test_a_cache_that_the_router_did_not_see_from_its_start_is_refused():
     torch.testing.assert_close(model(input_ids=ids, past_key_values=ours).logits, fresh.logits)
 
 
-def test_a_cache_without_config_works_for_a_router_at_any_layer():
-    for router_layer in ("embeddings", 1):
-        model, ids = tiny_moe("llama", router_layer=router_layer), tokens(1, 9)
-        cache, expected = DynamicCache(), model(input_ids=ids)
-        model(input_ids=ids[:, :4], past_key_values=cache)
-        out = model(input_ids=ids[:, 4:], past_key_values=cache)
-        torch.testing.assert_close(out.logits, expected.logits[:, 4:], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(out.routing.weights, expected.routing.weights[:, 4:])
+@pytest.mark.parametrize("router_layer", ["embeddings", 1])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_a_cache_without_config_works_for_a_router_at_any_layer(family, router_layer):
+    """Its layers do not say that they slide, also where the base's attention does."""
+    model, ids = tiny_moe(family, router_layer=router_layer), tokens(1, 9)
+    cache, expected = DynamicCache(), model(input_ids=ids)
+    for start, stop in ((0, 4), (4, 6), (6, 9)):
+        out = model(input_ids=ids[:, start:stop], past_key_values=cache)
+        torch.testing.assert_close(out.logits, expected.logits[:, start:stop], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.routing.weights, expected.routing.weights[:, start:stop])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -10,7 +10,8 @@ from reference.tiny import force_path
 from torch import nn
 
 from dylo_moe import layer as layer_module
-from dylo_moe.layer import ContextSlot, ForwardContext, RoutedLinear, compute_dtype, pack
+from dylo_moe.dispatch import ContextSlot, ForwardContext
+from dylo_moe.layer import RoutedLinear, compute_dtype, pack
 from dylo_moe.router import Routing, force_routing, make_dispatch, select_top_k
 
 NAMES = ("a", "b", "c", "d")

@@ -296,7 +296,16 @@ def test_an_earlier_run_is_never_overwritten(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("{}")
     with pytest.raises(UsageError, match="is not empty"):
         new_output_dir(str(tmp_path / "run"))
-    assert new_output_dir(str(tmp_path / "new")).is_dir()
+    assert new_output_dir(str(tmp_path / "other")).is_dir()
+
+
+def test_runs_without_a_name_get_folders_of_their_own(tmp_path, monkeypatch):
+    """A second quickstart must not stumble over the first; the Trainer's own default is one folder for all."""
+    monkeypatch.chdir(tmp_path)
+    wanted = parse_train(["--use_cpu", "true"]).train.output_dir
+    folders = [new_output_dir(wanted) for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert {folder.parent.name for folder in folders} == {"runs"}
 
 
 def test_a_users_mistake_is_one_line_and_status_2(tmp_path, capsys):
