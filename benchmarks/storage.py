@@ -63,10 +63,10 @@ def with_cached_stacks(work: Callable[[], float]) -> float:
     kept: dict[tuple[int, ...], torch.Tensor] = {}
     original = layer.stacked
 
-    def remembered(parts: list[torch.Tensor]) -> torch.Tensor:
-        key = tuple(part.data_ptr() for part in parts)
+    def remembered(weights: list[torch.Tensor], *, transposed: bool = False) -> torch.Tensor:
+        key = tuple(weight.data_ptr() for weight in weights)
         if key not in kept:
-            kept[key] = torch.cat(parts)
+            kept[key] = torch.cat([weight.t() if transposed else weight for weight in weights])
         return kept[key]
 
     layer.stacked = remembered

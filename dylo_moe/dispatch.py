@@ -103,10 +103,15 @@ class ForwardContext:
     """What one forward of the model knows about itself; it lives exactly as long as that forward.
 
     Gradient checkpointing holds on to it and puts it back while it recomputes.
+
+    Args:
+        attention_mask: [batch, tokens] as the forward was given it.
+        forced: what `route_to` asked for when the forward began, in `DyLoRAMoE`'s terms.
     """
 
-    def __init__(self, attention_mask: Tensor | None) -> None:
+    def __init__(self, attention_mask: Tensor | None = None, forced: Any = None) -> None:
         self.attention_mask = attention_mask
+        self.forced = forced
         self.routing: Any = None
         self.dispatch: Dispatch | None = None
         self.outer: ForwardContext | None = None

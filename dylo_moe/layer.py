@@ -83,9 +83,13 @@ class RoutedLayer:
             x_TD = self._cast_input_dtype(x_TD, dtype)  # type: ignore[attr-defined]
         if self.training and self.expert_dropout > 0:
             x_TD = F.dropout(x_TD, self.expert_dropout)
-        mix = mix_dense if dispatch.segments is None else mix_sparse
         result_TO = result.reshape(-1, result.shape[-1])
-        return mix(x_TD, result_TO, adapters=self.adapters, dispatch=dispatch).view_as(result)
+        if dispatch.segments is None:
+            weights_TR = dispatch.column_weights[self.expert_shapes]
+            mixed_TO = mix_dense(x_TD, result_TO, adapters=self.adapters, weights_TR=weights_TR)
+        else:
+            mixed_TO = mix_sparse(x_TD, result_TO, adapters=self.adapters, dispatch=dispatch)
+        return mixed_TO.view_as(result)
 
 
 class RoutedLinear(RoutedLayer, lora.Linear):
@@ -96,13 +100,15 @@ ROUTED_CLASSES: dict[type, type] = {lora.Linear: RoutedLinear}
 """The routed class of each PEFT layer class. At module level, so that models pickle."""
 
 
-def mix_dense(x_TD: Tensor, result_TO: Tensor, *, adapters: dict[str, Adapter], dispatch: Dispatch) -> Tensor:
-    """result + ((x A^T) * weights) B over all experts at once: two products for any number of experts."""
+def mix_dense(x_TD: Tensor, result_TO: Tensor, *, adapters: dict[str, Adapter], weights_TR: Tensor) -> Tensor:
+    """result + ((x A^T) * weights) B over all experts at once: two products for any number of experts.
+
+    Args:
+        weights_TR: w_e s_e for each of the stacked rank columns.
+    """
     a_RD = stacked([adapter.down.weight for adapter in adapters.values()])
-    b_RO = stacked([adapter.up.weight.t() for adapter in adapters.values()])
-    shapes = tuple(adapter.shape for adapter in adapters.values())
-    hidden_TR = F.linear(x_TD, a_RD) * dispatch.column_weights[shapes]
-    return _add_product(result_TO, hidden_TR, b_RO, scaling=1.0)
+    b_RO = stacked([adapter.up.weight for adapter in adapters.values()], transposed=True)
+    return _add_product(result_TO, F.linear(x_TD, a_RD) * weights_TR, b_RO, scaling=1.0)
 
 
 def mix_sparse(x_TD: Tensor, result_TO: Tensor, *, adapters: dict[str, Adapter], dispatch: Dispatch) -> Tensor:
@@ -155,42 +161,53 @@ class _StackedView(torch.autograd.Function):
     """The concatenation of parameters that already lie behind one another, without copying a byte."""
 
     @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        ctx.lengths = [part.shape[0] for part in parts]
-        first = parts[0].detach()
-        return first.as_strided((sum(ctx.lengths), first.shape[1]), (first.shape[1], 1))
+    def forward(ctx: Any, transposed: bool, *weights: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        ctx.lengths = [weight.shape[1 if transposed else 0] for weight in weights]
+        return _view(weights, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pieces = grads[0].split(ctx.lengths)
-        return tuple(piece if wanted else None for piece, wanted in zip(pieces, ctx.needs_input_grad, strict=True))
+        pieces = [piece.t() if ctx.transposed else piece for piece in grads[0].split(ctx.lengths)]
+        wanted = ctx.needs_input_grad[1:]
+        return None, *(piece if want else None for piece, want in zip(pieces, wanted, strict=True))
 
 
-def stacked(parts: list[Tensor]) -> Tensor:
-    """The [r_e, D] matrices of a layer's experts as one [R, D] matrix.
+def stacked(weights: Sequence[Tensor], *, transposed: bool = False) -> Tensor:
+    """The matrices of a layer's experts as one: A's [r_e, D] as [R, D], or, `transposed`, B's [O, r_e] as [R, O].
 
     Free of copies when `pack` has laid them behind one another; otherwise (sharded, moved one by one,
     or being compiled) `torch.cat`, so that correctness never rests on the layout.
     """
-    if len(parts) == 1:
-        return parts[0]
-    if torch.compiler.is_compiling() or not _adjacent(parts):
-        return torch.cat(parts)
-    return _StackedView.apply(*parts)
+    if len(weights) == 1:
+        return weights[0].t() if transposed else weights[0]
+    if torch.compiler.is_compiling() or not _adjacent(weights, transposed):
+        return torch.cat([weight.t() if transposed else weight for weight in weights])
+    if torch.is_grad_enabled():
+        return _StackedView.apply(transposed, *weights)
+    return _view(weights, transposed)
 
 
-def _adjacent(parts: list[Tensor]) -> bool:
-    if type(parts[0]) not in (Tensor, nn.Parameter):
+def _view(weights: Sequence[Tensor], transposed: bool) -> Tensor:
+    first = weights[0].detach()
+    width = first.shape[0 if transposed else 1]
+    length = sum(weight.shape[1 if transposed else 0] for weight in weights)
+    return first.as_strided((length, width), (width, 1))
+
+
+def _adjacent(weights: Sequence[Tensor], transposed: bool) -> bool:
+    """Whether the matrices, `transposed` ones by their columns, are one block of the first one's storage."""
+    first = weights[0]
+    if type(first) not in (Tensor, nn.Parameter):
         return False
-    storage = parts[0].untyped_storage().data_ptr()
-    expected = parts[0].data_ptr()
-    for part in parts:
-        if part.data_ptr() != expected or not part.is_contiguous():
+    strides = (1, first.shape[0]) if transposed else (first.shape[1], 1)
+    start = expected = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != expected or weight.stride() != strides or weight.dtype != first.dtype:
             return False
-        if part.untyped_storage().data_ptr() != storage:
-            return False
-        expected += part.numel() * part.element_size()
-    return True
+        expected += weight.nbytes
+    storage = first.untyped_storage()
+    return expected <= storage.data_ptr() + storage.nbytes() and start >= storage.data_ptr()
 
 
 @torch.no_grad()
@@ -206,10 +223,10 @@ def pack(layer: RoutedLayer) -> None:
             continue
         if len({(weight.dtype, weight.device) for weight in weights}) > 1:
             continue
-        rows = [weight.t() if transposed else weight for weight in weights]
-        whole = sum(row.numel() * row.element_size() for row in rows)
-        if weights[0].is_meta or (_adjacent(rows) and rows[0].untyped_storage().nbytes() == whole):
+        whole = sum(weight.nbytes for weight in weights)
+        if weights[0].is_meta or (_adjacent(weights, transposed) and weights[0].untyped_storage().nbytes() == whole):
             continue
+        rows = [weight.t() if transposed else weight for weight in weights]
         block_RD = torch.cat(rows)
         for weight, part in zip(weights, block_RD.split([row.shape[0] for row in rows]), strict=True):
             weight.data = part.t() if transposed else part

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .base import load_base
 from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
@@ -275,7 +276,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
 
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._slot.begin(ForwardContext(mask))  # first, because `_end_forward` runs whatever happens
+        self._slot.begin(ForwardContext(mask, self._forced))  # first, because `_end_forward` runs whatever happens
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             kind = f"{mask.dim()}-d tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -284,7 +285,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
 
     def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context = self._slot.end()
-        if context is not None and output is not None:
+        if isinstance(output, ModelOutput):
             output.routing = context.routing
 
     def _route_tokens(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -297,8 +298,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         mask = _token_mask(context.attention_mask, batch, seq, hidden.device)
         stop = self._slot.stop_at_router
         merged = self._pool.layers[0].merged_adapters
-        forced = merged[0] if merged else self._forced
-        if merged and self._forced not in (NotForced, forced):
+        forced = merged[0] if merged else context.forced
+        if merged and context.forced not in (NotForced, forced):
             raise ValueError(f"expert {forced!r} is merged into the base, so nothing else can be routed to; unmerge it")
         cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
         if forced is NotForced or stop is not None or cache is not None:
@@ -399,7 +400,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`, cached, with every row and every token routed on its own.
 
-        With `return_dict_in_generate=True` the result also has `.routing`, of every token of `sequences`.
+        With `return_dict_in_generate=True` and a prompt of ids, the result also has `.routing`, of every token
+        of `sequences`.
         """
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if inputs is not None and kwargs.get("attention_mask") is None:

@@ -1,11 +1,14 @@
 """Imports go one way: a module may read only those before it in DESIGN.md's list."""
 
 import ast
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 import dylo_moe
+from dylo_moe.arguments import DataArguments, ModelArguments, build_parser
 
 ORDER = [
     "config",
@@ -112,3 +115,31 @@ def test_the_reader_of_imports_sees_them(monkeypatch, tmp_path):
         ("checkpoint", False),
     }
     assert set(imports(tmp_path / "data" / "formats.py")) == {("config", True)}
+
+
+def test_the_readme_names_every_file_and_no_other():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    tree = readme.split("## The tree")[1].split("## ")[0]
+    named = set(re.findall(r"^  (\w+)(?:\.py|/) ", tree, re.MULTILINE))
+    assert named == {noun(path) for path in sources()} - {"__init__"}
+    for folder, files in re.findall(r"^(\w+)/ +(.*)$", tree, re.MULTILINE):
+        for file in re.findall(r"[\w]+\.(?:py|md|yaml)", files):
+            assert (PACKAGE.parent / folder / file).is_file(), f"{folder}/{file}"
+
+
+def test_the_readme_shows_the_flags_of_the_command_with_their_defaults():
+    """Ours, all of them; a default that is one value is compared."""
+    table = re.findall(r"^\| (`--.*?`) \| (.*?) \| .* \|$", (PACKAGE.parent / "README.md").read_text(), re.MULTILINE)
+    shown = {}
+    for flags, defaults in table:
+        names = re.findall(r"--(\w+)", flags)
+        values = [value.strip().strip("`") for value in defaults.split(",")]
+        shown |= dict(zip(names, values, strict=False))
+    ours = [field for kind in (ModelArguments, DataArguments) for field in dataclasses.fields(kind)]
+    assert {field.name for field in ours} <= shown.keys()
+    known = {option.lstrip("-") for action in build_parser("x")._actions for option in action.option_strings}
+    assert shown.keys() - {"config"} <= known
+    for field in ours:
+        if field.default is not dataclasses.MISSING:
+            value = shown[field.name]
+            assert str(field.default) == value or float(field.default) == float(value), field.name

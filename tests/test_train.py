@@ -134,6 +134,33 @@ def test_a_run_leaves_nothing_pickled(finished_run):
         DyLoRAMoE.from_pretrained(saved)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--bf16", "true"],
+        ["--gradient_checkpointing", "true", "--gradient_accumulation_steps", "2"],
+        ["--router_layer", "1", "--top_k", "2", "--lora_targets", "q_proj,down_proj"],
+        ["--router_layer", "0.5", "--z_loss_coefficient", "0.01", "--entropy_coefficient", "0.1"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_flags_reach_the_model(tiny_folder, tmp_path, more):
+    """What was asked for is what the checkpoint holds, it trained, and the base it stands on is the same."""
+    run(parse_train(flags(tiny_folder, tmp_path / "out", "--num_epochs", "1", *more)))
+    arguments = parse_train(flags(tiny_folder, tmp_path / "out", *more))
+    model = DyLoRAMoE.from_pretrained(tmp_path / "out" / "checkpoint")
+    assert str(model.router_config.router_layer) == arguments.model.router_layer
+    assert model.router_config.top_k == arguments.model.top_k
+    assert model.router_config.z_loss_coefficient == arguments.model.z_loss_coefficient
+    adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "adapters")}
+    if "--lora_targets" in more:
+        assert adapted == {"q_proj", "down_proj"}
+    else:
+        assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    for expert in model.experts:
+        assert any(bool(parameter.any()) for parameter in list(model.experts.parameters(expert.name))[1::2])
+
+
 def trainer_for(model: DyLoRAMoE, tmp_path: Path, *, batch: int, accumulate: int) -> DyLoRATrainer:
     rows = []
     for index, length in enumerate((5, 30, 12, 3, 21, 8, 17, 40)):
