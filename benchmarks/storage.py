@@ -8,7 +8,8 @@ Three ways, on the same model, in turns, one thread, CPU time, as a ratio to the
   cat      separate matrices, concatenated in every call
   cached   separate matrices and a concatenated copy that is kept: twice the memory
 
-Memory is the growth of the process per added expert (resident set), beside the bytes of its matrices.
+Memory is what each expert adds to a fresh process, beside the bytes of its matrices: held, as tensors and
+Python objects; and resident, which also counts what the allocator keeps of memory that was given back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import argparse
 import gc
 import os
 import statistics
+import subprocess
+import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import torch
@@ -35,6 +39,29 @@ def resident_bytes() -> int:
     gc.collect()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_after(model_name: str, num_experts: int, how: str) -> list[int]:
+    """Resident and held bytes of a fresh process that has the base and so many experts."""
+    words = [sys.executable, __file__, "--model", model_name, "--hold", str(num_experts), how]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
+    return [int(word) for word in output[-2:]]
+
+
+def hold(model_name: str, num_experts: int, how: str) -> None:
+    """What `memory_after` runs: make the experts; print the resident set, and tensors plus Python objects."""
+    base = load_base(model_name, dtype=torch.float32)
+    tracemalloc.start()
+    model = DyLoRAMoE.from_base(base, num_experts=num_experts if how == "at once" else 1, lora=lora_config())
+    while len(model.experts) < num_experts:
+        model.add_expert(f"more_{len(model.experts)}")
+    gc.collect()
+    objects = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    storages = {
+        storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, model.parameters())
+    }
+    print(resident_bytes(), sum(storages.values()) + objects)
 
 
 @torch.no_grad()
@@ -82,21 +109,21 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--num_experts", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--hold", nargs=2, metavar=("N", "HOW"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.hold:
+        return hold(arguments.model, int(arguments.hold[0]), arguments.hold[1])
     torch.manual_seed(0)
     torch.set_num_threads(1)
     ids = real_text(arguments.model)
     base = load_base(arguments.model, dtype=torch.float32).eval()
     model = DyLoRAMoE.from_base(load_base(arguments.model, dtype=torch.float32), num_experts=1, lora=lora_config())
-    before, count = resident_bytes(), 0
     print("| experts | packed | cat | cached |")
     print("|---|---|---|---|")
     for target in arguments.num_experts:
         while len(model.experts) < target:
             model.add_expert(f"more_{len(model.experts)}")
-            count += 1
         randomise(model).eval()
-        grown = resident_bytes() - before
         ratios: dict[str, list[float]] = {"packed": [], "cat": [], "cached": []}
         for round_index in range(arguments.rounds + 1):
             plain = decode(base, ids)
@@ -111,10 +138,14 @@ def main() -> None:
                     ratios[name].append(seconds / plain)
         cells = [f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" for values in ratios.values()]
         print(f"| {target}, all mixed | " + " | ".join(cells) + " |", flush=True)
-        matrices = model.experts[0].parameters * 4
+    count = max(arguments.num_experts)
+    matrices = model.experts[0].parameters * 4 / 1e6
+    for how in ("at once", "one by one"):
+        one, many = (memory_after(arguments.model, number, how) for number in (1, count))
+        resident, held = ((after - before) / (count - 1) / 1e6 for before, after in zip(one, many, strict=True))
         print(
-            f"memory per added expert at {target}: {grown / count / 1e6:.2f} MB resident, its matrices "
-            f"{matrices / 1e6:.2f} MB, ratio {grown / count / matrices:.3f}",
+            f"memory per expert, {count} made {how}: matrices {matrices:.2f} MB; held (matrices and Python objects) "
+            f"{held:.2f} MB, ratio {held / matrices:.3f}; resident {resident:.2f} MB, ratio {resident / matrices:.3f}",
             flush=True,
         )
 

@@ -280,8 +280,10 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
         configs[entry["name"]].inference_mode = False
         model.experts.add(entry["name"], configs[entry["name"]], mature=entry["mature"], skill=entry["skill"])
         model.router.add_row(entry["name"])
+    model.experts.pack()
     for entry in entries:
         _load_expert(model, entry, states[entry["name"]], folder)
+    model.experts.pack()
     _load_router(model, router_state, folder)
     model.base_id, model.base_revision = manifest["base"]["id"], manifest["base"]["revision"]
     return model.eval()

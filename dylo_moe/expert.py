@@ -129,24 +129,23 @@ class ExpertPool:
         return self._experts[name]
 
     def add(self, name: str, config: LoraConfig, *, mature: bool, skill: str | None = None) -> Expert:
-        """Inject a fresh adapter and take it into the pool, as its last expert."""
+        """Inject a fresh adapter and take it into the pool, as its last expert.
+
+        It has no memory before `pack`, so that adding many at once allocates each layer's block once.
+        """
         check_name(name, taken=self._experts, modules=self._base_modules())
-        dtype = next(self.parameters(self.names[0])).dtype
-        PeftModel.add_adapter(self._model, name, config)
-        expert = self.register(name, mature=mature, skill=skill)
-        self.cast(name, dtype)
-        return expert
+        PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
+        return self.register(name, mature=mature, skill=skill)
 
     def _base_modules(self) -> Iterator[str]:
         paths = (path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules())
         return (path for path in paths if ".lora_" not in path)
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
-        """Bring an expert's matrices to a dtype; PEFT makes new ones fp32, whatever the others are."""
+        """Bring an expert's matrices to a dtype; to be packed again."""
         for parameter in self.parameters(name):
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
-        self.pack()
 
     def remove(self, name: str) -> None:
         """Delete an expert's adapter. The last one of a pool cannot be removed."""
@@ -155,6 +154,7 @@ class ExpertPool:
         del self._experts[self[name].name]
         PeftModel.delete_adapter(self._model, name)
         self.refresh()
+        self.pack()
 
     def refresh(self) -> None:
         """After any change of the adapters: routed classes, shapes, storage and trainability."""
@@ -164,7 +164,6 @@ class ExpertPool:
             if routed is not None:
                 layer.__class__ = routed
             layer.bind(self._slot, self._experts)
-            pack(layer)
         self.layers = tuple(layers)
         self.layouts = frozenset(layer.expert_shapes for layer in layers)
         for expert in self:
@@ -191,9 +190,12 @@ class ExpertPool:
                 yield cast(nn.Parameter, layer.adapters[name].up.weight)
 
     def pack(self) -> None:
-        """Lay each layer's experts behind one another in memory again, after they were moved."""
+        """Lay each layer's experts behind one another in memory, after some were added, removed or moved."""
         for layer in self.layers:
-            pack(layer)
+            for name in pack(layer):
+                config = cast(LoraConfig, self._model.peft_config[name])
+                cast(Any, layer).reset_lora_parameters(name, config.init_lora_weights)
+        self.apply_trainable()
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -211,25 +211,38 @@ def _adjacent(weights: Sequence[Tensor], transposed: bool) -> bool:
 
 
 @torch.no_grad()
-def pack(layer: RoutedLayer) -> None:
+def pack(layer: RoutedLayer) -> list[str]:
     """Lay the experts of one routed linear behind one another in memory, each matrix a view of one block.
 
     A's rows and B's columns: both products of the dense path then need no copy, and an expert costs no
-    more memory than its own matrices. Values, names and identities of the parameters stay as they are.
+    more memory than its own matrices. Values, names and identities of the parameters stay as they are; those
+    still on the meta device get their memory here, in the dtype of the others.
+
+    Returns:
+        The experts that were on the meta device: their values are still to be set.
     """
+    fresh = [name for name, adapter in layer.adapters.items() if adapter.down.weight.is_meta]
     for transposed in (False, True):
-        weights = [adapter.up.weight if transposed else adapter.down.weight for adapter in layer.adapters.values()]
-        if not weights or any(type(weight) is not nn.Parameter for weight in weights):
+        modules = [adapter.up if transposed else adapter.down for adapter in layer.adapters.values()]
+        weights = [module.weight for module in modules]
+        real = [weight for weight in weights if not weight.is_meta]
+        if not real or any(type(weight) is not nn.Parameter for weight in weights):
             continue
-        if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        if len({(weight.dtype, weight.device) for weight in real}) > 1:
             continue
-        whole = sum(weight.nbytes for weight in weights)
-        if weights[0].is_meta or (_adjacent(weights, transposed) and weights[0].untyped_storage().nbytes() == whole):
+        whole = sum(weight.numel() for weight in weights) * real[0].element_size()
+        if not fresh and _adjacent(weights, transposed) and weights[0].untyped_storage().nbytes() == whole:
             continue
         rows = [weight.t() if transposed else weight for weight in weights]
-        block_RD = torch.cat(rows)
-        for weight, part in zip(weights, block_RD.split([row.shape[0] for row in rows]), strict=True):
-            weight.data = part.t() if transposed else part
+        block_RD = real[0].new_empty(sum(row.shape[0] for row in rows), rows[0].shape[1])
+        for module, row, part in zip(modules, rows, block_RD.split([row.shape[0] for row in rows]), strict=True):
+            view = part.t() if transposed else part
+            if row.is_meta:
+                module.weight = nn.Parameter(view, requires_grad=module.weight.requires_grad)
+            else:
+                part.copy_(row)
+                module.weight.data = view
+    return fresh
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

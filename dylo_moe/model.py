@@ -95,6 +95,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         self._pool.register(first, mature=True)
         for name in rest:
             self._pool.add(name, self._pool.config_for(None), mature=True)
+        self._pool.pack()
         hidden_size = base.config.get_text_config().hidden_size
         self.router = Router(router, hidden_size=hidden_size, names=names).to(self.device)
         self._install_hooks()
@@ -162,6 +163,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
             skill: what it is for; kept in the checkpoint.
         """
         expert = self._pool.add(name, self._pool.config_for(rank), mature=False, skill=skill)
+        self._pool.pack()
         self.router.add_row(name)
         return expert
 
