@@ -176,10 +176,8 @@ def finish(
 
 
 def command() -> str:
-    """How the reader can call us: by name where it is on the path, else by the path that was typed."""
-    if shutil.which("dylora"):
+    """How the reader can call this very installation: by name where that finds it, else by its path."""
+    beside, found = Path(sys.executable).with_name("dylora"), shutil.which("dylora")
+    if found and Path(found).resolve() == beside.resolve():
         return "dylora"
-    beside = Path(sys.executable).with_name("dylora")
-    if not beside.exists():
-        return f"{sys.executable} -m dylo_moe.cli"
-    return os.path.relpath(beside)
+    return os.path.relpath(beside) if beside.exists() else f"{sys.executable} -m dylo_moe.cli"
