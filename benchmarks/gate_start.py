@@ -13,7 +13,7 @@ import tempfile
 
 import torch
 from peft import LoraConfig
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base import load_base, load_tokenizer
@@ -49,6 +49,7 @@ def train(start: str, seed: int, steps: int) -> list[tuple[str, float, float]]:
             data_collator=collator,
             domains=data.names,
         )
+        trainer.remove_callback(PrinterCallback)
         set_seed(seed)
         trainer.train()
         trainer.evaluate()
