@@ -117,7 +117,8 @@ class ExpertPool:
                     f"rank {rank} cannot apply: the pool's rank_pattern or alpha_pattern sets them by layer"
                 )
             ratio = (rank / config.r) ** (0.5 if config.use_rslora else 1.0)
-            config.lora_alpha = config.lora_alpha * ratio
+            alpha = config.lora_alpha * ratio
+            config.lora_alpha = int(alpha) if float(alpha).is_integer() else alpha
             config.r = rank
         return config
 
@@ -246,8 +247,6 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         config.target_modules = sorted({name.rsplit(".", 1)[1] for name in inside})
-        if router_index == 0 and config.layers_to_transform is None:
-            config.layers_pattern = None
     if router_index > 0 and config.layers_to_transform is None and not isinstance(config.target_modules, str):
         config.layers_to_transform = list(range(router_index, len(layers)))
         config.layers_pattern = prefix.rsplit(".", 1)[-1]
