@@ -284,6 +284,7 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
     for entry in entries:
         _load_expert(model, entry, states[entry["name"]], folder)
     model.experts.pack()
+    model.apply_trainable()
     _load_router(model, router_state, folder)
     model.base_id, model.base_revision = manifest["base"]["id"], manifest["base"]["revision"]
     return model.eval()
@@ -298,7 +299,6 @@ def _load_expert(model: DyLoRAMoE, entry: dict[str, Any], state: dict[str, Tenso
     set_peft_model_state_dict(model, state, adapter_name=name)
     expert = model.experts[name]
     expert.mature, expert.skill, expert.trainable = entry["mature"], entry["skill"], entry["trainable"]
-    (model.unfreeze if expert.trainable else model.freeze)(name)
 
 
 def _load_router(model: DyLoRAMoE, state: dict[str, Tensor], folder: Path) -> None:
@@ -326,4 +326,4 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-__all__ = ["CheckpointError", "compare_base", "fingerprint", "load_checkpoint", "read_manifest", "save_checkpoint"]
+__all__ = ["CheckpointError", "load_checkpoint", "read_manifest", "save_checkpoint"]

@@ -158,7 +158,7 @@ class ExpertPool:
         self.pack()
 
     def refresh(self) -> None:
-        """After any change of the adapters: routed classes, shapes, storage and trainability."""
+        """After any change of the adapters: routed classes, shapes and trainability; `pack` follows for the storage."""
         layers = [layer for _, layer in routed_layers(self._model)]
         for layer in layers:
             routed = ROUTED_CLASSES.get(type(layer))
@@ -196,7 +196,6 @@ class ExpertPool:
             for name in pack(layer):
                 config = cast(LoraConfig, self._model.peft_config[name])
                 cast(Any, layer).reset_lora_parameters(name, config.init_lora_weights)
-        self.apply_trainable()
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -251,7 +250,6 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
         config.layers_to_transform = list(range(router_index, len(layers)))
         config.layers_pattern = prefix.rsplit(".", 1)[-1]
     targeted = [name for name, _ in base.named_modules() if name and check_target_module_exists(config, name)]
-    config.target_modules = _as_found(config.target_modules)
     outside = [name for name in targeted if name not in inside]
     below = [name for name in targeted if inside.get(name, router_index) < router_index]
     if outside:
@@ -289,10 +287,6 @@ def _unsupported_fields(config: LoraConfig) -> list[str]:
             "'gaussian', because the others rewrite the base's weights or need a plain LoRA layer"
         )
     return problems
-
-
-def _as_found(targets: Any) -> Any:
-    return set(targets) if isinstance(targets, (list, tuple, set)) else targets
 
 
 def _some(names: list[str]) -> str:

@@ -175,7 +175,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """Delete an expert and its gate row; the others stay bit for bit."""
         self._pool.remove(name)
         self.router.remove_row(name)
-        self._apply_trainable()
+        self.apply_trainable()
 
     def freeze(self, *names: str) -> None:
         """Stop training these experts and their gate rows. `unfreeze` undoes it."""
@@ -188,9 +188,10 @@ class DyLoRAMoE(PeftModelForCausalLM):
     def _set_trainable(self, names: Sequence[str], trainable: bool) -> None:
         for expert in [self._pool[name] for name in names]:
             expert.trainable = trainable
-        self._apply_trainable()
+        self.apply_trainable()
 
-    def _apply_trainable(self) -> None:
+    def apply_trainable(self) -> None:
+        """Put each expert's `trainable` onto its adapter and its gate row; PEFT resets it in many of its methods."""
         self._pool.apply_trainable()
         for expert in self._pool:
             self.router.gate[expert.name].requires_grad_(expert.trainable)
