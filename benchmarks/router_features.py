@@ -25,7 +25,7 @@ from torch import Tensor
 from dylo_moe.base import load_base, load_tokenizer
 from dylo_moe.data.formats import encode, text_format
 from dylo_moe.data.sources import Example, read_source
-from dylo_moe.router import causal_exponential_mean
+from dylo_moe.features import causal_exponential_mean
 
 KINDS = ("python_functions", "cpp_headers", "english_reference", "cmake")
 TASKS = ("write", "explain")

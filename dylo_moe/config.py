@@ -10,6 +10,9 @@ import math
 from dataclasses import dataclass
 
 EMBEDDINGS = "embeddings"
+FINAL = "final"
+TOKEN = "token"
+SEQUENCE = "sequence"
 
 NUM_EXPERTS = 4
 LORA_R = 16
@@ -31,7 +34,12 @@ class RouterConfig:
 
     router_layer: str | int | float = EMBEDDINGS
     """Where the router reads: "embeddings", a layer's index (the hidden states entering that layer), or
-    a fraction of the depth between 0 and 1. Layers below it carry no adapters."""
+    a fraction of the depth between 0 and 1. Layers below it carry no adapters. "final": the last hidden
+    states of a pass of the base alone, before the pass with the experts; twice the work."""
+
+    granularity: str = TOKEN
+    """"token": every token is sent on its own. "sequence": a text is sent as a whole, by what the router
+    reads at the last token of its prompt, and that holds for all of it, generated tokens included."""
 
     router_half_life: float = 32.0
     """Half-life, in tokens, of the causal exponential mean that the gate reads."""
@@ -51,9 +59,11 @@ class RouterConfig:
             problems.append(f"top_k is {self.top_k!r}; it must be a whole number of at least 1")
         if not _is_router_layer(self.router_layer):
             problems.append(
-                f"router_layer is {self.router_layer!r}; it must be 'embeddings', a layer's index (0 or more) "
-                "or a fraction of the depth between 0 and 1"
+                f"router_layer is {self.router_layer!r}; it must be 'embeddings', a layer's index (0 or more), "
+                "a fraction of the depth between 0 and 1, or 'final'"
             )
+        if self.granularity not in (TOKEN, SEQUENCE):
+            problems.append(f"granularity is {self.granularity!r}; it must be 'token' or 'sequence'")
         for name in ("router_half_life", "temperature"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number above 0")
@@ -63,13 +73,24 @@ class RouterConfig:
         if problems:
             raise ValueError("RouterConfig: " + "; ".join(problems))
 
+    @property
+    def reads_final(self) -> bool:
+        """Whether a pass of the base alone comes first."""
+        return self.router_layer == FINAL
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a text is routed as a whole."""
+        return self.granularity == SEQUENCE
+
     def layer_index(self, num_layers: int) -> int:
-        """Index of the layer whose input the router reads, in a model of `num_layers` layers.
+        """Index of the first layer that carries experts, in a model of `num_layers` layers; the routing is
+        known as that layer begins.
 
         Raises:
             ValueError: when the index is not below `num_layers`.
         """
-        if self.router_layer == EMBEDDINGS:
+        if self.router_layer in (EMBEDDINGS, FINAL):
             return 0
         if isinstance(self.router_layer, float):
             return int(self.router_layer * num_layers)
@@ -93,7 +114,7 @@ def _is_router_layer(value: object) -> bool:
         return value >= 0
     if isinstance(value, float):
         return 0 < value < 1
-    return value == EMBEDDINGS
+    return value in (EMBEDDINGS, FINAL)
 
 
 def parse_router_layer(text: str) -> str | int | float:

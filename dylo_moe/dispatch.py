@@ -105,13 +105,33 @@ class ForwardContext:
     Gradient checkpointing holds on to it and puts it back while it recomputes.
 
     Args:
+        forced: what `route_to` asked for when the forward began, in `RoutingHooks`' terms.
         attention_mask: [batch, tokens] as the forward was given it.
-        forced: what `route_to` asked for when the forward began, in `DyLoRAMoE`'s terms.
+        position_ids: [batch, seq] likewise; where they start over, another text begins.
+        prompt_lengths: int64 [batch] likewise.
+        labels: int64 [batch, seq] likewise.
+        ends_at_router: nothing is asked for but the routing.
     """
 
-    def __init__(self, attention_mask: Tensor | None = None, forced: Any = None) -> None:
-        self.attention_mask = attention_mask
+    def __init__(
+        self,
+        forced: Any,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        ends_at_router: bool = False,
+    ) -> None:
         self.forced = forced
+        self.attention_mask = attention_mask
+        self.position_ids = position_ids
+        self.prompt_lengths = prompt_lengths
+        self.labels = labels
+        self.ends_at_router = ends_at_router
+        self.last_hidden: Tensor | None = None
+        """[batch, seq, hidden] of a pass of the base alone, where the router reads those."""
+        self.features: Tensor | None = None
         self.routing: Any = None
         self.dispatch: Dispatch | None = None
         self.outer: ForwardContext | None = None
@@ -122,10 +142,6 @@ class ContextSlot:
 
     def __init__(self) -> None:
         self.current: ForwardContext | None = None
-        self.stop_at_router: dict[str, Any] | None = None
-        """Where to leave the routing of a forward that is to end there."""
-        self.generating = False
-        """Inside `generate`, which may repeat rows."""
 
     def begin(self, context: ForwardContext) -> None:
         """A forward starts."""

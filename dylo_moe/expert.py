@@ -5,41 +5,20 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .dispatch import ContextSlot, ExpertShape
-from .frozen import decoder_layers
 from .layer import ROUTED_CLASSES, RoutedLayer, compute_dtype, pack
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED_NAMES = {"base", "default", "base_model", "lora_A", "lora_B"}
 TAKEN_BY_TORCH = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), "weight", "bias"])
-LORA_FIELDS = {
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
-    "peft_version", "runtime_config",
-}  # fmt: skip
-"""The fields of `LoraConfig` that an expert may set; any other that is not at its default is refused."""
-
-WHY_NOT = {
-    "use_dora": "DoRA rescales the whole weight, so its experts cannot be summed token by token",
-    "target_parameters": "raw parameters have no layer of their own to route",
-    "lora_bias": "a bias of an expert cannot be weighted with the stacked products",
-    "bias": "training the base's biases would change the frozen base",
-    "modules_to_save": "a trained copy of a base module would change the base for every expert",
-}
-
-
 @dataclass
 class Expert:
     """One expert of the pool, as `model.experts` shows it."""
@@ -190,6 +169,15 @@ class ExpertPool:
                 yield cast(nn.Parameter, layer.adapters[name].down.weight)
                 yield cast(nn.Parameter, layer.adapters[name].up.weight)
 
+    def nan_weights(self) -> Iterator[tuple[str, str]]:
+        """The experts with NaN in some matrix, each with the name of the first such parameter."""
+        for expert in self:
+            mark = f".{expert.name}."
+            for name, parameter in self._model.base_model.model.named_parameters():
+                if ".lora_" in name and mark in name and parameter.isnan().any():
+                    yield expert.name, name.replace(mark, ".")
+                    break
+
     def pack(self) -> None:
         """Lay each layer's experts behind one another in memory, after some were added, removed or moved."""
         for layer in self.layers:
@@ -222,72 +210,3 @@ def check_name(name: object, *, taken: Any = (), modules: Iterable[str] = ()) ->
         raise ValueError(f"expert name is {name!r}, which modules of the model or of torch have; choose another name")
     if name in taken:
         raise ValueError(f"there is already an expert {name!r}; choose another name")
-
-
-def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> LoraConfig:
-    """A copy of `config` that adapts linears of the routed layers only, checked before anything changes.
-
-    "all-linear" (or no target at all) becomes the names of all linears inside the routed layers.
-
-    Raises:
-        ValueError: with every reason why this config cannot make a routed expert.
-    """
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"lora is {config!r}, a {type(config).__name__}; experts are made of a peft.LoraConfig")
-    config = copy.deepcopy(config)
-    problems = _unsupported_fields(config)
-    prefix, layers = decoder_layers(base)
-    inside = {
-        f"{prefix}.{index}.{name}": index
-        for index, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
-    targets = config.target_modules
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        config.target_modules = sorted({name.rsplit(".", 1)[1] for name in inside})
-    if router_index > 0 and config.layers_to_transform is None and not isinstance(config.target_modules, str):
-        config.layers_to_transform = list(range(router_index, len(layers)))
-        config.layers_pattern = prefix.rsplit(".", 1)[-1]
-    targeted = [name for name, _ in base.named_modules() if name and check_target_module_exists(config, name)]
-    outside = [name for name in targeted if name not in inside]
-    below = [name for name in targeted if inside.get(name, router_index) < router_index]
-    if outside:
-        problems.append(
-            f"target_modules reaches {_some(outside)}: only linears inside the decoder layers can be routed, "
-            "not embeddings or the head"
-        )
-    if below:
-        problems.append(
-            f"target_modules reaches {_some(below)} below the router, which reads the hidden states entering layer "
-            f"{router_index}: layers before it must stay the base's own"
-        )
-    if not targeted:
-        problems.append(f"target_modules {config.target_modules!r} matches nothing in {type(base).__name__}")
-    if problems:
-        raise ValueError("this LoraConfig cannot make a routed expert: " + "; ".join(problems))
-    config.task_type = TaskType.CAUSAL_LM
-    config.inference_mode = False
-    return config
-
-
-def _unsupported_fields(config: LoraConfig) -> list[str]:
-    problems = []
-    if not isinstance(config.r, int) or config.r < 1:
-        problems.append(f"r is {config.r!r}; it must be a whole number of at least 1")
-    for field in fields(config):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        value = getattr(config, field.name)
-        if field.name not in LORA_FIELDS and value != default and value:
-            reason = WHY_NOT.get(field.name, "routed experts are plain LoRA")
-            problems.append(f"{field.name} is {value!r}: {reason}")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        problems.append(
-            f"init_lora_weights is {config.init_lora_weights!r}: routed experts start from True, False or "
-            "'gaussian', because the others rewrite the base's weights or need a plain LoRA layer"
-        )
-    return problems
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,15 +15,17 @@ from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from .base import load_base
 from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
-from .dispatch import ContextSlot, ForwardContext
-from .expert import Expert, ExpertPool, check_name, routed_lora_config
-from .frozen import base_identity, check_base, decoder_layers, switch_off_dropout
-from .router import Router, RouterState, Routing, causal_exponential_mean, force_routing, make_dispatch
-from .router_cache import RouterCacheLayer, router_cache_layer
+from .dispatch import ContextSlot
+from .expert import Expert, ExpertPool, check_name
+from .frozen import base_identity, check_base, switch_off_dropout
+from .lora_config import routed_lora_config
+from .router import Router, Routing
+from .router_cache import find_router_layer
+from .routing_hooks import NotForced, Prompt, RoutingHooks, one_per_row
+from .spans import as_list, finished_mask, prompt_mask
 
 
 @dataclass
@@ -31,7 +33,7 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with the parts of the loss and the routing.
 
     loss = lm_loss + balance_coefficient * balance_loss + z_loss_coefficient * z_loss
-           + entropy_coefficient * entropy_loss; the parts are unweighted scalars, and None without labels.
+           + entropy_coefficient * entropy_loss (lm_loss smoothed, where asked for); the parts are unweighted scalars, and None without labels.
     """
 
     lm_loss: Tensor | None = None
@@ -39,14 +41,6 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
     z_loss: Tensor | None = None
     entropy_loss: Tensor | None = None
     routing: Routing | None = None
-
-
-class _RoutingKnown(Exception):
-    """Ends a forward that was only asked where its tokens go."""
-
-
-class NotForced:
-    """Stands where `route_to` puts its experts, while the router decides. The class itself is the mark."""
 
 
 class DyLoRAMoE(PeftModelForCausalLM):
@@ -85,12 +79,9 @@ class DyLoRAMoE(PeftModelForCausalLM):
         switch_off_dropout(base)
         super().__init__(base, copy.deepcopy(lora), adapter_name=first)
         self._slot = ContextSlot()
-        self._forced: Any = NotForced
         self.balance_coefficient = balance_coefficient
         self.router_config = router
         self.base_id, self.base_revision = base_identity(base)
-        self._num_layers = base.config.get_text_config().num_hidden_layers
-        self._router_index = router.layer_index(self._num_layers)
         self._pool = ExpertPool(self, self._slot, lora)
         self._pool.register(first, mature=True)
         for name in rest:
@@ -98,7 +89,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         self._pool.pack()
         hidden_size = base.config.get_text_config().hidden_size
         self.router = Router(router, hidden_size=hidden_size, names=names).to(self.device)
-        self._install_hooks()
+        self._hooks = RoutingHooks(self.base, router=self.router, pool=self._pool, slot=self._slot)
 
     @classmethod
     def from_base(
@@ -215,37 +206,33 @@ class DyLoRAMoE(PeftModelForCausalLM):
         for name in [experts] if experts is None or isinstance(experts, str) else experts:
             if name is not None:
                 self._pool[name]
-        before, self._forced = self._forced, experts
-        try:
+        with self._hooks.forcing(experts):
             yield
-        finally:
-            self._forced = before
 
     @torch.no_grad()
-    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing:
+    def route(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_lengths: Tensor | None = None
+    ) -> Routing:
         """Where these tokens go; runs the base up to the router and no further.
 
         Args:
             input_ids: int64 [batch, seq].
             attention_mask: [batch, seq], 0 on padding.
+            prompt_lengths: as in `forward`.
         """
-        return self._run_to_router(input_ids, attention_mask)[0]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_lengths": prompt_lengths}
+        return self._hooks.read(**inputs).routing
 
     @torch.no_grad()
-    def router_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """What the gate reads of these tokens: fp32 [batch, seq, hidden]."""
-        return self._run_to_router(input_ids, attention_mask)[1]
-
-    def _run_to_router(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Routing, Tensor]:
-        known: dict[str, Any] = {}
-        self._slot.stop_at_router = known
-        try:
-            self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        except _RoutingKnown:
-            pass
-        finally:
-            self._slot.stop_at_router = None
-        return known["routing"], known["features"]
+    def router_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """What the gate reads of these tokens, whatever `route_to` asks for: fp32 [batch, seq, hidden]."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_lengths": prompt_lengths}
+        with self._hooks.forcing(NotForced):
+            features = self._hooks.read(**inputs).features
+        assert features is not None
+        return features
 
     @torch.no_grad()
     def initialize_router(self, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> None:
@@ -269,69 +256,6 @@ class DyLoRAMoE(PeftModelForCausalLM):
             raise ValueError(f"initialize_router was given {len(texts)} texts for {len(self._pool)} experts; give more")
         self.router.initialize(texts, seed=seed)
 
-    def _install_hooks(self) -> None:
-        _, layers = decoder_layers(self.base)
-        self._hooks = [
-            self.base.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
-            self.base.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True),
-            layers[self._router_index].register_forward_pre_hook(self._route_tokens, with_kwargs=True),
-        ]
-
-    def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._slot.begin(ForwardContext(mask, self._forced))  # first, because `_end_forward` runs whatever happens
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            kind = f"{mask.dim()}-d tensor" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask is a {kind}; the router needs the 2-d one, [batch, tokens], to tell padding from text"
-            )
-
-    def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        context = self._slot.end()
-        if isinstance(output, ModelOutput):
-            output.routing = context.routing
-
-    def _route_tokens(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Runs as the routed part of the base begins: hidden states -> features -> routing -> dispatch."""
-        context = self._slot.current
-        if context is None:
-            return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        batch, seq = hidden.shape[:2]
-        mask = _token_mask(context.attention_mask, batch, seq, hidden.device)
-        stop = self._slot.stop_at_router
-        merged = self._pool.layers[0].merged_adapters
-        forced = merged[0] if merged else context.forced
-        if merged and context.forced not in (NotForced, forced):
-            raise ValueError(f"expert {forced!r} is merged into the base, so nothing else can be routed to; unmerge it")
-        cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-        if forced is NotForced or stop is not None or cache is not None:
-            features = self._features(hidden.detach(), mask, cache)
-        if forced is NotForced:
-            context.routing, selected = self.router(features, mask=mask, dense=self._pool.has_nascent)
-            context.dispatch = make_dispatch(
-                context.routing, selected, layouts=self._pool.layouts, dtype=self._pool.compute_dtype()
-            )
-        else:
-            experts = _one_per_row(forced, batch, expandable=self._slot.generating)
-            context.routing, context.dispatch = force_routing(self._pool.names, experts, mask=mask)
-        if stop is not None:
-            stop.update(routing=context.routing, features=features)
-            raise _RoutingKnown
-
-    @torch.no_grad()
-    def _features(self, hidden: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
-        memory: RouterCacheLayer | None = None
-        state: RouterState | None = None
-        if cache is not None:
-            memory = router_cache_layer(cache, num_layers=self._num_layers)
-            state = memory.continue_at(cache.get_seq_length(self._router_index))
-        half_life = self.router_config.router_half_life
-        features, state = causal_exponential_mean(hidden, mask=mask, half_life=half_life, state=state)
-        if memory is not None:
-            memory.store(state, num_tokens=hidden.shape[1])
-        return features
-
     # Forward and generate.
 
     def forward(  # type: ignore[override]
@@ -341,6 +265,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
+        prompt_lengths: Tensor | None = None,
+        label_smoothing: float = 0.0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DyLoRAMoEOutput | tuple:
@@ -355,34 +281,49 @@ class DyLoRAMoE(PeftModelForCausalLM):
             num_tokens_in_batch: real tokens of the whole optimizer step, which the router's losses are
                 divided by. Where only `num_items_in_batch` is known, they are taken over the predicted
                 tokens; where neither is, over the real tokens of this batch.
+            prompt_lengths: int64 [batch], in real tokens; with sequence granularity, where each row's prompt
+                ends. None: before its first label that is not -100, else at its 32nd real token.
+            label_smoothing: from 0 to below 1; this part of each label is spread evenly over the vocabulary
+                (Szegedy et al. 2015, arXiv:1512.00567, section 7). It enters `loss`; `lm_loss` stays plain.
+            kwargs: passed on to the base. Where `position_ids` start over within a row, another text begins,
+                whose routing does not see the one before.
         """
-        if num_items_in_batch is not None:
-            kwargs["num_items_in_batch"] = num_items_in_batch
         if "adapter_names" in kwargs:
             raise ValueError("adapter_names has no meaning for a routed model; use `with model.route_to([...]):`")
-        out = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, return_dict=True, **kwargs)
-        routing: Routing = out.routing
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be from 0 to below 1")
+        num_items = num_items_in_batch
+        if labels is not None:
+            count = (labels[:, 1:] != -100).sum() if num_items is None else torch.as_tensor(num_items)
+            kwargs["num_items_in_batch"] = count.clamp_min(1)  # no label at all is a loss of 0, not of nan
+        out = self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            prompt_lengths=prompt_lengths,
+            return_dict=True,
+            **kwargs,
+        )
         result = DyLoRAMoEOutput(
             logits=out.logits,
             past_key_values=out.get("past_key_values"),
             hidden_states=out.get("hidden_states"),
             attentions=out.get("attentions"),
-            routing=routing,
+            routing=out.routing,
         )
         if labels is not None:
-            self._add_losses(result, out.loss, labels, num_items_in_batch, num_tokens_in_batch)
+            result.lm_loss = result.loss = out.loss
+            if label_smoothing > 0:
+                uniform = _uniform_loss(out.logits, labels) / kwargs["num_items_in_batch"]
+                result.loss = (1 - label_smoothing) * out.loss + label_smoothing * uniform
+            self._add_router_losses(result, labels, num_items, num_tokens_in_batch)
         return result if return_dict is not False else result.to_tuple()
 
-    def _add_losses(
-        self,
-        result: DyLoRAMoEOutput,
-        lm_loss: Tensor,
-        labels: Tensor,
-        num_items: Tensor | int | None,
-        num_tokens: Tensor | int | None,
+    def _add_router_losses(
+        self, result: DyLoRAMoEOutput, labels: Tensor, num_items: Tensor | int | None, num_tokens: Tensor | int | None
     ) -> None:
         routing = result.routing
-        assert routing is not None
+        assert routing is not None and result.loss is not None
         tokens = None
         if num_tokens is None and num_items is not None:
             tokens, num_tokens = F.pad(labels[:, 1:] != -100, (0, 1)), num_items
@@ -390,10 +331,9 @@ class DyLoRAMoE(PeftModelForCausalLM):
             self.router.observe(routing)
         losses = self.router.losses(routing, tokens=tokens, num_tokens=num_tokens)
         config = self.router_config
-        result.lm_loss = lm_loss
         result.balance_loss, result.z_loss, result.entropy_loss = losses
         result.loss = (
-            lm_loss
+            result.loss
             + self.balance_coefficient * losses.balance
             + config.z_loss_coefficient * losses.z
             + config.entropy_coefficient * losses.entropy
@@ -403,52 +343,67 @@ class DyLoRAMoE(PeftModelForCausalLM):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`, cached, with every row and every token routed on its own.
 
-        With `return_dict_in_generate=True` and a prompt of ids, the result also has `.routing`, of every token
-        of `sequences`.
+        With sequence granularity each row is decided on its prompt, once; a cache that is passed in and was
+        decided already keeps its decision. With `return_dict_in_generate=True` and a prompt of ids, the result
+        also has `.routing`, of every token of `sequences`.
+
+        Raises:
+            ValueError: for a router that reads the last hidden states and decides token by token; for
+                compiled decoding, which does not exist yet.
         """
+        self._check_generation(kwargs)
+        config, forced = self.router_config, self._hooks.forced
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        if inputs is not None and kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = self._prompt_mask(inputs, kwargs)
-        forced = self._forced
-        if inputs is not None and isinstance(forced, (list, tuple)):
-            _one_per_row(forced, inputs.shape[0], expandable=False)
-        self._slot.generating = True
-        try:
+        embeddings = kwargs.get("inputs_embeds")
+        ends = as_list(self._generation_value("eos_token_id", kwargs))
+        mask = kwargs.get("attention_mask")
+        if mask is None and inputs is not None:
+            mask = prompt_mask(inputs, pad=self._generation_value("pad_token_id", kwargs), ends=ends)
+        elif mask is None and embeddings is not None:
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
+        if mask is None:
+            return super().generate(*args, **kwargs)
+        kwargs["attention_mask"] = mask
+        if isinstance(forced, (list, tuple)):
+            one_per_row(forced, mask.shape[0], expandable=False)
+        prompt = Prompt(mask, None)
+        if config.per_sequence and not (config.reads_final and forced is not NotForced):
+            text = {"inputs_embeds": embeddings} if inputs is None or inputs.shape[1] == 0 else {"input_ids": inputs}
+            prompt = Prompt(mask, self._decide(text, mask, kwargs.get("past_key_values")))
+        with self._hooks.generating(prompt):
             output = super().generate(*args, **kwargs)
-        finally:
-            self._slot.generating = False
-        if not isinstance(output, Tensor) and inputs is not None:
-            output.routing = self._routing_of(output.sequences, kwargs["attention_mask"], kwargs)
+            if not isinstance(output, Tensor) and inputs is not None:
+                real = finished_mask(output.sequences, mask, ends=ends)
+                output.routing = self._hooks.read(input_ids=output.sequences, attention_mask=real).routing
         return output
+
+    def _decide(self, text: dict[str, Tensor], mask: Tensor, cache: Cache | None) -> Tensor:
+        """What each prompt's row is decided on, fp32 [prompts, hidden]: as its cache has it, or of all its tokens."""
+        memory = None if cache is None else find_router_layer(cache)
+        if memory is not None and memory.decided is not None:
+            return memory.decided
+        with self._hooks.forcing(NotForced):
+            inputs = {**text, "attention_mask": mask, "prompt_lengths": mask.sum(1)}
+            features = self._hooks.read(**inputs).features
+        assert features is not None
+        return features[:, -1]
+
+    def _check_generation(self, kwargs: dict[str, Any]) -> None:
+        config = self.router_config
+        if config.reads_final and not config.per_sequence and self._hooks.forced is NotForced:
+            raise ValueError(
+                "router_layer='final' with granularity='token' cannot generate: the router would have to read every new "
+                "token in a second pass of the base alone; use granularity='sequence', or generate inside route_to"
+            )
+        if self._generation_value("compile_config", kwargs) is not None:
+            raise ValueError("compile_config is given, but a routed model's decoding cannot be compiled yet; leave it out")
+        kwargs["disable_compile"] = True  # which Transformers would do to a static cache on a GPU
 
     def _generation_value(self, name: str, kwargs: dict[str, Any]) -> Any:
         if kwargs.get(name) is not None:
             return kwargs[name]
         config = kwargs.get("generation_config") or self.base.generation_config
         return getattr(config, name, None)
-
-    def _prompt_mask(self, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """As Transformers infers it: padding is told by its token, unless that also ends texts."""
-        pad = self._generation_value("pad_token_id", kwargs)
-        ends = _as_list(self._generation_value("eos_token_id", kwargs))
-        if pad is None or pad in ends:
-            return torch.ones_like(inputs)
-        return (inputs != pad).long()
-
-    def _routing_of(self, sequences: Tensor, prompt_mask: Tensor, kwargs: dict[str, Any]) -> Routing:
-        """Routing of finished sequences: of the prompt's real tokens, and up to each row's first end."""
-        new = sequences[:, prompt_mask.shape[1] :]
-        ended = torch.zeros_like(new, dtype=torch.bool)
-        for end in _as_list(self._generation_value("eos_token_id", kwargs)):
-            ended |= new == end
-        before_end = (ended.cumsum(1) - ended.long()) == 0
-        rows = sequences.shape[0] // prompt_mask.shape[0]
-        mask = torch.cat([prompt_mask.repeat_interleave(rows, 0).bool(), before_end], 1)
-        self._slot.generating = True
-        try:
-            return self.route(sequences, mask)
-        finally:
-            self._slot.generating = False
 
     # What PEFT and Transformers would otherwise do to us.
 
@@ -490,7 +445,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
 
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain base again, without experts, router and hooks. This model must not be used afterwards."""
-        self._remove_hooks()
+        self._hooks.remove()
         return cast(Any, self.base_model).unload(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
@@ -500,12 +455,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
             ValueError: unless `adapter_names` holds exactly one expert.
         """
         name = self._only_one(adapter_names)
-        self._remove_hooks()
+        self._hooks.remove()
         return cast(Any, self.base_model).merge_and_unload(*args, adapter_names=[name], **kwargs)
-
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After deepcopy and pickle, which give every matrix memory of its own."""
@@ -614,26 +565,7 @@ def _pool_problems(
     return problems
 
 
-def _token_mask(attention_mask: Tensor | None, batch: int, seq: int, device: torch.device) -> Tensor:
-    """bool [batch, seq]: which of this call's tokens are real."""
-    if attention_mask is None:
-        return torch.ones(batch, seq, dtype=torch.bool, device=device)
-    return attention_mask[:, attention_mask.shape[1] - seq :].bool()
-
-
-def _one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None]:
-    if forced is None or isinstance(forced, str):
-        return [forced] * batch
-    if len(forced) == batch:
-        return list(forced)
-    if expandable and batch % len(forced) == 0:
-        return [name for name in forced for _ in range(batch // len(forced))]
-    raise ValueError(f"route_to was given {len(forced)} experts for a batch of {batch}; give one per row")
-
-
-def _as_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    if isinstance(value, Tensor):
-        return value.flatten().tolist()
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the predicted tokens of the cross-entropy with a uniform distribution over the vocabulary."""
+    wanted = logits[:, :-1][labels[:, 1:] != -100].float()
+    return (wanted.logsumexp(-1) - wanted.mean(-1)).sum()

@@ -1,13 +1,12 @@
 """The router: features of the frozen base -> gate logits -> routing, and the losses that shape it.
 
-Shapes: B batch, S sequence, C chunk of the sequence, D hidden, E experts, K top-k.
+Shapes: B batch, S sequence, D hidden, E experts, K top-k.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 from .clusters import kmeans
 from .config import RouterConfig
 from .dispatch import Dispatch, ExpertShape, Segment, dense_is_quicker, plan_sparse
-
-CHUNK = 128
-"""Tokens per chunk of the causal mean; bounds its working memory at B x CHUNK x CHUNK."""
 
 GATE_WIDTH = 64
 """The gate's product is padded to a multiple of this many rows, because products of different widths
@@ -51,66 +47,12 @@ class Routing(NamedTuple):
         return self.logits.softmax(-1)
 
 
-class RouterState(NamedTuple):
-    """The causal mean's memory between calls: what cached decoding carries from token to token."""
-
-    total: Tensor
-    """fp32 [batch, hidden]: sum of a^(age) x over the real tokens so far."""
-    mass: Tensor
-    """fp32 [batch, 1]: sum of a^(age), which corrects the bias of the first tokens."""
-
-
 class RouterLosses(NamedTuple):
     """Scalars, unweighted; each a mean over the real tokens of the batch or of the optimizer step."""
 
     balance: Tensor
     z: Tensor
     entropy: Tensor
-
-
-def causal_exponential_mean(
-    hidden: Tensor, *, mask: Tensor, half_life: float, state: RouterState | None = None
-) -> tuple[Tensor, RouterState]:
-    """Bias-corrected exponential mean of layer-normed hidden states over the tokens up to each one.
-
-    f_t = sum_{u<=t} a^(t-u) x_u / sum_{u<=t} a^(t-u), with a = 2^(-1/half_life), x the parameter-free
-    layer norm of `hidden`, and time counted in real tokens: padding neither enters nor passes.
-
-    Args:
-        hidden: [batch, seq, hidden], any float dtype; computed in fp32 (a running sum in bf16 is wrong).
-        mask: bool [batch, seq], False on padding.
-        half_life: in tokens.
-        state: from the call before, when this one continues it.
-
-    Returns:
-        fp32 [batch, seq, hidden] (zeros before the first real token), and the state after the last.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _causal_exponential_mean(hidden, mask, half_life, state)
-
-
-def _causal_exponential_mean(
-    hidden: Tensor, mask: Tensor, half_life: float, state: RouterState | None
-) -> tuple[Tensor, RouterState]:
-    batch, seq, width = hidden.shape
-    # What stands on padding may be anything, also nan: it is replaced, not multiplied by zero.
-    x_BSD = F.layer_norm(hidden.float(), (width,)).masked_fill(~mask[..., None], 0.0)
-    if state is None:
-        state = RouterState(x_BSD.new_zeros(batch, width), x_BSD.new_zeros(batch, 1))
-    total_BD, mass_B1 = state
-    log_decay = -math.log(2.0) / half_life
-    features = []
-    for start in range(0, seq, CHUNK):
-        x_BCD, mask_BC = x_BSD[:, start : start + CHUNK], mask[:, start : start + CHUNK]
-        age_BC = mask_BC.cumsum(1).float()
-        carry_BC1 = torch.exp(log_decay * age_BC)[..., None]
-        decay_BCC = torch.exp(log_decay * (age_BC[:, :, None] - age_BC[:, None, :]).clamp_min(0))
-        decay_BCC = torch.tril(decay_BCC * mask_BC[:, None, :])
-        total_BCD = decay_BCC @ x_BCD + carry_BC1 * total_BD[:, None]
-        mass_BC1 = decay_BCC.sum(-1, keepdim=True) + carry_BC1 * mass_B1[:, None]
-        features.append(total_BCD / mass_BC1.clamp_min(1e-12))
-        total_BD, mass_B1 = total_BCD[:, -1], mass_BC1[:, -1]
-    return torch.cat(features, 1), RouterState(total_BD, mass_B1)
 
 
 class Router(nn.Module):
@@ -137,6 +79,7 @@ class Router(nn.Module):
     feature_scale: Tensor
     shares: Tensor
     step_counts: Tensor
+    seen_values: Tensor
 
     def __init__(self, config: RouterConfig, *, hidden_size: int, names: Sequence[str]) -> None:
         super().__init__()
@@ -148,8 +91,8 @@ class Router(nn.Module):
         self.register_buffer("feature_scale", torch.full((hidden_size,), hidden_size**-0.5))
         self.register_buffer("shares", torch.zeros(0))
         self.register_buffer("step_counts", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("seen_values", torch.zeros(0), persistent=False)
         self._seen_version: int | None = None
-        self._seen_values: Tensor | None = None
         for name in names:
             self.add_row(name)
 
@@ -174,7 +117,8 @@ class Router(nn.Module):
         count = len(self.gate)
         self.shares = torch.full((count,), 1.0 / max(count, 1), device=self.feature_mean.device)
         self.step_counts = torch.zeros(count, dtype=torch.int64, device=self.feature_mean.device)
-        self._seen_values = None
+        values = torch.cat([parameter.detach().flatten() for parameter in self.parameters()])
+        self.seen_values = torch.full_like(values, torch.nan)  # unlike any, so that what follows begins a step
 
     @torch.no_grad()
     def initialize(self, texts: Sequence[Tensor], *, seed: int) -> None:
@@ -217,6 +161,10 @@ class Router(nn.Module):
             logits = F.linear(scaled, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
         return logits[..., : len(names)]
 
+    def nan_rows(self) -> list[str]:
+        """The experts whose gate row holds NaN."""
+        return [name for name in self.names if self.gate[name].isnan().any() or self.gate_bias[name].isnan().any()]
+
     def forward(self, features: Tensor, *, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
         """Route the tokens of one forward.
 
@@ -248,29 +196,31 @@ class Router(nn.Module):
         """Count this forward's selections towards the running optimizer step.
 
         A step is over when the gate has changed; this needs no callback, so any training loop, any optimizer
-        and any number of micro-batches are counted right.
+        and any number of micro-batches are counted right. Nothing here waits for the device or branches on values,
+        so that it can be compiled; compiled code cannot see versions, and there a step at learning rate 0 is
+        counted together with the next one.
         """
-        if self._has_changed():
-            self._finish_step()
-        self.step_counts += (routing.weights.detach() > 0).flatten(0, 1).sum(0)
+        changed = self._has_changed()
+        total_E = self.step_counts.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total_E)
+        count = total_E.sum()
+        self.shares.copy_(torch.where(changed & (count > 0), total_E / count.clamp_min(1), self.shares))
+        selected_E = (routing.weights.detach() > 0).flatten(0, 1).sum(0)
+        self.step_counts.copy_(torch.where(changed, 0, self.step_counts) + selected_E)
 
-    def _has_changed(self) -> bool:
+    def _has_changed(self) -> Tensor:
+        """bool scalar: whether an optimizer has stepped since the last call."""
         # Fused optimizers do not raise the versions; a step at learning rate 0 does not move the values.
         parameters = list(self.parameters())
-        version = sum(parameter._version for parameter in parameters)
         values = torch.cat([parameter.detach().flatten() for parameter in parameters])
-        same = version == self._seen_version and self._seen_values is not None
-        same = same and torch.equal(values, cast(Tensor, self._seen_values))
-        self._seen_version, self._seen_values = version, values
-        return not same
-
-    def _finish_step(self) -> None:
-        counts = self.step_counts
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-        if int(counts.sum()) > 0:
-            self.shares.copy_(counts / counts.sum())
-            counts.zero_()
+        changed = (values != self.seen_values).any()
+        self.seen_values.copy_(values)
+        if not torch.compiler.is_compiling():
+            version = sum(parameter._version for parameter in parameters)
+            changed = changed | (version != self._seen_version)
+            self._seen_version = version
+        return changed
 
     def losses(self, routing: Routing, *, tokens: Tensor | None, num_tokens: Tensor | int | None) -> RouterLosses:
         """Balance loss E * sum_e f_e P_e (Fedus et al. 2021, eq. 4), router z-loss (Zoph et al. 2022,
@@ -335,7 +285,9 @@ def make_dispatch(
     if selected_BSK is None:
         return Dispatch(names=names, weights_TE=weights_TE, layouts=layouts, dtype=dtype)
     top_k = selected_BSK.shape[-1]
-    if dense_is_quicker(num_tokens=weights_TE.shape[0], num_experts=len(names), top_k=top_k):
+    if torch.compiler.is_compiling() or dense_is_quicker(
+        num_tokens=weights_TE.shape[0], num_experts=len(names), top_k=top_k
+    ):  # the runs of the sparse path are known by their values only, which would break the graph
         return Dispatch(names=names, weights_TE=weights_TE, layouts=layouts, dtype=dtype)
     segments, order = plan_sparse(
         names=names, selected_TK=selected_BSK.reshape(-1, top_k), mask_T=routing.mask.reshape(-1)

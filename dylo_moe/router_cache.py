@@ -1,90 +1,139 @@
 """The router's memory as one more layer of a Transformers cache, so that it follows the cache.
 
-Beam search reorders a cache, sampling several answers repeats it; a memory that lives in the same
-object goes through the same calls.
+Beam search reorders a cache, sampling several answers repeats it, assisted decoding takes back what a
+draft got wrong; a memory that lives in the same object goes through the same calls.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DummyLayer, StaticLayer
+from transformers.cache_utils import DummyLayer
 
-from .router import RouterState
+from .features import RouterState
+
+HISTORY = 128
+"""How many tokens before the last call can be taken back; the last call itself always can."""
 
 
 class RouterCacheLayer(DummyLayer):
-    """Holds a `RouterState` for each row, and how many tokens it has seen.
+    """What the router remembers of each row, and how many tokens it has seen.
 
-    To Transformers it is one of the layers that hold no keys and values, and it is passed over as those are.
+    With token granularity that is the causal mean's state after each of the last tokens, because a running
+    mean cannot be unsummed; with sequence granularity, the features on which the row was decided. To
+    Transformers it is one of the layers that hold no keys and values, and it is passed over as those are.
     """
 
     is_compileable = False
-    is_croppable = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: RouterState | None = None
         self.num_tokens = 0
+        self.decided: Tensor | None = None
+        """fp32 [batch, hidden]: what the routing of the whole row was decided on."""
+        self._history: list[RouterState] = []
 
-    def continue_at(self, num_tokens: int) -> RouterState | None:
-        """The state to go on from.
-
-        Raises:
-            ValueError: when the rest of the cache holds another number of tokens than this memory saw.
-        """
+    def check_continues(self, num_tokens: int) -> None:
+        """Raises ValueError when the rest of the cache holds another number of tokens than this memory saw."""
         if num_tokens != self.num_tokens:
             raise ValueError(
                 f"the cache holds {num_tokens} tokens, but the router has seen {self.num_tokens} of them; "
                 "pass a cache that this model filled from its first token"
             )
-        return self.state
 
-    def store(self, state: RouterState, *, num_tokens: int) -> None:
-        """Take the state after `num_tokens` more tokens (padding counted)."""
-        self.state = state
+    @property
+    def state(self) -> RouterState | None:
+        """After the last token: total [batch, hidden], mass [batch, 1]. None when nothing was seen yet."""
+        return self._history[-1].last if self._history else None
+
+    def store(self, states: RouterState) -> None:
+        """Remember some more tokens (padding counted).
+
+        Args:
+            states: after each of them: total [batch, seq, hidden], mass [batch, seq, 1].
+        """
+        self._history.append(states)
+        self.num_tokens += _length(states)
+        excess = sum(map(_length, self._history[:-1])) - HISTORY
+        while excess > 0:
+            oldest = self._history.pop(0)
+            if _length(oldest) > excess:  # a copy, so that the rest of a long prompt is let go
+                self._history.insert(0, RouterState(*(part[:, excess:].clone() for part in oldest)))
+            excess -= _length(oldest)
+
+    def hold(self, decided: Tensor | None, *, num_tokens: int) -> None:
+        """Keep what the rows were decided on; `num_tokens` more tokens went by."""
+        self.decided = decided
         self.num_tokens += num_tokens
 
-    def _select(self, index: Tensor) -> None:
-        if self.state is not None:
-            self.state = RouterState(*(part.index_select(0, index.to(part.device)) for part in self.state))
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens.
+
+        Args:
+            tokens_to_remove: 0 or less, as in Transformers.
+
+        Raises:
+            ValueError: for more than are remembered.
+        """
+        count = abs(tokens_to_remove)
+        if count == self.num_tokens:
+            return self.reset()
+        if self._history:
+            remembered = sum(map(_length, self._history))
+            if count >= remembered:
+                raise ValueError(
+                    f"{count} tokens cannot be taken back from this cache: a running mean cannot be unsummed, and the "
+                    f"router remembers how it stood {remembered - 1} tokens ago, not before; fill a new cache"
+                )
+            removed = count
+            while removed > 0:
+                last = self._history.pop()
+                if _length(last) > removed:
+                    self._history.append(RouterState(*(part[:, :-removed] for part in last)))
+                removed -= _length(last)
+        self.num_tokens -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow beam search."""
-        self._select(beam_idx)
+        """Follow beam search. What was before can then no longer be taken back: beams never do, and it is dear."""
+        self._history = [RouterState(*(part[:, -1:] for part in self._history[-1]))] if self._history else []
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        self._select(indices)
+        self._history = [RouterState(*(_rows(part, indices) for part in states)) for states in self._history]
+        self.decided = None if self.decided is None else _rows(self.decided, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        if self.state is not None:
-            self.state = RouterState(*(part.repeat_interleave(repeats, 0) for part in self.state))
+        self._history = [
+            RouterState(*(part.repeat_interleave(repeats, 0) for part in states)) for states in self._history
+        ]
+        self.decided = None if self.decided is None else self.decided.repeat_interleave(repeats, 0)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self.num_tokens = None, 0
+        self._history, self.decided, self.num_tokens = [], None, 0
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused unless there is nothing to remove: a running mean cannot be unsummed."""
-        if tokens_to_remove:
-            raise ValueError("a routed model's cache cannot be cropped: the router's running mean cannot be unsummed")
+
+def _length(states: RouterState) -> int:
+    return states.mass.shape[1]
+
+
+def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
+    return tensor.index_select(0, indices.to(tensor.device))
+
+
+def find_router_layer(cache: Cache) -> RouterCacheLayer | None:
+    """The router's layer of a cache; None where this cache has none yet."""
+    return next((layer for layer in reversed(cache.layers) if isinstance(layer, RouterCacheLayer)), None)
 
 
 def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
-    """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new.
-
-    Raises:
-        ValueError: for a static cache.
-    """
-    for layer in reversed(cache.layers):
-        if isinstance(layer, RouterCacheLayer):
-            return layer
-        if isinstance(layer, StaticLayer):
-            raise ValueError("a static cache has no room for the router's memory; use a dynamic one (the default)")
-    while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    memory = RouterCacheLayer()
-    cache.layers.append(memory)
+    """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new."""
+    memory = find_router_layer(cache)
+    if memory is None:
+        while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        memory = RouterCacheLayer()
+        cache.layers.append(memory)
     return memory

@@ -1,0 +1,88 @@
+"""What the router reads: a causal exponential mean of the frozen base's hidden states.
+
+Shapes: B batch, S sequence, C chunk of the sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 128
+"""Tokens per chunk of the causal mean; bounds its working memory at B x CHUNK x CHUNK."""
+
+
+class RouterState(NamedTuple):
+    """The causal mean's memory: what cached decoding carries from token to token."""
+
+    total: Tensor
+    """fp32 [batch, hidden], or of each token [batch, seq, hidden]: sum of a^(age) x over the real tokens so far."""
+    mass: Tensor
+    """fp32 [batch, 1], or [batch, seq, 1]: sum of a^(age), which corrects the bias of the first tokens."""
+
+    @property
+    def last(self) -> RouterState:
+        """Of the states after each token, the one after the last."""
+        return RouterState(self.total[:, -1], self.mass[:, -1])
+
+
+def causal_exponential_mean(
+    hidden: Tensor,
+    *,
+    mask: Tensor,
+    half_life: float,
+    state: RouterState | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, RouterState]:
+    """Bias-corrected exponential mean of layer-normed hidden states over the tokens up to each one.
+
+    f_t = sum_{u<=t} a^(t-u) x_u / sum_{u<=t} a^(t-u), with a = 2^(-1/half_life), x the parameter-free
+    layer norm of `hidden`, and time counted in real tokens: padding neither enters nor passes.
+
+    Args:
+        hidden: [batch, seq, hidden], any float dtype; computed in fp32 (a running sum in bf16 is wrong).
+        mask: bool [batch, seq], False on padding.
+        half_life: in tokens.
+        state: after the last token of the call before, when this one continues it.
+        starts: bool [batch, seq], True on the first token of another packed text, which forgets those before it.
+
+    Returns:
+        fp32 [batch, seq, hidden] (zeros before the first real token), and the state after each token.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        states = _causal_sums(hidden, mask, half_life, state, starts)
+        return states.total / states.mass.clamp_min(1e-12), states
+
+
+def _causal_sums(
+    hidden: Tensor, mask: Tensor, half_life: float, state: RouterState | None, starts: Tensor | None
+) -> RouterState:
+    batch, seq, width = hidden.shape
+    # What stands on padding may be anything, also nan: it is replaced, not multiplied by zero.
+    x_BSD = F.layer_norm(hidden.float(), (width,)).masked_fill(~mask[..., None], 0.0)
+    if state is None:
+        state = RouterState(x_BSD.new_zeros(batch, width), x_BSD.new_zeros(batch, 1))
+    total_BD, mass_B1 = state
+    text_BS = None if starts is None else F.pad(starts.cumsum(1), (1, 0))  # one more, for what came before
+    log_decay = -math.log(2.0) / half_life
+    totals, masses = [], []
+    for start in range(0, seq, CHUNK):
+        x_BCD, mask_BC = x_BSD[:, start : start + CHUNK], mask[:, start : start + CHUNK]
+        age_BC = mask_BC.cumsum(1).float()
+        carry_BC1 = torch.exp(log_decay * age_BC)[..., None]
+        decay_BCC = torch.exp(log_decay * (age_BC[:, :, None] - age_BC[:, None, :]).clamp_min(0))
+        decay_BCC = torch.tril(decay_BCC * mask_BC[:, None, :])
+        if text_BS is not None:
+            text_BC = text_BS[:, start + 1 : start + 1 + CHUNK]
+            decay_BCC = decay_BCC * (text_BC[:, :, None] == text_BC[:, None, :])
+            carry_BC1 = carry_BC1 * (text_BC == text_BS[:, start : start + 1])[..., None]
+        total_BCD = decay_BCC @ x_BCD + carry_BC1 * total_BD[:, None]
+        mass_BC1 = decay_BCC.sum(-1, keepdim=True) + carry_BC1 * mass_B1[:, None]
+        totals.append(total_BCD)
+        masses.append(mass_BC1)
+        total_BD, mass_B1 = total_BCD[:, -1], mass_BC1[:, -1]
+    return RouterState(torch.cat(totals, 1), torch.cat(masses, 1))
