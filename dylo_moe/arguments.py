@@ -16,7 +16,16 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .base import DEFAULT_BASE
-from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
+from .config import (
+    BALANCE_COEFFICIENT,
+    LORA_ALPHA,
+    LORA_DROPOUT,
+    LORA_R,
+    NUM_EXPERTS,
+    SEQUENCE,
+    TOKEN,
+    RouterConfig,
+)
 from .data import SOURCES
 
 SHOWN = (  # noqa: SIM905
@@ -30,7 +39,6 @@ REFUSED = {
     "resume_from_checkpoint": "resuming is not there yet",
     "save_only_model": "resuming is not there yet, so only the model is saved",
     "load_best_model_at_end": "choosing the best checkpoint is not there yet; the last one is kept",
-    "label_smoothing_factor": "the Trainer would smooth outside the model and drop the router's losses",
     "neftune_noise_alpha": "noise on the embeddings would change what the router reads",
     "torch_compile": "not tested with routing yet",
     "torch_compile_backend": "not tested with routing yet",
@@ -83,8 +91,16 @@ class ModelArguments:
     router_layer: str = field(
         default=str(RouterConfig.router_layer),
         metadata={
-            "help": "Where the router reads: embeddings, a layer's index (7), or a fraction of the depth (0.25). "
-            "Deeper tells apart skills of the same words, but layers below it carry no experts."
+            "help": "Where the router reads: embeddings, a layer's index (7), a fraction of the depth (0.25), or final. "
+            "Deeper tells apart skills of the same words, but layers below it carry no experts; final runs the base "
+            "twice."
+        },
+    )
+    granularity: str = field(
+        default=RouterConfig.granularity,
+        metadata={
+            "help": "What is sent to the experts: each token on its own, or a sequence as a whole, decided on its prompt.",
+            "choices": [TOKEN, SEQUENCE],
         },
     )
     router_half_life: float = field(

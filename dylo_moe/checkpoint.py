@@ -19,7 +19,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -27,10 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapter_files import state_problems
 from .base import load_base
 from .config import RouterConfig
 from .expert import Expert, check_name
 from .frozen import base_identity, check_base, compare_base, fingerprint, unpack_samples
+from .lora_config import listed
+from .routing_hooks import broken_weights
 
 if TYPE_CHECKING:
     from .model import DyLoRAMoE
@@ -58,6 +60,9 @@ def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"cannot save to {target}: it holds other files ({', '.join(foreign[:3])}); choose a new folder"
         )
+    broken = broken_weights(model.experts, model.router)
+    if broken:
+        raise ValueError(f"cannot save to {target}: NaN or infinity in {listed(broken)}; nothing was written")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -292,7 +297,7 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
 
 def _load_expert(model: DyLoRAMoE, entry: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
     name = entry["name"]
-    problems = _state_problems(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), state)
+    problems = state_problems(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), state)
     if problems:
         raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
     model.experts.cast(name, next(iter(state.values())).dtype)
@@ -302,21 +307,10 @@ def _load_expert(model: DyLoRAMoE, entry: dict[str, Any], state: dict[str, Tenso
 
 
 def _load_router(model: DyLoRAMoE, state: dict[str, Tensor], folder: Path) -> None:
-    problems = _state_problems(model.router.state_dict(), state)
+    problems = state_problems(model.router.state_dict(), state)
     if problems:
         raise CheckpointError(f"{folder / ROUTER_FILE}: " + "; ".join(problems[:5]))
     model.router.load_state_dict(state)
-
-
-def _state_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
-    problems += [f"{name} does not belong in it" for name in sorted(state.keys() - expected.keys())]
-    for name in sorted(expected.keys() & state.keys()):
-        if expected[name].shape != state[name].shape:
-            problems.append(f"{name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
-        elif not torch.isfinite(state[name].float()).all():
-            problems.append(f"{name} holds values that are not finite")
-    return problems
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

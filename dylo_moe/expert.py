@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,14 +12,18 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from .adapter_files import state_problems
 from .dispatch import ContextSlot, ExpertShape
 from .layer import ROUTED_CLASSES, RoutedLayer, compute_dtype, pack
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED_NAMES = {"base", "default", "base_model", "lora_A", "lora_B"}
 TAKEN_BY_TORCH = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), "weight", "bias"])
+
+
 @dataclass
 class Expert:
     """One expert of the pool, as `model.experts` shows it."""
@@ -113,11 +118,44 @@ class ExpertPool:
 
         It has no memory before `pack`, so that adding many at once allocates each layer's block once.
         """
-        check_name(name, taken=self._experts, modules=self._base_modules())
+        check_name(name, taken=self._experts, modules=self.base_modules())
         PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
         return self.register(name, mature=mature, skill=skill)
 
-    def _base_modules(self) -> Iterator[str]:
+    def load(
+        self, name: str, config: LoraConfig, state: dict[str, torch.Tensor], *, path: str, skill: str | None
+    ) -> Expert:
+        """Take a trained adapter into the pool, as its last expert, nascent; packed, in the others' dtype.
+
+        Args:
+            config: checked already.
+            state: its tensors, as PEFT names them in files.
+            path: where it came from.
+
+        Raises:
+            ValueError: naming every tensor that is missing, foreign, misshapen or not finite; nothing is added.
+        """
+        dtype = next(self.parameters(self.names[0])).dtype
+        if config.lora_dropout != self.lora.lora_dropout:
+            warnings.warn(
+                f"adapter {path} was trained with lora_dropout {config.lora_dropout}; here it goes on with the pool's, "
+                f"{self.lora.lora_dropout}",
+                stacklevel=3,
+            )
+            config.lora_dropout = self.lora.lora_dropout
+        expert = self.add(name, config, mature=False, skill=skill)
+        self.pack()
+        expected = get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
+        problems = state_problems(expected, state)
+        if problems:
+            self.remove(name)
+            raise ValueError(f"adapter {path} does not fit: " + "; ".join(problems[:5]))
+        set_peft_model_state_dict(self._model, state, adapter_name=name)
+        self.cast(name, dtype)
+        self.pack()
+        return expert
+
+    def base_modules(self) -> Iterator[str]:
         paths = (path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules())
         return (path for path in paths if ".lora_" not in path)
 
@@ -169,14 +207,15 @@ class ExpertPool:
                 yield cast(nn.Parameter, layer.adapters[name].down.weight)
                 yield cast(nn.Parameter, layer.adapters[name].up.weight)
 
-    def nan_weights(self) -> Iterator[tuple[str, str]]:
-        """The experts with NaN in some matrix, each with the name of the first such parameter."""
+    def non_finite(self) -> Iterator[tuple[str, str]]:
+        """The experts with NaN or infinity in some matrix, each with the name of the first such parameter."""
+        adapters = [(name, p) for name, p in self._model.named_parameters() if ".lora_" in name]
         for expert in self:
             mark = f".{expert.name}."
-            for name, parameter in self._model.base_model.model.named_parameters():
-                if ".lora_" in name and mark in name and parameter.isnan().any():
-                    yield expert.name, name.replace(mark, ".")
-                    break
+            broken = (name for name, p in adapters if mark in name and not p.isfinite().all())
+            first = next(broken, None)
+            if first is not None:
+                yield expert.name, first.replace(mark, ".").removeprefix("base_model.model.")
 
     def pack(self) -> None:
         """Lay each layer's experts behind one another in memory, after some were added, removed or moved."""

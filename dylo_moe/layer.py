@@ -10,7 +10,7 @@ experts is worked out once, in a `Dispatch`; every routed linear of that forward
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +216,7 @@ def pack(layer: RoutedLayer) -> list[str]:
 
     A's rows and B's columns: both products of the dense path then need no copy, and an expert costs no
     more memory than its own matrices. Values, names and identities of the parameters stay as they are; those
-    still on the meta device get their memory here, in the dtype of the others.
+    still on the meta device get their memory here: in the dtype of the others, or where there are none in their own.
 
     Returns:
         The experts that were on the meta device: their values are still to be set.
@@ -226,15 +226,17 @@ def pack(layer: RoutedLayer) -> list[str]:
         modules = [adapter.up if transposed else adapter.down for adapter in layer.adapters.values()]
         weights = [module.weight for module in modules]
         real = [weight for weight in weights if not weight.is_meta]
-        if not real or any(type(weight) is not nn.Parameter for weight in weights):
+        if not weights or any(type(weight) is not nn.Parameter for weight in weights):
             continue
         if len({(weight.dtype, weight.device) for weight in real}) > 1:
             continue
-        whole = sum(weight.numel() for weight in weights) * real[0].element_size()
+        dtype = (real or weights)[0].dtype
+        device = real[0].device if real else cast(Tensor, layer.base_layer.weight).device
+        whole = sum(weight.numel() for weight in weights) * dtype.itemsize
         if not fresh and _adjacent(weights, transposed) and weights[0].untyped_storage().nbytes() == whole:
             continue
         rows = [weight.t() if transposed else weight for weight in weights]
-        block_RD = real[0].new_empty(sum(row.shape[0] for row in rows), rows[0].shape[1])
+        block_RD = torch.empty(sum(row.shape[0] for row in rows), rows[0].shape[1], dtype=dtype, device=device)
         for module, row, part in zip(modules, rows, block_RD.split([row.shape[0] for row in rows]), strict=True):
             view = part.t() if transposed else part
             if row.is_meta:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 
 from peft import LoraConfig, TaskType
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,40 +43,63 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
     if not isinstance(config, LoraConfig):
         raise ValueError(f"lora is {config!r}, a {type(config).__name__}; experts are made of a peft.LoraConfig")
     config = copy.deepcopy(config)
-    problems = _unsupported_fields(config)
-    prefix, layers = decoder_layers(base)
-    inside = {
-        f"{prefix}.{index}.{name}": index
-        for index, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        config.target_modules = sorted({name.rsplit(".", 1)[1] for name in inside})
+        config.target_modules = sorted({name.rsplit(".", 1)[1] for name in _layer_linears(base)})
     if router_index > 0 and config.layers_to_transform is None and not isinstance(config.target_modules, str):
+        prefix, layers = decoder_layers(base)
         config.layers_to_transform = list(range(router_index, len(layers)))
         config.layers_pattern = prefix.rsplit(".", 1)[-1]
-    targeted = [name for name, _ in base.named_modules() if name and check_target_module_exists(config, name)]
-    outside = [name for name in targeted if name not in inside]
-    below = [name for name in targeted if inside.get(name, router_index) < router_index]
-    if outside:
-        problems.append(
-            f"target_modules reaches {_some(outside)}: only linears inside the decoder layers can be routed, "
-            "not embeddings or the head"
-        )
-    if below:
-        problems.append(
-            f"target_modules reaches {_some(below)} below the router, which reads the hidden states entering layer "
-            f"{router_index}: layers before it must stay the base's own"
-        )
-    if not targeted:
-        problems.append(f"target_modules {config.target_modules!r} matches nothing in {type(base).__name__}")
+    problems = lora_problems(base, config, router_index=router_index)
     if problems:
         raise ValueError("this LoraConfig cannot make a routed expert: " + "; ".join(problems))
     config.task_type = TaskType.CAUSAL_LM
     config.inference_mode = False
     return config
+
+
+def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> list[str]:
+    """Every reason why an adapter of this config cannot be a routed expert of this base; none: it can.
+
+    Args:
+        base: with or without adapters injected.
+        router_index: the first layer that may carry experts.
+    """
+    problems = _unsupported_fields(config)
+    inside = _layer_linears(base)
+    names = [name for name, _ in base.named_modules() if name and not _is_part_of_adapter(name)]
+    targeted = [name for name in names if check_target_module_exists(config, name)]
+    outside = [name for name in targeted if name not in inside]
+    below = [name for name in targeted if inside.get(name, router_index) < router_index]
+    if outside:
+        problems.append(
+            f"target_modules reaches {listed(outside)}: only linears inside the decoder layers can be routed, "
+            "not embeddings or the head"
+        )
+    if below:
+        layers = ", ".join(str(index) for index in sorted({inside[name] for name in below}))
+        problems.append(
+            f"target_modules reaches {listed(below)} below the router (layers {layers}), which reads the hidden states "
+            f"entering layer {router_index}: layers before it must stay the base's own"
+        )
+    if not targeted:
+        problems.append(f"target_modules {config.target_modules!r} matches nothing in {type(base).__name__}")
+    return problems
+
+
+def _layer_linears(base: PreTrainedModel) -> dict[str, int]:
+    """The linears inside the decoder layers, adapted ones too, each with the index of its layer."""
+    prefix, layers = decoder_layers(base)
+    return {
+        f"{prefix}.{index}.{name}": index
+        for index, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, LoraLayer)) and not _is_part_of_adapter(name)
+    }
+
+
+def _is_part_of_adapter(name: str) -> bool:
+    return ".lora_" in name or ".base_layer" in name
 
 
 def _unsupported_fields(config: LoraConfig) -> list[str]:
@@ -95,5 +120,6 @@ def _unsupported_fields(config: LoraConfig) -> list[str]:
     return problems
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def listed(names: Sequence[str], *, most: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

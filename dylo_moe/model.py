@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .adapter_files import read_adapter
 from .base import load_base
 from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
 from .dispatch import ContextSlot
 from .expert import Expert, ExpertPool, check_name
 from .frozen import base_identity, check_base, switch_off_dropout
-from .lora_config import routed_lora_config
+from .lora_config import lora_problems, routed_lora_config
 from .router import Router, Routing
 from .router_cache import find_router_layer
 from .routing_hooks import NotForced, Prompt, RoutingHooks, one_per_row
@@ -33,7 +34,8 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with the parts of the loss and the routing.
 
     loss = lm_loss + balance_coefficient * balance_loss + z_loss_coefficient * z_loss
-           + entropy_coefficient * entropy_loss (lm_loss smoothed, where asked for); the parts are unweighted scalars, and None without labels.
+           + entropy_coefficient * entropy_loss, where label smoothing enters `loss` alone; the parts are
+           unweighted scalars, and None without labels.
     """
 
     lm_loss: Tensor | None = None
@@ -155,6 +157,31 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """
         expert = self._pool.add(name, self._pool.config_for(rank), mature=False, skill=skill)
         self._pool.pack()
+        self.router.add_row(name)
+        return expert
+
+    def import_expert(self, name: str, path: str, *, skill: str | None = None, **kwargs: Any) -> Expert:
+        """Take a stock PEFT LoRA adapter into the pool: a folder or a hub id, written by PEFT 0.18 or newer.
+
+        Rank, targets and scaling are the adapter's own; `with model.route_to(name)` gives its own logits. It
+        comes in like an expert of `add_expert`: nascent, with a small random gate row, trainable. Its dropout
+        becomes the pool's, because the experts of a layer share one mask.
+
+        Args:
+            name: in this pool.
+            skill: what it is for; kept in the checkpoint.
+            kwargs: of the hub: revision, subfolder, token, cache_dir.
+
+        Raises:
+            ValueError: with every reason why this adapter cannot be an expert here; the model stays as it was.
+        """
+        check_name(name, taken=self._pool, modules=self._pool.base_modules())
+        config, state = read_adapter(path, **kwargs)
+        index = self.router_config.layer_index(self.base.config.get_text_config().num_hidden_layers)
+        problems = lora_problems(self.base, config, router_index=index)
+        if problems:
+            raise ValueError(f"adapter {path} cannot be an expert: " + "; ".join(problems))
+        expert = self._pool.load(name, config, state, path=path, skill=skill)
         self.router.add_row(name)
         return expert
 
@@ -368,8 +395,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
             one_per_row(forced, mask.shape[0], expandable=False)
         prompt = Prompt(mask, None)
         if config.per_sequence and not (config.reads_final and forced is not NotForced):
-            text = {"inputs_embeds": embeddings} if inputs is None or inputs.shape[1] == 0 else {"input_ids": inputs}
-            prompt = Prompt(mask, self._decide(text, mask, kwargs.get("past_key_values")))
+            text = ("input_ids", inputs) if embeddings is None else ("inputs_embeds", embeddings)
+            prompt = Prompt(mask, self._decide(dict([text]), mask, kwargs.get("past_key_values")))
         with self._hooks.generating(prompt):
             output = super().generate(*args, **kwargs)
             if not isinstance(output, Tensor) and inputs is not None:
@@ -377,7 +404,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
                 output.routing = self._hooks.read(input_ids=output.sequences, attention_mask=real).routing
         return output
 
-    def _decide(self, text: dict[str, Tensor], mask: Tensor, cache: Cache | None) -> Tensor:
+    def _decide(self, text: dict[str, Any], mask: Tensor, cache: Cache | None) -> Tensor:
         """What each prompt's row is decided on, fp32 [prompts, hidden]: as its cache has it, or of all its tokens."""
         memory = None if cache is None else find_router_layer(cache)
         if memory is not None and memory.decided is not None:
@@ -392,11 +419,13 @@ class DyLoRAMoE(PeftModelForCausalLM):
         config = self.router_config
         if config.reads_final and not config.per_sequence and self._hooks.forced is NotForced:
             raise ValueError(
-                "router_layer='final' with granularity='token' cannot generate: the router would have to read every new "
-                "token in a second pass of the base alone; use granularity='sequence', or generate inside route_to"
+                "router_layer='final' with granularity='token' cannot generate: the router would have to read every "
+                "new token in a second pass of the base alone; use granularity='sequence', or generate inside route_to"
             )
         if self._generation_value("compile_config", kwargs) is not None:
-            raise ValueError("compile_config is given, but a routed model's decoding cannot be compiled yet; leave it out")
+            raise ValueError(
+                "compile_config is given, but a routed model's decoding cannot be compiled yet; leave it out"
+            )
         kwargs["disable_compile"] = True  # which Transformers would do to a static cache on a GPU
 
     def _generation_value(self, name: str, kwargs: dict[str, Any]) -> Any:
@@ -426,8 +455,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         raise ValueError("set_adapter has no meaning for a routed model; use `with model.route_to(name):`")
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: this version does not import adapters."""
-        raise ValueError("load_adapter would add an adapter without a gate row; this version does not import adapters")
+        """Refused: an adapter needs a gate row. Use `import_expert`."""
+        raise ValueError("load_adapter would add an adapter that no token can reach; use import_expert(name, path)")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
         """Merge one expert into the base's weights until `unmerge_adapter`; every token then uses it.
@@ -567,5 +596,5 @@ def _pool_problems(
 
 def _uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over the predicted tokens of the cross-entropy with a uniform distribution over the vocabulary."""
-    wanted = logits[:, :-1][labels[:, 1:] != -100].float()
-    return (wanted.logsumexp(-1) - wanted.mean(-1)).sum()
+    logits = logits[:, :-1].float()
+    return ((logits.logsumexp(-1) - logits.mean(-1)) * (labels[:, 1:] != -100)).sum()

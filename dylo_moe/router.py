@@ -161,9 +161,10 @@ class Router(nn.Module):
             logits = F.linear(scaled, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
         return logits[..., : len(names)]
 
-    def nan_rows(self) -> list[str]:
-        """The experts whose gate row holds NaN."""
-        return [name for name in self.names if self.gate[name].isnan().any() or self.gate_bias[name].isnan().any()]
+    def non_finite(self) -> list[str]:
+        """The experts whose gate row holds NaN or infinity."""
+        rows = {name: torch.cat([self.gate[name], self.gate_bias[name][None]]) for name in self.names}
+        return [name for name, row in rows.items() if not row.isfinite().all()]
 
     def forward(self, features: Tensor, *, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
         """Route the tokens of one forward.
@@ -239,12 +240,13 @@ class Router(nn.Module):
             return RouterLosses(zero, zero, zero)
         tokens = routing.mask if tokens is None else tokens & routing.mask
         count = tokens.sum().clamp_min(1) if num_tokens is None else num_tokens
-        log_p_NE = logits_BSE[tokens].log_softmax(-1)
-        p_NE = log_p_NE.exp()
-        mean_p_E = p_NE.sum(0) / count
+        logits_BSE = logits_BSE.masked_fill(~tokens[..., None], 0.0)
+        log_p_BSE = logits_BSE.log_softmax(-1)
+        p_BSE = log_p_BSE.exp() * tokens[..., None]
+        mean_p_E = p_BSE.sum((0, 1)) / count
         balance = len(routing.names) * (self.shares.to(mean_p_E, copy=True) * mean_p_E).sum()
-        z = (logits_BSE[tokens].logsumexp(-1) ** 2).sum() / count
-        entropy = -(p_NE * log_p_NE).sum() / count
+        z = (logits_BSE.logsumexp(-1) ** 2 * tokens).sum() / count
+        entropy = -(p_BSE * log_p_BSE).sum() / count
         return RouterLosses(balance, z, entropy)
 
 

@@ -24,7 +24,7 @@ class RouterCacheLayer(DummyLayer):
     Transformers it is one of the layers that hold no keys and values, and it is passed over as those are.
     """
 
-    is_compileable = False
+    is_compileable = True  # as static layers are: Transformers masks by it what they have not filled yet
 
     def __init__(self) -> None:
         super().__init__()

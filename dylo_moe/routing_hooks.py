@@ -15,6 +15,7 @@ from .dispatch import ContextSlot, ForwardContext
 from .expert import ExpertPool
 from .features import causal_exponential_mean
 from .frozen import decoder_layers
+from .lora_config import listed
 from .router import Router, force_routing, make_dispatch
 from .router_cache import RouterCacheLayer, find_router_layer, router_cache_layer
 from .spans import prompt_ends, text_starts, token_mask
@@ -187,14 +188,12 @@ class RoutingHooks:
             raise _RouterReached(context)
 
     def _forced(self, context: ForwardContext) -> Any:
-        merged = self.pool.layers[0].merged_adapters
-        if not merged:
+        merged = next((layer.merged_adapters[0] for layer in self.pool.layers if layer.merged_adapters), None)
+        if merged is None:
             return context.forced
-        if context.forced not in (NotForced, merged[0]):
-            raise ValueError(
-                f"expert {merged[0]!r} is merged into the base, so nothing else can be routed to; unmerge it"
-            )
-        return merged[0]
+        if context.forced not in (NotForced, merged):
+            raise ValueError(f"expert {merged!r} is merged into the base, so nothing else can be routed to; unmerge it")
+        return merged
 
     def _mask(self, context: ForwardContext, hidden: Tensor, cache: Cache | None) -> Tensor:
         batch, seq = hidden.shape[:2]
@@ -265,18 +264,24 @@ class RoutingHooks:
             self._name_nan(context.routing.mask, logits)
 
     def _name_nan(self, mask: Tensor, logits: Tensor) -> None:
-        """Raises ValueError naming the weights that hold NaN, unless the NaN is on padding or came without any."""
+        """Raises ValueError naming the weights to blame; NaN on padding alone, or without such weights, may be."""
         seen = logits[..., 0].isnan()
         if seen.shape == mask.shape and not (seen & mask).any():
             return
-        found = [f"expert {name!r} ({where})" for name, where in self.pool.nan_weights()]
-        found += [f"the gate row of expert {name!r}" for name in self.router.nan_rows()]
-        found += [] if found else [f"the base ({name})" for name, p in self.base.named_parameters() if p.isnan().any()]
-        if found:
+        broken = broken_weights(self.pool, self.router)
+        broken += (
+            [] if broken else [f"the base ({name})" for name, p in self.base.named_parameters() if p.isnan().any()]
+        )
+        if broken:
             raise ValueError(
-                f"NaN in the weights of {', '.join(found[:3])}{' and more' if len(found) > 3 else ''}: the model's output "
-                "is lost; remove the expert, or load an older checkpoint"
+                f"the output is NaN because of {listed(broken)}; remove the expert, or load an older checkpoint"
             )
+
+
+def broken_weights(pool: ExpertPool, router: Router) -> list[str]:
+    """What holds NaN or infinity, in words: adapters and gate rows."""
+    broken = [f"the weights of expert {name!r} ({parameter})" for name, parameter in pool.non_finite()]
+    return broken + [f"the gate row of expert {name!r}" for name in router.non_finite()]
 
 
 def one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None]:

@@ -37,6 +37,7 @@ def build_model(arguments: Arguments) -> DyLoRAMoE:
     router = RouterConfig(
         top_k=flags.top_k,
         router_layer=parse_router_layer(flags.router_layer),
+        granularity=flags.granularity,
         router_half_life=flags.router_half_life,
         z_loss_coefficient=flags.z_loss_coefficient,
         entropy_coefficient=flags.entropy_coefficient,

@@ -13,7 +13,7 @@ from .model import DyLoRAMoE
 
 
 class DyLoRATrainer(Trainer):
-    """`transformers.Trainer` for a `DyLoRAMoE` model.
+    """`transformers.Trainer` for a `DyLoRAMoE` model; with label smoothing, which the stock one does past the model.
 
     Batches may hold `domain`, int64 [batch], the position of each row's dataset in `domains`; losses
     and routing are then logged per domain. Evaluation reports the language-model loss alone, as a
@@ -26,6 +26,7 @@ class DyLoRATrainer(Trainer):
 
     def __init__(self, *args: Any, domains: list[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.label_smoother = None  # it would take the labels out of the model's sight; the model smooths itself
         experts = cast(DyLoRAMoE, self.model).experts.names
         self.domains = domains
         self.train_meter = Meter(domains, experts)
@@ -54,8 +55,10 @@ class DyLoRATrainer(Trainer):
         """The model's own loss, counted into the meter."""
         inputs = dict(inputs)
         domain = inputs.pop("domain", None)
-        if model.training and self._step_tokens is not None:
-            inputs["num_tokens_in_batch"] = self._step_tokens
+        if model.training:
+            inputs["label_smoothing"] = self.args.label_smoothing_factor
+            if self._step_tokens is not None:
+                inputs["num_tokens_in_batch"] = self._step_tokens
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if domain is None:
             domain = torch.zeros(len(inputs["labels"]), dtype=torch.int64)

@@ -24,6 +24,7 @@ ORDER = [
     "skill_library",
     "novelty_detector",
     "lora_config",
+    "adapter_files",
     "expert",
     "routing_hooks",
     "model",
