@@ -1,4 +1,4 @@
-"""One random state for every test, and a checkpoint that is made once."""
+"""One random state for every test, a checkpoint that is made once, and the table of the laws."""
 
 import copy
 import shutil
@@ -6,6 +6,25 @@ import shutil
 import pytest
 import torch
 from reference.checkpoints import grown
+from reference.laws import KEY, Comparison, Laws, table
+
+
+def pytest_addoption(parser):
+    parser.addoption("--laws", action="store_true", help="print each law with the largest difference that was seen")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--laws"):
+        reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+        values = [value for report in reports for name, value in report.user_properties if name == KEY]
+        terminalreporter.write_line("")
+        terminalreporter.write_line(table([Comparison(*value) for value in values]))
+
+
+@pytest.fixture
+def laws(record_property):
+    """Compares, and writes the difference down."""
+    return Laws(record_property)
 
 
 @pytest.fixture(autouse=True)
