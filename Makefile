@@ -12,7 +12,7 @@ CANDIDATES := $(PYTHON)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test laws lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ quickstart: $(VENV)/.installed ## install, then train a small model of experts o
 
 test: lint ## everything that CI checks: lint, types and tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+laws: $(VENV)/.installed-dev ## print what equals what, with the largest difference seen
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --laws
 
 lint: $(VENV)/.installed-dev ## check style and types, change nothing
 	$(BIN)/ruff check .

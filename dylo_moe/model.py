@@ -237,27 +237,25 @@ class DyLoRAMoE(PeftModelForCausalLM):
             yield
 
     @torch.no_grad()
-    def route(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_lengths: Tensor | None = None
-    ) -> Routing:
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Routing:
         """Where these tokens go; runs the base up to the router and no further.
 
         Args:
             input_ids: int64 [batch, seq].
             attention_mask: [batch, seq], 0 on padding.
-            prompt_lengths: as in `forward`.
+            inputs: position_ids, prompt_lengths or labels, as in `forward`.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_lengths": prompt_lengths}
-        return self._hooks.read(**inputs).routing
+        return self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).routing
 
     @torch.no_grad()
-    def router_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_lengths: Tensor | None = None
-    ) -> Tensor:
-        """What the gate reads of these tokens, whatever `route_to` asks for: fp32 [batch, seq, hidden]."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_lengths": prompt_lengths}
+    def router_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """What the gate reads of these tokens, whatever `route_to` asks for: fp32 [batch, seq, hidden].
+
+        Args:
+            inputs: as in `route`.
+        """
         with self._hooks.forcing(NotForced):
-            features = self._hooks.read(**inputs).features
+            features = self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).features
         assert features is not None
         return features
 
@@ -269,15 +267,17 @@ class DyLoRAMoE(PeftModelForCausalLM):
         find out which kinds of text there are. A pool that was trained already must not be started again.
 
         Args:
-            batches: each with input_ids [batch, seq] and, where padded, attention_mask; all in all at least
-                as many rows as there are experts.
+            batches: each with input_ids [batch, seq] and, where padded, attention_mask; with sequence granularity
+                also labels or prompt_lengths, which tell where prompts end. All in all at least as many rows as
+                there are experts.
             seed: of the clustering.
         """
         texts = []
         for batch in batches:
             ids = batch["input_ids"].to(self.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
-            features = self.router_features(ids, mask)
+            given = {name: batch[name].to(self.device) for name in ("labels", "prompt_lengths") if name in batch}
+            features = self.router_features(ids, mask, **given)
             texts += [row[real] for row, real in zip(features, mask, strict=True) if real.any()]
         if len(texts) < len(self._pool):
             raise ValueError(f"initialize_router was given {len(texts)} texts for {len(self._pool)} experts; give more")

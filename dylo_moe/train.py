@@ -42,6 +42,8 @@ def build_model(arguments: Arguments) -> DyLoRAMoE:
         z_loss_coefficient=flags.z_loss_coefficient,
         entropy_coefficient=flags.entropy_coefficient,
     )
+    if router.reads_final and not router.per_sequence:
+        raise ValueError("router_layer final with granularity token cannot generate; add --granularity sequence")
     targets = flags.lora_targets
     lora = LoraConfig(
         r=flags.lora_r,
