@@ -239,7 +239,7 @@ class Router(nn.Module):
             zero = routing.weights.new_zeros(())
             return RouterLosses(zero, zero, zero)
         tokens = routing.mask if tokens is None else tokens & routing.mask
-        count = tokens.sum().clamp_min(1) if num_tokens is None else num_tokens
+        count = (tokens.sum() if num_tokens is None else torch.as_tensor(num_tokens)).clamp_min(1)
         logits_BSE = logits_BSE.masked_fill(~tokens[..., None], 0.0)
         log_p_BSE = logits_BSE.log_softmax(-1)
         p_BSE = log_p_BSE.exp() * tokens[..., None]
