@@ -20,11 +20,17 @@ def read_adapter(path: str, **kwargs: Any) -> tuple[LoraConfig, dict[str, Tensor
     Raises:
         ValueError: where there is none, or one of another kind than LoRA.
     """
-    config = PeftConfig.from_pretrained(path, **kwargs)
+    try:
+        config = PeftConfig.from_pretrained(path, **kwargs)
+        state = load_peft_weights(path, device="cpu", **kwargs) if isinstance(config, LoraConfig) else {}
+    except Exception as error:  # PEFT, safetensors, pickle and the hub raise errors of twelve kinds
+        raise ValueError(f"adapter {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapter {path} is a {type(config).__name__}; experts are LoRA adapters")
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"adapter {path} holds something else than named tensors")
     config.inference_mode = False
-    return config, load_peft_weights(path, device="cpu", **kwargs)
+    return config, state
 
 
 def state_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:

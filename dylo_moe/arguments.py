@@ -91,15 +91,15 @@ class ModelArguments:
     router_layer: str = field(
         default=str(RouterConfig.router_layer),
         metadata={
-            "help": "Where the router reads: embeddings, a layer's index (7), a fraction of the depth (0.25), or final. "
-            "Deeper tells apart skills of the same words, but layers below it carry no experts; final runs the base "
-            "twice."
+            "help": "Where the router reads: embeddings, a layer's index (7), a fraction of the depth (0.25), or "
+            "final. Deeper tells apart skills of the same words, but layers below it carry no experts; final runs the "
+            "base twice."
         },
     )
     granularity: str = field(
         default=RouterConfig.granularity,
         metadata={
-            "help": "What is sent to the experts: each token on its own, or a sequence as a whole, decided on its prompt.",
+            "help": "What is routed: each token on its own, or a sequence as a whole, decided on its prompt.",
             "choices": [TOKEN, SEQUENCE],
         },
     )

@@ -106,6 +106,7 @@ class ForwardContext:
 
     Args:
         forced: what `route_to` asked for when the forward began, in `RoutingHooks`' terms.
+        dense: whether some expert was nascent then; an older Transformers recomputes the routing too.
         attention_mask: [batch, tokens] as the forward was given it.
         position_ids: [batch, seq] likewise; where they start over, another text begins.
         prompt_lengths: int64 [batch] likewise.
@@ -117,6 +118,7 @@ class ForwardContext:
         self,
         forced: Any,
         *,
+        dense: bool = False,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
@@ -124,6 +126,7 @@ class ForwardContext:
         ends_at_router: bool = False,
     ) -> None:
         self.forced = forced
+        self.dense = dense
         self.attention_mask = attention_mask
         self.position_ids = position_ids
         self.prompt_lengths = prompt_lengths
@@ -132,6 +135,8 @@ class ForwardContext:
         self.last_hidden: Tensor | None = None
         """[batch, seq, hidden] of a pass of the base alone, where the router reads those."""
         self.features: Tensor | None = None
+        self.states: Any = None
+        """The router's memory after each token."""
         self.routing: Any = None
         self.dispatch: Dispatch | None = None
         self.outer: ForwardContext | None = None

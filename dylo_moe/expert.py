@@ -119,7 +119,13 @@ class ExpertPool:
         It has no memory before `pack`, so that adding many at once allocates each layer's block once.
         """
         check_name(name, taken=self._experts, modules=self.base_modules())
-        PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
+        try:
+            PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
+        except BaseException:  # PEFT injects layer by layer
+            for _, layer in routed_layers(self._model):
+                layer.delete_adapter(name)
+            self.refresh()
+            raise
         return self.register(name, mature=mature, skill=skill)
 
     def load(
@@ -143,7 +149,10 @@ class ExpertPool:
                 stacklevel=3,
             )
             config.lora_dropout = self.lora.lora_dropout
-        expert = self.add(name, config, mature=False, skill=skill)
+        try:
+            expert = self.add(name, config, mature=False, skill=skill)
+        except Exception as error:  # values that only PEFT knows to be wrong
+            raise ValueError(f"adapter {path} cannot be an expert: {type(error).__name__}: {error}") from error
         self.pack()
         expected = get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
         problems = state_problems(expected, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 
@@ -68,7 +69,10 @@ def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: in
     problems = _unsupported_fields(config)
     inside = _layer_linears(base)
     names = [name for name, _ in base.named_modules() if name and not _is_part_of_adapter(name)]
-    targeted = [name for name in names if check_target_module_exists(config, name)]
+    try:
+        targeted = [name for name in names if check_target_module_exists(config, name)]
+    except (TypeError, re.error) as error:  # none at all, or a pattern that is none
+        return [*problems, f"target_modules {config.target_modules!r} cannot be read: {error}"]
     outside = [name for name in targeted if name not in inside]
     below = [name for name in targeted if inside.get(name, router_index) < router_index]
     if outside:

@@ -13,20 +13,22 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapter_files import read_adapter
 from .base import load_base
 from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
+from .decoding import GenerateCall
 from .dispatch import ContextSlot
 from .expert import Expert, ExpertPool, check_name
 from .frozen import base_identity, check_base, switch_off_dropout
 from .lora_config import lora_problems, routed_lora_config
 from .router import Router, Routing
-from .router_cache import find_router_layer
-from .routing_hooks import NotForced, Prompt, RoutingHooks, one_per_row
-from .spans import as_list, finished_mask, prompt_mask
+from .routing_hooks import NotForced, RoutingHooks
+
+ROUTER_INPUTS = ("position_ids", "labels", "prompt_lengths")
+"""What the router reads of a batch besides its tokens and their mask."""
 
 
 @dataclass
@@ -256,7 +258,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """
         with self._hooks.forcing(NotForced):
             features = self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).features
-        assert features is not None
+        if features is None:
+            raise ValueError("an expert is merged into the base, so that the base alone cannot be read; unmerge it")
         return features
 
     @torch.no_grad()
@@ -276,7 +279,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         for batch in batches:
             ids = batch["input_ids"].to(self.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
-            given = {name: batch[name].to(self.device) for name in ("labels", "prompt_lengths") if name in batch}
+            given = {name: batch[name].to(self.device) for name in ROUTER_INPUTS if name in batch}
             features = self.router_features(ids, mask, **given)
             texts += [row[real] for row, real in zip(features, mask, strict=True) if real.any()]
         if len(texts) < len(self._pool):
@@ -317,12 +320,15 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """
         if "adapter_names" in kwargs:
             raise ValueError("adapter_names has no meaning for a routed model; use `with model.route_to([...]):`")
+        if prompt_lengths is not None and not self.router_config.per_sequence:
+            raise ValueError("prompt_lengths has no meaning with granularity='token': every token is routed on its own")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be from 0 to below 1")
         num_items = num_items_in_batch
         if labels is not None:
             count = (labels[:, 1:] != -100).sum() if num_items is None else torch.as_tensor(num_items)
             kwargs["num_items_in_batch"] = count.clamp_min(1)  # no label at all is a loss of 0, not of nan
+            kwargs.setdefault("use_cache", False)  # with a cache, Transformers lets packed texts see each other
         out = self.base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -378,61 +384,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
             ValueError: for a router that reads the last hidden states and decides token by token; for
                 compiled decoding, which does not exist yet.
         """
-        self._check_generation(kwargs)
-        config, forced = self.router_config, self._hooks.forced
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        embeddings = kwargs.get("inputs_embeds")
-        ends = as_list(self._generation_value("eos_token_id", kwargs))
-        mask = kwargs.get("attention_mask")
-        if mask is None and inputs is not None:
-            mask = prompt_mask(inputs, pad=self._generation_value("pad_token_id", kwargs), ends=ends)
-        elif mask is None and embeddings is not None:
-            mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-        if mask is None:
-            return super().generate(*args, **kwargs)
-        kwargs["attention_mask"] = mask
-        if isinstance(forced, (list, tuple)):
-            one_per_row(forced, mask.shape[0], expandable=False)
-        prompt = Prompt(mask, None)
-        if config.per_sequence and not (config.reads_final and forced is not NotForced):
-            text = ("input_ids", inputs) if embeddings is None else ("inputs_embeds", embeddings)
-            prompt = Prompt(mask, self._decide(dict([text]), mask, kwargs.get("past_key_values")))
-        with self._hooks.generating(prompt):
-            output = super().generate(*args, **kwargs)
-            if not isinstance(output, Tensor) and inputs is not None:
-                real = finished_mask(output.sequences, mask, ends=ends)
-                output.routing = self._hooks.read(input_ids=output.sequences, attention_mask=real).routing
+        call = GenerateCall(args, kwargs, defaults=self.base.generation_config)
+        call.check(self._hooks)
+        with self._hooks.generating(call.prompt(self._hooks)):
+            output = super().generate(*args, **call.keywords)
+            call.finish(self._hooks, output)
         return output
-
-    def _decide(self, text: dict[str, Any], mask: Tensor, cache: Cache | None) -> Tensor:
-        """What each prompt's row is decided on, fp32 [prompts, hidden]: as its cache has it, or of all its tokens."""
-        memory = None if cache is None else find_router_layer(cache)
-        if memory is not None and memory.decided is not None:
-            return memory.decided
-        with self._hooks.forcing(NotForced):
-            inputs = {**text, "attention_mask": mask, "prompt_lengths": mask.sum(1)}
-            features = self._hooks.read(**inputs).features
-        assert features is not None
-        return features[:, -1]
-
-    def _check_generation(self, kwargs: dict[str, Any]) -> None:
-        config = self.router_config
-        if config.reads_final and not config.per_sequence and self._hooks.forced is NotForced:
-            raise ValueError(
-                "router_layer='final' with granularity='token' cannot generate: the router would have to read every "
-                "new token in a second pass of the base alone; use granularity='sequence', or generate inside route_to"
-            )
-        if self._generation_value("compile_config", kwargs) is not None:
-            raise ValueError(
-                "compile_config is given, but a routed model's decoding cannot be compiled yet; leave it out"
-            )
-        kwargs["disable_compile"] = True  # which Transformers would do to a static cache on a GPU
-
-    def _generation_value(self, name: str, kwargs: dict[str, Any]) -> Any:
-        if kwargs.get(name) is not None:
-            return kwargs[name]
-        config = kwargs.get("generation_config") or self.base.generation_config
-        return getattr(config, name, None)
 
     # What PEFT and Transformers would otherwise do to us.
 
@@ -471,6 +428,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
         if adapter_names is None or len(adapter_names) != 1:
             raise ValueError(f"only one expert can be merged, named in adapter_names; got {adapter_names!r}")
         return self._pool[adapter_names[0]].name
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching packs requests into one row, and keeps no cache that the router could follow."""
+        raise ValueError("continuous batching cannot be routed; use generate, with one row for each prompt")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain base again, without experts, router and hooks. This model must not be used afterwards."""
@@ -596,5 +559,6 @@ def _pool_problems(
 
 def _uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over the predicted tokens of the cross-entropy with a uniform distribution over the vocabulary."""
-    logits = logits[:, :-1].float()
-    return ((logits.logsumexp(-1) - logits.mean(-1)) * (labels[:, 1:] != -100)).sum()
+    counts = labels[:, 1:] != -100
+    logits = logits[:, :-1].float().masked_fill(~counts[..., None], 0.0)  # there may be anything, also nan
+    return ((logits.logsumexp(-1) - logits.mean(-1)) * counts).sum()

@@ -46,20 +46,27 @@ class RouterCacheLayer(DummyLayer):
         """After the last token: total [batch, hidden], mass [batch, 1]. None when nothing was seen yet."""
         return self._history[-1].last if self._history else None
 
-    def store(self, states: RouterState) -> None:
+    def store(self, states: RouterState, *, all_of_them: bool = False) -> None:
         """Remember some more tokens (padding counted).
 
         Args:
             states: after each of them: total [batch, seq, hidden], mass [batch, seq, 1].
+            all_of_them: drop none, because a draft may be taken back that was made token by token.
         """
         self._history.append(states)
         self.num_tokens += _length(states)
+        if all_of_them:
+            return
         excess = sum(map(_length, self._history[:-1])) - HISTORY
         while excess > 0:
             oldest = self._history.pop(0)
             if _length(oldest) > excess:  # a copy, so that the rest of a long prompt is let go
                 self._history.insert(0, RouterState(*(part[:, excess:].clone() for part in oldest)))
             excess -= _length(oldest)
+
+    def replace(self, states: RouterState) -> None:
+        """Remember other states than were stored, for the same tokens."""
+        self._history = [RouterState(*(part[:, : self.num_tokens] for part in states))]
 
     def hold(self, decided: Tensor | None, *, num_tokens: int) -> None:
         """Keep what the rows were decided on; `num_tokens` more tokens went by."""
@@ -76,7 +83,7 @@ class RouterCacheLayer(DummyLayer):
             ValueError: for more than are remembered.
         """
         count = abs(tokens_to_remove)
-        if count == self.num_tokens:
+        if count >= self.num_tokens:
             return self.reset()
         if self._history:
             remembered = sum(map(_length, self._history))

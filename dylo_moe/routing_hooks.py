@@ -16,7 +16,7 @@ from .expert import ExpertPool
 from .features import causal_exponential_mean
 from .frozen import decoder_layers
 from .lora_config import listed
-from .router import Router, force_routing, make_dispatch
+from .router import Router, Routing, force_routing, make_dispatch
 from .router_cache import RouterCacheLayer, find_router_layer, router_cache_layer
 from .spans import prompt_ends, text_starts, token_mask
 
@@ -35,6 +35,8 @@ class Prompt(NamedTuple):
     """[prompts, prompt tokens], 0 on padding."""
     decided: Tensor | None
     """fp32 [prompts, hidden]: with sequence granularity, what the rows are decided on."""
+    drafts: bool = False
+    """Whether tokens are drafted one by one and may all be taken back."""
 
 
 class _RouterReached(Exception):
@@ -104,7 +106,7 @@ class RoutingHooks:
             self.forced = before
 
     @contextmanager
-    def generating(self, prompt: Prompt) -> Iterator[None]:
+    def generating(self, prompt: Prompt | None) -> Iterator[None]:
         """Inside, forwards are those of `generate`, on this prompt."""
         before, self.prompt = self.prompt, prompt
         try:
@@ -118,12 +120,14 @@ class RoutingHooks:
         ends_at_router = kwargs.pop("ends_at_router", False)
         context = ForwardContext(
             self.forced,
+            dense=self.pool.has_nascent,
             position_ids=kwargs.get("position_ids"),
             prompt_lengths=kwargs.pop("prompt_lengths", None),
             labels=kwargs.get("labels"),
             ends_at_router=ends_at_router,
         )
         self.slot.begin(context)  # first, because `_end` runs whatever happens
+        context.forced = self.decider()
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             context.attention_mask = mask
@@ -132,9 +136,18 @@ class RoutingHooks:
             raise ValueError(
                 f"attention_mask is a {kind}; the router needs the 2-d one, [batch, tokens], to tell padding from text"
             )
-        if self.router.config.reads_final and self.forced is NotForced and not self._is_decided(kwargs):
+        if self.router.config.reads_final and context.forced is NotForced and not self._is_decided(kwargs):
             context.last_hidden = self._base_pass(args, kwargs)
         return args, kwargs
+
+    def decider(self) -> Any:
+        """What decides a forward that begins now: as `forced`, where a merged expert counts as asked for."""
+        merged = next((layer.merged_adapters[0] for layer in self.pool.layers if layer.merged_adapters), None)
+        if merged is None:
+            return self.forced
+        if self.forced is not NotForced and self.forced != merged:
+            raise ValueError(f"expert {merged!r} is merged into the base, so nothing else can be routed to; unmerge it")
+        return merged
 
     def _is_decided(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing has to be read any more."""
@@ -171,13 +184,13 @@ class RoutingHooks:
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
         mask = self._mask(context, hidden, cache)
-        forced = self._forced(context)
+        forced = context.forced
         decides = forced is NotForced or context.ends_at_router
         if decides or cache is not None:
-            context.features = self._features(context, hidden.detach(), mask, cache, decides=decides)
+            context.features = self._features(context, hidden.detach(), mask, cache)
         if forced is NotForced:
             assert context.features is not None
-            context.routing, selected = self.router(context.features, mask=mask, dense=self.pool.has_nascent)
+            context.routing, selected = self.router(context.features, mask=mask, dense=context.dense)
             context.dispatch = make_dispatch(
                 context.routing, selected, layouts=self.pool.layouts, dtype=self.pool.compute_dtype()
             )
@@ -186,14 +199,6 @@ class RoutingHooks:
             context.routing, context.dispatch = force_routing(self.pool.names, experts, mask=mask)
         if context.ends_at_router:
             raise _RouterReached(context)
-
-    def _forced(self, context: ForwardContext) -> Any:
-        merged = next((layer.merged_adapters[0] for layer in self.pool.layers if layer.merged_adapters), None)
-        if merged is None:
-            return context.forced
-        if context.forced not in (NotForced, merged):
-            raise ValueError(f"expert {merged!r} is merged into the base, so nothing else can be routed to; unmerge it")
-        return merged
 
     def _mask(self, context: ForwardContext, hidden: Tensor, cache: Cache | None) -> Tensor:
         batch, seq = hidden.shape[:2]
@@ -206,9 +211,7 @@ class RoutingHooks:
         return token_mask(mask, batch=batch, seq=seq, device=hidden.device)
 
     @torch.no_grad()
-    def _features(
-        self, context: ForwardContext, hidden: Tensor, mask: Tensor, cache: Cache | None, *, decides: bool
-    ) -> Tensor | None:
+    def _features(self, context: ForwardContext, hidden: Tensor, mask: Tensor, cache: Cache | None) -> Tensor | None:
         memory = None if cache is None else router_cache_layer(cache, num_layers=self._num_layers)
         if cache is not None and memory is not None:
             memory.check_continues(int(cache.get_seq_length(self._first_layer)))
@@ -217,16 +220,17 @@ class RoutingHooks:
         if self.router.config.per_sequence:
             return self._sequence_features(context, hidden, mask, memory)
         if hidden is None:  # forced, so that the base was not run alone
-            assert memory is not None and not decides
-            memory.hold(None, num_tokens=mask.shape[1])
+            if memory is not None:
+                memory.hold(None, num_tokens=mask.shape[1])
             return None
         starts = text_starts(context.position_ids, mask=mask)
         state = None if memory is None else memory.state
         features, states = causal_exponential_mean(
             hidden, mask=mask, half_life=self.router.config.router_half_life, state=state, starts=starts
         )
+        context.states = states
         if memory is not None:
-            memory.store(states)
+            memory.store(states, all_of_them=self.prompt is not None and self.prompt.drafts)
         return features
 
     def _sequence_features(
@@ -260,18 +264,24 @@ class RoutingHooks:
             return
         output.routing = context.routing
         logits = output.get("logits")
-        if logits is not None and not torch.compiler.is_compiling() and logits[..., 0].isnan().any():
-            self._name_nan(context.routing.mask, logits)
+        if logits is not None and not torch.compiler.is_compiling():
+            self._name_nan(context.routing, logits)
 
-    def _name_nan(self, mask: Tensor, logits: Tensor) -> None:
+    def _name_nan(self, routing: Routing, logits: Tensor) -> None:
         """Raises ValueError naming the weights to blame; NaN on padding alone, or without such weights, may be."""
-        seen = logits[..., 0].isnan()
-        if seen.shape == mask.shape and not (seen & mask).any():
+        lost = logits[..., 0].isnan()  # a token whose hidden state is NaN
+        lost = lost | (logits[:, -1:].isnan().any(-1) & ~lost[:, -1:])  # one entry of a row: NaN in the head itself
+        if lost.shape == routing.mask.shape:
+            lost = lost & routing.mask
+        misled = routing.mask.new_zeros(())
+        if routing.logits is not None:  # top-1 weights are exactly 1, also where the gate is NaN
+            misled = (~routing.logits.isfinite().all(-1) & routing.mask).any()
+        if not (lost.any() | misled):
             return
         broken = broken_weights(self.pool, self.router)
-        broken += (
-            [] if broken else [f"the base ({name})" for name, p in self.base.named_parameters() if p.isnan().any()]
-        )
+        if not broken:
+            base = ((name, weight) for name, weight in self.base.named_parameters() if ".lora_" not in name)
+            broken = [f"the base's {name.replace('.base_layer', '')}" for name, p in base if not p.isfinite().all()]
         if broken:
             raise ValueError(
                 f"the output is NaN because of {listed(broken)}; remove the expert, or load an older checkpoint"
@@ -279,9 +289,11 @@ class RoutingHooks:
 
 
 def broken_weights(pool: ExpertPool, router: Router) -> list[str]:
-    """What holds NaN or infinity, in words: adapters and gate rows."""
+    """What holds NaN or infinity, in words: adapters, gate rows, what features are scaled by."""
     broken = [f"the weights of expert {name!r} ({parameter})" for name, parameter in pool.non_finite()]
-    return broken + [f"the gate row of expert {name!r}" for name in router.non_finite()]
+    broken += [f"the gate row of expert {name!r}" for name in router.non_finite()]
+    buffers = ("feature_mean", "feature_scale", "shares")
+    return broken + [f"the router's {name}" for name in buffers if not getattr(router, name).isfinite().all()]
 
 
 def one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None]:

@@ -88,13 +88,16 @@ def prompt_ends(
 
 
 def _check_prompt_lengths(prompt_lengths: Tensor, count_B: Tensor, text_BS: Tensor) -> None:
+    if not isinstance(prompt_lengths, Tensor) or prompt_lengths.dtype not in (torch.int64, torch.int32):
+        kind = getattr(prompt_lengths, "dtype", type(prompt_lengths).__name__)
+        raise ValueError(f"prompt_lengths is {kind}; it must be an int64 tensor [{len(count_B)}]")
     if prompt_lengths.shape != count_B.shape:
         raise ValueError(f"prompt_lengths has shape {list(prompt_lengths.shape)}; it must be [{len(count_B)}]")
     lengths, counts = prompt_lengths.tolist(), count_B.tolist()
     wrong = [
         f"row {row} has {count} tokens and a prompt length of {length}"
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True))
-        if not 1 <= length <= count
+        if count and not 1 <= length <= count
     ]
     if wrong:
         raise ValueError(f"prompt_lengths must be from 1 to each row's real tokens: {'; '.join(wrong[:3])}")

@@ -27,6 +27,7 @@ ORDER = [
     "adapter_files",
     "expert",
     "routing_hooks",
+    "decoding",
     "model",
     "checkpoint",
     "data",

@@ -27,7 +27,11 @@ def base():
 def prompts():
     """Code, prose and a chat, left-padded."""
     tokenizer = load_tokenizer(EMBEDDED_BASE)
-    texts = [inspect.getsource(json.dumps)[:300], pydoc_data.topics.topics["assert"][:180], "def add(a, b):\n    return"]
+    texts = [
+        inspect.getsource(json.dumps)[:300],
+        pydoc_data.topics.topics["assert"][:180],
+        "def add(a, b):\n    return",
+    ]
     rows = [tokenizer(textwrap.dedent(text))["input_ids"] for text in texts]
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
@@ -48,10 +52,6 @@ def model(base):
     model = routed(base, top_k=2, router_half_life=8.0)
     yield model
     model.unload()
-
-
-def uncached(model, inputs, **options):
-    return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, use_cache=False, **options)
 
 
 def test_every_cache_gives_the_tokens_of_none(model, prompts, laws):
@@ -90,7 +90,9 @@ def test_one_expert_equals_stock_peft(model, prompts, laws, tmp_path):
     model.save_pretrained(str(tmp_path / "saved"))
     with model.route_to("expert_1"), torch.no_grad():
         ours = model(**prompts).logits
-    stock = PeftModel.from_pretrained(load_base(EMBEDDED_BASE, dtype=torch.float32), str(tmp_path / "saved/experts/expert_1"))
+    stock = PeftModel.from_pretrained(
+        load_base(EMBEDDED_BASE, dtype=torch.float32), str(tmp_path / "saved/experts/expert_1")
+    )
     with torch.no_grad():
         theirs = stock.eval()(**prompts).logits
     real = prompts["attention_mask"].bool()

@@ -12,7 +12,8 @@ from dylo_moe import DyLoRAMoE, RouterConfig
 
 BAD_ROUTER = {
     "top_k": [0, -1, 1.5, "1", True, None],
-    "router_layer": ["final", "embedding", -1, 0.0, 1.0, -0.5, True, None, float("nan"), [0]],
+    "router_layer": ["last", "embedding", -1, 0.0, 1.0, -0.5, True, None, float("nan"), [0]],
+    "granularity": ["row", "", None, True],
     "router_half_life": [0, -1.0, float("inf"), float("nan"), "32", None, True],
     "temperature": [0, -1.0, float("inf"), float("nan"), "1", None],
     "z_loss_coefficient": [float("inf"), float("nan"), "0", None, True],
@@ -307,6 +308,6 @@ def test_what_cannot_be_a_base_is_refused():
 def test_what_peft_would_do_past_the_router_is_refused(call):
     model, ids = tiny_moe("llama"), tokens(2, 8)
     before = model(input_ids=ids).logits
-    with pytest.raises(ValueError, match=r"use|does not import"):
+    with pytest.raises(ValueError, match="use"):
         call(model)
     assert torch.equal(model(input_ids=ids).logits, before)
