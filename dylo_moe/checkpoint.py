@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "dylora.json"
 ROUTER_FILE = "router.safetensors"
+OWN_ENTRIES = ("experts", ROUTER_FILE, MANIFEST)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 EXPERT_FIELDS = {field.name for field in fields(Expert)}
 TRAINER_FILES = ("trainer_state.json", "training_args.bin")
@@ -50,12 +51,20 @@ class CheckpointError(ValueError):
     """A checkpoint that is not whole, or not for this base; the message names every problem found."""
 
 
-def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
-    """Write `model`'s experts and router to the folder `path`, whole or not at all."""
+def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str], *, beside: bool = False) -> None:
+    """Write `model`'s experts and router to the folder `path`, whole or not at all.
+
+    Args:
+        beside: leave what else lies in the folder, as the Trainer wants it: its output folder also holds its
+            numbered checkpoints. A crash may then leave no checkpoint, but never a mixture of two.
+    """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"cannot save to {target}: it is a file")
     foreign = _foreign_files(target)
+    beside = beside and bool(foreign)
+    if beside:
+        foreign = [name for name in foreign if name.split("/")[0] in OWN_ENTRIES]
     if foreign:
         raise ValueError(
             f"cannot save to {target}: it holds other files ({', '.join(foreign[:3])}); choose a new folder"
@@ -64,10 +73,13 @@ def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
     if broken:
         raise ValueError(f"cannot save to {target}: NaN or infinity in {listed(broken)}; nothing was written")
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if beside else target.parent))
     try:
         write_files(model, aside)
-        _replace(aside, target)
+        if beside:
+            _put_into(aside, target)
+        else:
+            _replace(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -103,6 +115,15 @@ def _replace(aside: Path, target: Path) -> None:
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_into(aside: Path, target: Path) -> None:
+    """The manifest goes first and comes last: without it, what lies there is no checkpoint."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(target / "experts", ignore_errors=True)
+    for name in OWN_ENTRIES:
+        os.replace(aside / name, target / name)
+    aside.rmdir()
 
 
 def write_files(model: DyLoRAMoE, folder: Path) -> None:

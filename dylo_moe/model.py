@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .adapter_files import read_adapter
 from .base import load_base
 from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
+from .config_view import ConfigView
 from .decoding import GenerateCall
 from .dispatch import ContextSlot
 from .expert import Expert, ExpertPool, check_name
@@ -37,14 +38,18 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
 
     loss = lm_loss + balance_coefficient * balance_loss + z_loss_coefficient * z_loss
            + entropy_coefficient * entropy_loss, where label smoothing enters `loss` alone; the parts are
-           unweighted scalars, and None without labels.
+           unweighted scalars, and None without labels. aux_loss is the sum of all but the first.
     """
 
     lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
     entropy_loss: Tensor | None = None
     routing: Routing | None = None
+
+
+OWN_OUTPUTS = [field.name for field in fields(DyLoRAMoEOutput) if not hasattr(CausalLMOutputWithPast, field.name)]
 
 
 class DyLoRAMoE(PeftModelForCausalLM):
@@ -224,6 +229,11 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """The base model, with the adapters injected."""
         return cast(PreTrainedModel, self.base_model.model)
 
+    @property
+    def config(self) -> ConfigView:
+        """The base's config, with what trainers want to know of a routed model."""
+        return ConfigView(self.base.config, not_predictions=OWN_OUTPUTS)
+
     @contextmanager
     def route_to(self, experts: str | Sequence[str | None] | None) -> Iterator[None]:
         """Force the routing of every forward inside: one expert, None for the base alone, or a list with
@@ -324,6 +334,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
             raise ValueError("prompt_lengths has no meaning with granularity='token': every token is routed on its own")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be from 0 to below 1")
+        kwargs.pop("output_router_logits", None)  # how TRL asks for aux_loss, which is always there
         num_items = num_items_in_batch
         if labels is not None:
             count = (labels[:, 1:] != -100).sum() if num_items is None else torch.as_tensor(num_items)
@@ -337,13 +348,15 @@ class DyLoRAMoE(PeftModelForCausalLM):
             return_dict=True,
             **kwargs,
         )
-        result = DyLoRAMoEOutput(
-            logits=out.logits,
-            past_key_values=out.get("past_key_values"),
-            hidden_states=out.get("hidden_states"),
-            attentions=out.get("attentions"),
-            routing=out.routing,
-        )
+        result = out  # of TRL's fused head: log-probabilities of the labels, no logits
+        if "logits" in out:
+            result = DyLoRAMoEOutput(
+                logits=out.logits,
+                past_key_values=out.get("past_key_values"),
+                hidden_states=out.get("hidden_states"),
+                attentions=out.get("attentions"),
+                routing=out.routing,
+            )
         if labels is not None:
             result.lm_loss = result.loss = out.loss
             if label_smoothing > 0:
@@ -353,10 +366,9 @@ class DyLoRAMoE(PeftModelForCausalLM):
         return result if return_dict is not False else result.to_tuple()
 
     def _add_router_losses(
-        self, result: DyLoRAMoEOutput, labels: Tensor, num_items: Tensor | int | None, num_tokens: Tensor | int | None
+        self, result: Any, labels: Tensor, num_items: Tensor | int | None, num_tokens: Tensor | int | None
     ) -> None:
         routing = result.routing
-        assert routing is not None and result.loss is not None
         tokens = None
         if num_tokens is None and num_items is not None:
             tokens, num_tokens = F.pad(labels[:, 1:] != -100, (0, 1)), num_items
@@ -365,12 +377,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
         losses = self.router.losses(routing, tokens=tokens, num_tokens=num_tokens)
         config = self.router_config
         result.balance_loss, result.z_loss, result.entropy_loss = losses
-        result.loss = (
-            result.loss
-            + self.balance_coefficient * losses.balance
+        result.aux_loss = (
+            self.balance_coefficient * losses.balance
             + config.z_loss_coefficient * losses.z
             + config.entropy_coefficient * losses.entropy
         )
+        result.loss = result.loss + result.aux_loss
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -493,7 +505,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """Write the folder that docs/checkpoint.md describes: experts, router, and how to check them.
 
         Args:
-            save_directory: a new folder, or an older checkpoint of ours, which is replaced.
+            save_directory: a new folder, or an older checkpoint of ours, which is replaced. The Trainer's own
+                folders may also hold what it puts there.
 
         Raises:
             ValueError: for a folder that holds other files, or an option of PEFT's that cannot apply.
@@ -505,7 +518,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         refused = [name for name, value in kwargs.items() if name != "state_dict" or value is not None]
         if refused:
             raise ValueError(f"save_pretrained takes only the folder; {', '.join(sorted(refused))} cannot apply")
-        save_checkpoint(self, save_directory)
+        save_checkpoint(self, save_directory, beside="state_dict" in kwargs)  # which only the Trainer passes
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -136,6 +136,8 @@ class RoutingHooks:
             raise ValueError(
                 f"attention_mask is a {kind}; the router needs the 2-d one, [batch, tokens], to tell padding from text"
             )
+        if self.base.training and hasattr(self.base.get_input_embeddings(), "neftune_noise_alpha"):
+            raise ValueError("NEFTune's noise would change what the router reads; leave neftune_noise_alpha out")
         if self.router.config.reads_final and context.forced is NotForced and not self._is_decided(kwargs):
             context.last_hidden = self._base_pass(args, kwargs)
         return args, kwargs

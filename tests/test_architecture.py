@@ -14,6 +14,7 @@ ORDER = [
     "config",
     "base",
     "frozen",
+    "config_view",
     "clusters",
     "dispatch",
     "layer",

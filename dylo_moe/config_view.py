@@ -1,0 +1,41 @@
+"""The base's config as trainers see it, who ask a model's config what to do with its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class ConfigView:
+    """The base's config, and three answers of our own; what is written goes to the base's.
+
+    Args:
+        config: of the base.
+        not_predictions: the outputs that the Trainer must not gather as predictions.
+    """
+
+    output_router_logits = False
+    """That it is there tells TRL to ask for `aux_loss` and to add it. TRL writes it; nothing of ours reads it."""
+    router_aux_loss_coef = 1.0
+    """What TRL multiplies `aux_loss` with, in which our coefficients already are."""
+
+    def __init__(self, config: PreTrainedConfig, *, not_predictions: Sequence[str]) -> None:
+        object.__setattr__(self, "_config", config)
+        keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        object.__setattr__(self, "keys_to_ignore_at_inference", [*keys, *not_predictions])
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> ConfigView:
+        return ConfigView(
+            self._config.get_text_config(*args, **kwargs), not_predictions=self.keys_to_ignore_at_inference
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config" or name.startswith("__"):  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(ConfigView, name):
+            setattr(self._config, name, value)
