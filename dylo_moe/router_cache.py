@@ -57,7 +57,7 @@ class RouterCacheLayer(DummyLayer):
         self.num_tokens += _length(states)
         if all_of_them:
             return
-        excess = sum(map(_length, self._history[:-1])) - HISTORY
+        excess = sum(map(_length, self._history[:-1])) - HISTORY - 1  # with the state before the earliest of them
         while excess > 0:
             oldest = self._history.pop(0)
             if _length(oldest) > excess:  # a copy, so that the rest of a long prompt is let go

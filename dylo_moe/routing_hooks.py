@@ -266,7 +266,8 @@ class RoutingHooks:
             return
         output.routing = context.routing
         logits = output.get("logits")
-        if logits is not None and not torch.compiler.is_compiling():
+        routed = context.routing is not None  # not where a draft ends before the router's layer
+        if logits is not None and routed and not torch.compiler.is_compiling():
             self._name_nan(context.routing, logits)
 
     def _name_nan(self, routing: Routing, logits: Tensor) -> None:
