@@ -1,8 +1,9 @@
-# The front door. Everything runs in .venv, which the first target that needs it makes.
+# The front door. Everything runs in .venv (test-oldest in .venv-oldest), which the first target that needs it makes.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
 # A Python that the user names is the only one tried; otherwise the first that is new enough.
 ifeq ($(origin PYTHON),file)
@@ -12,10 +13,10 @@ CANDIDATES := $(PYTHON)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test laws lint format clean
+.PHONY: help quickstart test test-oldest laws lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=...        the Python to make .venv with (3.10 or newer)"
 
 quickstart: $(VENV)/.installed ## install, then train a small model of experts on this machine
@@ -23,6 +24,9 @@ quickstart: $(VENV)/.installed ## install, then train a small model of experts o
 
 test: lint ## everything that CI checks: lint, types and tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-oldest: $(OLDEST)/.installed-dev ## the tests on the oldest supported versions, in a .venv-oldest of their own
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
 
 laws: $(VENV)/.installed-dev ## print what equals what, with the largest difference seen
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --laws
@@ -36,15 +40,15 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-oldest, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps keep an install from being repeated until what it depends on changes.
-$(VENV)/.made:
+$(VENV)/.made $(OLDEST)/.made:
 	@for python in $(CANDIDATES); do \
 	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
-	        $$python -m venv $(VENV) && touch $@; exit; \
+	        $$python -m venv $(@D) && touch $@; exit; \
 	    fi; \
 	done; \
 	echo "No usable Python among: $(CANDIDATES). It must be 3.10 or newer and have venv and pip" \
@@ -58,3 +62,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.made
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	@touch $(VENV)/.installed $@
+
+$(OLDEST)/.installed-dev: pyproject.toml constraints-oldest.txt | $(OLDEST)/.made
+	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e ".[dev]"
+	@touch $@

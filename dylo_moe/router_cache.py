@@ -6,14 +6,18 @@ draft got wrong; a memory that lives in the same object goes through the same ca
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DummyLayer
+from transformers import Cache, cache_utils
 
 from .features import RouterState
 
 HISTORY = 128
 """How many tokens before the last call can be taken back; the last call itself always can."""
+
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
+"""Transformers' own layer that holds no keys and values; it has one since 5.23."""
 
 
 class RouterCacheLayer(DummyLayer):
@@ -25,9 +29,15 @@ class RouterCacheLayer(DummyLayer):
     """
 
     is_compileable = True  # as static layers are: Transformers masks by it what they have not filled yet
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = None
+    """Neither: before 5.23 masks are measured at the first layer that slides, or that does not; never at this one."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.keys = self.values = None
+        self.is_initialized = True
         self.num_tokens = 0
         self.decided: Tensor | None = None
         """fp32 [batch, hidden]: what the routing of the whole row was decided on."""
@@ -116,6 +126,10 @@ class RouterCacheLayer(DummyLayer):
             RouterState(*(part.repeat_interleave(repeats, 0) for part in states)) for states in self._history
         ]
         self.decided = None if self.decided is None else self.decided.repeat_interleave(repeats, 0)
+
+    def get_max_length(self) -> int:
+        """-1: unbounded."""
+        return -1
 
     def reset(self) -> None:
         """Forget everything."""
