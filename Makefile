@@ -60,7 +60,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.made
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,trl]"
 	@touch $(VENV)/.installed $@
 
 $(OLDEST)/.installed-dev: pyproject.toml constraints-oldest.txt | $(OLDEST)/.made

@@ -28,6 +28,7 @@ class GenerateCall:
         self.keywords = {**kwargs, "disable_compile": True}  # which Transformers would do to a static cache on a GPU
         self.input_ids: Tensor | None = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         self.inputs_embeds: Tensor | None = kwargs.get("inputs_embeds")
+        self.position_ids: Tensor | None = kwargs.get("position_ids")
         self.cache: Cache | None = kwargs.get("past_key_values")
         self.ends = as_list(self.value("eos_token_id"))
         self.mask = self._mask()
@@ -79,7 +80,7 @@ class GenerateCall:
             return memory.decided
         text = {"input_ids": self.input_ids} if self.inputs_embeds is None else {"inputs_embeds": self.inputs_embeds}
         with hooks.forcing(NotForced):
-            features = hooks.read(**text, **_positioned(mask, hooks), prompt_lengths=mask.sum(1)).features
+            features = hooks.read(**text, **self._positioned(mask, hooks), prompt_lengths=mask.sum(1)).features
         assert features is not None
         return features[:, -1]
 
@@ -99,16 +100,20 @@ class GenerateCall:
             memory = None  # no row ended early
         if bare and memory is None:
             return
-        read = hooks.read(input_ids=sequences, **_positioned(real, hooks))
+        read = hooks.read(input_ids=sequences, **self._positioned(real, hooks))
         if not bare:
             output.routing = read.routing
         if memory is not None and read.states is not None:
             memory.replace(read.states)
 
-
-def _positioned(mask: Tensor, hooks: RoutingHooks) -> dict[str, Tensor]:
-    """A mask and, for a base that takes any, the position ids that `generate` counts by it."""
-    inputs = {"attention_mask": mask}
-    if "position_ids" in inspect.signature(hooks.base.forward).parameters:
-        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-    return inputs
+    def _positioned(self, mask: Tensor, hooks: RoutingHooks) -> dict[str, Tensor]:
+        """A mask of finished rows and, for a base that takes any, their position ids: given ones go on by one."""
+        inputs = {"attention_mask": mask}
+        if "position_ids" not in inspect.signature(hooks.base.forward).parameters:
+            return inputs
+        given = self.position_ids
+        if given is None:
+            return {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
+        given = given.repeat_interleave(len(mask) // len(given), 0)
+        new = torch.arange(1, mask.shape[1] - given.shape[1] + 1, device=given.device)
+        return {**inputs, "position_ids": torch.cat([given, given[:, -1:] + new], 1)}

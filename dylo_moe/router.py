@@ -135,7 +135,8 @@ class Router(nn.Module):
         """
         tokens = torch.cat(list(texts))
         self.feature_mean.copy_(tokens.mean(0))
-        self.feature_scale.copy_(1 / (tokens.std(0).clamp_min(1e-6) * self.hidden_size**0.5))
+        deviation = tokens.std(0, correction=min(1, len(tokens) - 1))  # 0 where all texts are alike
+        self.feature_scale.copy_(self.hidden_size**-0.5 / torch.where(deviation > 1e-6, deviation, 1.0))
         settled = int(self.config.router_half_life)
         points = torch.stack([text[min(settled, len(text) - 1) :].mean(0) for text in texts])
         points = (points - self.feature_mean) * self.feature_scale

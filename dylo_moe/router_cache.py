@@ -131,6 +131,12 @@ class RouterCacheLayer(DummyLayer):
         """-1: unbounded."""
         return -1
 
+    def offload(self) -> None:
+        """Nothing: it is small, and stays where it is."""
+
+    def prefetch(self) -> None:
+        """Nothing: see `offload`."""
+
     def reset(self) -> None:
         """Forget everything."""
         self._history, self.decided, self.num_tokens = [], None, 0

@@ -152,10 +152,13 @@ def test_an_expert_that_no_token_chooses_is_as_if_it_were_not_there(laws, monkey
     assert_same_gradients(found, without, relative=1e-4)
 
 
-@pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize(
-    ("family", "mode"), [*((family, "top 1") for family in FAMILIES), ("llama", "top 2"), ("gemma3", "nascent")]
-)
+    ("family", "mode", "path"),
+    [
+        *((family, "top 1", "sparse") for family in FAMILIES),
+        *(("llama", mode, "dense") for mode in ("top 1", "top 2", "nascent")), ("gemma3", "top 2", "sparse"),
+    ],
+)  # fmt: skip
 def test_all_tokens_on_one_expert_is_route_to(laws, monkeypatch, family, mode, path):
     force_path(monkeypatch, path)
     model = tiny_moe(family, num_experts=4, top_k=2 if mode == "top 2" else 1, balance_coefficient=0.0)

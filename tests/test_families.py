@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
-from reference.tiny import FAMILIES, base_tensors, force_path, padded, tiny_base, tiny_moe, tokens
+from reference.tiny import (
+    FAMILIES,
+    assert_same_gradients,
+    base_tensors,
+    force_path,
+    gradients,
+    padded,
+    tiny_base,
+    tiny_moe,
+    tokens,
+)
 from transformers import OPTConfig, OPTForCausalLM
 
 DROPOUTS = {
@@ -124,30 +134,102 @@ def test_dense_and_sparse_paths_agree_in_a_whole_model(monkeypatch, family):
     torch.testing.assert_close(logits["sparse"], logits["dense"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["bf16 base, fp32 experts", "bf16 base, bf16 experts", "autocast"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_low_precision_agrees_with_fp32(monkeypatch, setting, top_k):
+def labelled():
+    """No text's first token is predicted: what stands before it is padding, and may be anything."""
+    mask = batch()["attention_mask"]
+    return {**batch(), "labels": batch()["input_ids"].masked_fill(mask.cumsum(1) < 2, -100)}
+
+
+LOW = {torch.bfloat16: 0.05, torch.float16: 0.01}
+"""The largest error of logits, and five times less than that of a matrix's gradient, over the largest entry."""
+SETTINGS = ["fp32 experts", "all", "autocast"]
+SCALE = 1024.0
+"""Of the loss, so that no gradient is too small for fp16; as a GradScaler does."""
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "top_k", "dtype"),
+    [
+        *(("llama", setting, top_k, dtype) for setting in SETTINGS for top_k in (1, 2) for dtype in LOW),
+        *((family, "all", 2, torch.float16) for family in ("gpt2", "phi3", "gemma3")),
+    ],
+)
+def test_low_precision_agrees_with_fp32(laws, monkeypatch, family, setting, top_k, dtype):
     """Same weights, rounded; the routing is forced to the fp32 one's, so only arithmetic differs."""
-    precise = tiny_moe("llama", num_experts=4, top_k=top_k)
+    precise = tiny_moe(family, num_experts=4, top_k=top_k, balance_coefficient=0.0)
     model = copy.deepcopy(precise)
     if setting != "autocast":
-        model = tiny_moe(tiny_base("llama", dtype=torch.bfloat16), num_experts=4, top_k=top_k)
-    if "bf16 experts" in setting:
-        model.to(torch.bfloat16)
-    assert (next(model.experts.parameters("expert_0")).dtype == torch.bfloat16) == ("bf16 experts" in setting)
-    monkeypatch.setattr(model.router, "logits", lambda features: precise.route(**batch()).logits)
-    expected = precise(**batch()).logits
+        base = tiny_base(family, dtype=dtype)
+        model = tiny_moe(base, num_experts=4, top_k=top_k, balance_coefficient=0.0)
+    if setting == "all":
+        model.to(dtype)
+    assert (next(model.experts.parameters("expert_0")).dtype == dtype) == (setting == "all")
+    logits = precise.route(**batch()).logits
+    monkeypatch.setattr(model.router, "logits", lambda features: logits)
+    expected, real = precise(**batch()).logits, batch()["attention_mask"].bool()
+    theirs = gradients(precise, lambda: (precise(**labelled()).loss * SCALE).backward())
     for path in ("dense", "sparse"):
         force_path(monkeypatch, path)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting == "autocast"):
-            out = model(**batch(), labels=batch()["input_ids"])
-        assert out.logits.dtype == torch.bfloat16
+
+        def backward():
+            with torch.autocast("cpu", dtype=dtype, enabled=setting == "autocast"):
+                out = model(**labelled())
+            assert out.logits.dtype == dtype
+            error = (out.logits.float() - expected)[real] / expected[real].abs().max()
+            law = f"{str(dtype).removeprefix('torch.')} agrees with fp32"
+            laws.close(law, error, torch.zeros_like(error), family=family, atol=LOW[dtype])
+            (out.loss * SCALE).backward()
+
+        ours = gradients(model, backward)
+        for name, gradient in theirs.items():
+            if "lora_" in name:
+                assert ours[name].dtype == model.get_parameter(name).dtype, name
+                error = (ours[name].float() - gradient) / gradient.abs().max()
+                law = f"{str(dtype).removeprefix('torch.')} gradients agree with fp32"
+                laws.close(law, error, torch.zeros_like(error), family=family, atol=5 * LOW[dtype])
+
+
+ROWS = ["expert_2", None, "expert_0"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_list_of_experts_is_each_row_alone(laws, family):
+    """One entry a row: logits with and without a gradient, and cached decoding."""
+    model = tiny_moe(family)
+    rows = [tokens(n, seed=n) for n in (11, 5, 8)]
+    inputs = {**batch(), "position_ids": (batch()["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with model.route_to(ROWS):
+        together = [model(**inputs).logits, torch.no_grad()(model)(**inputs).logits]
+        made = model.generate(**batch(), **options)
+    law = "a list of experts is each row alone"
+    for index, (row, expert) in enumerate(zip(rows, ROWS, strict=True)):
+        with model.route_to(expert):
+            alone = model(input_ids=row[None]).logits[0]
+            text = model.generate(input_ids=row[None], **options)
+        for logits in together:
+            laws.close(law, logits[index, -len(row) :], alone, family=family, atol=1e-5)
+        laws.equal(law, made[index, 11:], text[0, len(row) :], family=family)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
+def test_eager_and_sdpa_attention_agree(laws, family):
+    """On prompts padded on the left: logits and routing, the gradients, and cached decoding. Gemma 2 has no sdpa."""
+    logits, weights, made, found = [], [], [], []
+    for attention in ("eager", "sdpa"):
+        model = tiny_moe(tiny_base(family, attn_implementation=attention), top_k=2, router_layer=1)
+        assert model.base.config._attn_implementation == attention
+        out = model(**batch())
         real = batch()["attention_mask"].bool()
-        error = (out.logits.float() - expected)[real].abs().max() / expected[real].abs().max()
-        assert error < 0.05
-        out.loss.backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is None) or parameter.grad.dtype == parameter.dtype, name
+        logits.append(out.logits[real])
+        weights.append(out.routing.weights)
+        found.append(gradients(model, lambda model=model: model(**labelled()).loss.backward()))
+        made.append(model.generate(**batch(), max_new_tokens=5, do_sample=False))
+    law = "eager and sdpa attention agree"
+    laws.close(law, *logits, family=family, atol=1e-5)
+    laws.close(law, *weights, family=family, atol=1e-5)
+    laws.equal(law, *made, family=family)
+    assert_same_gradients(*found, relative=1e-3)
 
 
 def test_router_features_are_fp32_under_autocast():

@@ -124,11 +124,16 @@ def both_ways(model, backward):
     return [gradients(twin, lambda twin=twin: backward(twin)) for twin in twins]
 
 
-@pytest.mark.parametrize("router_layer", ["embeddings", 1])
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2", "gpt_neox"])
-def test_recomputation_gives_the_same_gradients(family, top_k, router_layer):
-    model = tiny_moe(family, top_k=top_k, router_layer=router_layer, z_loss_coefficient=0.1)
+RECOMPUTED = [
+    *itertools.product(["llama", "gemma3", "phi3", "gpt2", "gpt_neox"], [1, 2, 3], ["embeddings", 1], ["token"]),
+    *itertools.product(["llama", "gemma3", "gpt2"], [2], ["embeddings", 1, "final"], ["sequence"]),
+    *itertools.product(["llama", "gemma3", "gpt2"], [1], ["final"], ["token"]),
+]
+
+
+@pytest.mark.parametrize(("family", "top_k", "router_layer", "granularity"), RECOMPUTED)
+def test_recomputation_gives_the_same_gradients(family, top_k, router_layer, granularity):
+    model = tiny_moe(family, top_k=top_k, router_layer=router_layer, granularity=granularity, z_loss_coefficient=0.1)
     plain, recomputed = both_ways(model, lambda model: model(**batch()).loss.backward())
     assert any("lora_A" in name for name in plain) and "router.gate.expert_0" in plain
     assert_same_gradients(recomputed, plain, relative=1e-6)

@@ -2,9 +2,11 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from reference.checkpoints import contents
 from reference.stock import load_stock, save_stock
 from reference.tiny import (
@@ -160,8 +162,9 @@ def test_training_goes_on_and_moves_the_imported_expert_alone(tmp_path):
     optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved - {"router.shares", "router.step_counts"} == own
+    pristine = tiny_base().state_dict()
     for name, tensor in base_tensors(model).items():
-        assert torch.equal(tensor, tiny_base().state_dict()[name]), name
+        assert torch.equal(tensor, pristine[name]), name
 
 
 @pytest.mark.parametrize("adapter", ["patterns", "other targets", "rank-stabilised", "gpt2"])
@@ -253,3 +256,15 @@ def test_a_field_that_only_a_newer_peft_knows_is_named(laws, tmp_path):
         model.import_expert("new", str(tmp_path / "stock"))
     with model.route_to("new"):
         laws.close(EXACT, model(**batch()).logits, expected, atol=1e-5)
+
+
+def test_a_folder_that_peft_0_18_wrote_is_read(laws):
+    """Written by that PEFT itself, with tests/fixtures/make_peft_fixture.py; it knew less in its config."""
+    folder = str(Path(__file__).parent / "fixtures" / "peft-0.18")
+    stock = PeftModel.from_pretrained(tiny_base("llama"), folder).eval()
+    model = tiny_moe("llama")
+    with pytest.warns(UserWarning, match=r"lora_dropout 0\.1"):
+        expert = model.import_expert("old", folder)
+    assert (expert.rank, expert.mature) == (2, False)
+    with model.route_to("old"):
+        laws.close(EXACT, model(**batch()).logits, stock(**batch()).logits, family="PEFT 0.18", atol=1e-5)

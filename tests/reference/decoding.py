@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.router import Routing
 
-from .tiny import padded, tiny_moe, tokens
+from .tiny import padded, tiny_base, tiny_moe, tokens
 
 NEW = 10
 
@@ -109,3 +112,57 @@ def assert_varied(routing: Routing) -> None:
     """Several experts are used, else the routing was never put to the test."""
     spread = routing.weights[routing.mask].std(0)
     assert (spread > 0.05).sum() >= 2, f"the routing hardly varies: {spread.tolist()}"
+
+
+def drafting(assistant: Any, *, count: int, schedule: str = "constant") -> dict[str, Any]:
+    """Options of `generate` with which this model drafts so many tokens at a time."""
+    config = assistant.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = count, schedule
+    config.assistant_confidence_threshold = 0.0
+    return {"assistant_model": assistant}
+
+
+def scripted(expected: Tensor) -> PreTrainedModel:
+    """A plain model that drafts this text, [1, tokens], with every fourth token wrong."""
+    model, script = tiny_base(seed=9), torch.cat([expected[0], tokens(40)])
+
+    def speak(module: Any, args: Any, output: Any) -> None:
+        stop = output.past_key_values.get_seq_length()
+        read = torch.arange(stop - output.logits.shape[1], stop)
+        said = torch.where(read % 4 == 3, (script[read + 1] + 1) % 90 + 3, script[read + 1])
+        output.logits = 20.0 * F.one_hot(said, output.logits.shape[-1])[None].float()
+
+    model.register_forward_hook(speak)
+    return model
+
+
+def assisted(model: DyLoRAMoE, ids: Tensor, **options: Any) -> tuple[Any, int, int]:
+    """The result of assisted decoding, and how many drafted tokens were taken and how many thrown away."""
+    depth, fed = model.base.config.num_hidden_layers, []
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        if model.base.config.num_hidden_layers == depth:  # else it is a draft of the model itself
+            fed.append(output.routing.weights.shape[1])
+
+    handle = model.base.register_forward_hook(count)
+    out = generate(model, ids, torch.ones_like(ids), **options)
+    handle.remove()
+    new = out.sequences.shape[1] - ids.shape[1]
+    return out, new - len(fed), sum(fed) + 1 - out.sequences.shape[1]
+
+
+class TwoBitLayer(QuantizedLayer):
+    """As Transformers' quantised layers, but without another package, and so coarse that the loss shows."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = tensor.amin(-1, keepdim=True), tensor.amax(-1, keepdim=True)
+        return ((tensor - low) / (high - low) * 3).round(), low, high
+
+    def _dequantize(self, quantised: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        levels, low, high = quantised
+        return levels / 3 * (high - low) + low
+
+
+def two_bit_cache() -> Cache:
+    """Of a model of two layers."""
+    return Cache(layers=[TwoBitLayer(residual_length=4) for _ in range(2)])
