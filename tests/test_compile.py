@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +116,10 @@ def test_gpt2_compiles_once_its_kind_of_loss_is_named(laws, compiled):
     agree(laws, list(steps(fast, fast._orig_mod, [batch()])), list(steps(model, model, [batch()])), family="gpt2")
 
 
+HEADER = Path(sysconfig.get_path("include")) / "Python.h"
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and HEADER.is_file()), reason="inductor needs g++ and Python's headers")
 def test_the_default_backend(laws):
     """Forward and backward through inductor's own kernels."""
     torch._dynamo.reset()

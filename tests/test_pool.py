@@ -390,3 +390,27 @@ def test_a_copy_holds_its_experts_once_and_behind_one_another(duplicate):
         if isinstance(layer, RoutedLayer):
             weights = [module.weight for kind in (layer.lora_A, layer.lora_B) for module in kind.values()]
             assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 2, name
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_state_dict_carries_everything(laws, family, assign):
+    """Into a model with other experts and another gate: logits, routing, decoding, and the next step are the same."""
+    model, other = tiny_moe(family, top_k=2), scramble(tiny_moe(family, top_k=2), seed=9)
+    train_a_step(model)
+    before = other(**batch()).logits
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert other.load_state_dict(state, assign=assign) == ([], [])
+    other.apply_trainable()
+    law = "a state dict carries everything"
+    options = {"max_new_tokens": 4, "do_sample": False}
+    for step in range(2):
+        ours, theirs = other(**batch()), model(**batch())
+        assert not torch.equal(ours.logits, before)
+        laws.close(law, ours.logits, theirs.logits, family=family, atol=1e-5 if assign else 0.0)
+        laws.equal(law, ours.routing.weights, theirs.routing.weights, family=family)
+        laws.equal(law, other.generate(**batch(), **options), model.generate(**batch(), **options), family=family)
+        if step == 0:
+            for one in (model, other):
+                one.zero_grad()
+                train_a_step(one)
