@@ -319,6 +319,17 @@ def test_a_cache_by_hand_holds_the_decision_of_its_first_call(laws, router_layer
     assert_varied(expected.routing)
 
 
+def test_a_cache_that_begins_with_packed_texts_goes_on_with_the_last(laws):
+    model, ids = shared("llama", **BY_TEXT), tokens(2, 60)
+    places = torch.cat([torch.arange(15), torch.arange(45)])[None].expand(2, -1)
+    expected = model(input_ids=ids, position_ids=places).routing.weights
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :50], position_ids=places[:, :50], use_cache=True).past_key_values
+        out = model(input_ids=ids[:, 50:], position_ids=places[:, 50:], past_key_values=cache)
+    laws.close("cache by hand = one forward, routing", out.routing.weights, expected[:, 50:], atol=CLOSE)
+    assert not torch.allclose(expected[:, 0], expected[:, -1], atol=0.1)
+
+
 def test_the_last_layer_decides_no_tokens_in_generation_but_follows_route_to(laws):
     """Reported: inside route_to, generation ended in an AssertionError when it reported its routing."""
     model, (ids, mask) = shared("llama", router_layer="final"), prompts()
