@@ -40,6 +40,6 @@ def state_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> lis
     for name in sorted(expected.keys() & state.keys()):
         if expected[name].shape != state[name].shape:
             problems.append(f"{name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
-        elif not torch.isfinite(state[name].float()).all():
-            problems.append(f"{name} holds values that are not finite")
+        elif not torch.isfinite(state[name].to(expected[name].dtype)).all():
+            problems.append(f"{name} holds values that are not finite in {expected[name].dtype}")
     return problems

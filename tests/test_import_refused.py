@@ -199,6 +199,19 @@ def test_tensors_that_do_not_fit_are_named(refuse, change, match, tmp_path):
     assert str(folder) in refuse(folder, match)
 
 
+def test_a_value_that_the_pools_dtype_cannot_hold(tmp_path):
+    """Reported: 1e5 became infinity in an fp16 pool."""
+    folder = save_stock(tmp_path / "stock")
+    rewrite(folder, lambda state: state[sorted(state)[0]].view(-1)[5].fill_(1e5))
+    model = tiny_moe(tiny_base(dtype=torch.float16)).to(torch.float16)
+    kept = plain(model)
+    with pytest.raises(ValueError, match=r"holds values that are not finite in torch\.float16"):
+        model.import_expert("new", str(folder))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in plain(model).items())
+    model.to(torch.bfloat16).import_expert("new", str(folder))
+    assert model.experts.names[-1] == "new"
+
+
 class Malicious:
     def __reduce__(self):
         return (print, ("this must never run",))
