@@ -13,7 +13,7 @@ CANDIDATES := $(PYTHON)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest laws lint format clean
+.PHONY: help quickstart test test-oldest lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,14 +22,11 @@ help: ## show this list
 quickstart: $(VENV)/.installed ## install, then train a small model of experts on this machine
 	$(BIN)/dylora train --config recipes/quickstart.yaml
 
-test: lint ## everything that CI checks: lint, types and tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+test: lint ## everything that CI checks: lint, types and tests; ends with the table of the laws
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --laws
 
 test-oldest: $(OLDEST)/.installed-dev ## the tests on the oldest supported versions, in a .venv-oldest of their own
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
-
-laws: $(VENV)/.installed-dev ## print what equals what, with the largest difference seen
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --laws
 
 lint: $(VENV)/.installed-dev ## check style and types, change nothing
 	$(BIN)/ruff check .

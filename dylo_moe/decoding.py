@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import Cache, GenerationConfig
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
+from .router import Routing
 from .router_cache import find_router_layer
 from .routing_hooks import NotForced, Prompt, RoutingHooks, one_per_row
 from .spans import as_list, finished_mask, prompt_mask
@@ -100,9 +103,10 @@ class GenerateCall:
             memory = None  # no row ended early
         if bare and memory is None:
             return
-        read = hooks.read(input_ids=sequences, **self._positioned(real, hooks))
+        end = int(min(_context_end(hooks.base), sequences.shape[1]))
+        read = hooks.read(input_ids=sequences[:, :end], **self._positioned(real[:, :end], hooks))
         if not bare:
-            output.routing = read.routing
+            output.routing = _padded(read.routing, length=sequences.shape[1])
         if memory is not None and read.states is not None:
             memory.replace(read.states)
 
@@ -117,3 +121,20 @@ class GenerateCall:
         given = given.repeat_interleave(len(mask) // len(given), 0)
         new = torch.arange(1, mask.shape[1] - given.shape[1] + 1, device=given.device)
         return {**inputs, "position_ids": torch.cat([given, given[:, -1:] + new], 1)}
+
+
+def _context_end(base: PreTrainedModel) -> float:
+    """How many tokens a base can read: for learned positions, those it has; the last one generated may lie behind."""
+    words = base.get_input_embeddings()
+    learned = any(isinstance(module, nn.Embedding) and module is not words for module in base.modules())
+    return base.config.get_text_config().max_position_embeddings if learned else math.inf
+
+
+def _padded(routing: Routing, *, length: int) -> Routing:
+    """With tokens behind the end that were not routed, as padding is not."""
+    missing = length - routing.mask.shape[1]
+    if missing == 0:
+        return routing
+    tensors = (None if part is None else F.pad(part, (0, 0, 0, missing)) for part in (routing.weights, routing.logits))
+    weights, logits = tensors
+    return Routing(routing.names, cast(Tensor, weights), F.pad(routing.mask, (0, missing)), logits)

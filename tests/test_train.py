@@ -287,7 +287,6 @@ def test_a_gate_row_moves_only_with_its_gradient():
         (["--num_expert", "4"], "no flag --num_expert; did you mean --num_experts"),
         (["--learning-rates", "1"], "did you mean --learning_rate"),
         (["--resume_from_checkpoint", "x"], "--resume_from_checkpoint is not offered: resuming is not there yet"),
-        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not offered"),
         (["--hub_model_id", "x"], "--hub_model_id is not offered"),
         (["--num_experts", "four"], "four"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
