@@ -245,6 +245,8 @@ class RoutingHooks:
             decided = _expand_rows(self.prompt.decided, batch)
         features = None
         if decided is not None:
+            if context.prompt_lengths is not None:
+                raise ValueError("prompt_lengths came too late: the rows of this cache are decided; leave it out")
             features = decided[:, None].expand(batch, seq, -1)
         elif hidden is not None:
             starts = text_starts(context.position_ids, mask=mask)

@@ -475,6 +475,13 @@ def test_prompt_lengths_that_cannot_be_are_refused(lengths, message):
     assert model(input_ids=ids, attention_mask=mask).routing.logits is not None
 
 
+def test_prompt_lengths_of_a_decided_cache_are_refused():
+    model, ids = tiny_moe("llama", granularity="sequence"), tokens(1, 9)
+    cache = model(input_ids=ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="prompt_lengths came too late"):
+        model(input_ids=ids[:, 6:], past_key_values=cache, prompt_lengths=torch.tensor([2]))
+
+
 def test_prompt_lengths_where_they_have_no_meaning_are_refused():
     ids, lengths = tokens(2, 8), torch.tensor([3, 3])
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).expand(2, -1)
