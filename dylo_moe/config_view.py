@@ -27,6 +27,7 @@ class ConfigView:
         object.__setattr__(self, "keys_to_ignore_at_inference", [*keys, *not_predictions])
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> ConfigView:
+        """As the base's config has it, seen the same way."""
         return ConfigView(
             self._config.get_text_config(*args, **kwargs), not_predictions=self.keys_to_ignore_at_inference
         )
