@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, C chunk of the sequence, D hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,15 @@ class RouterState(NamedTuple):
     @property
     def last(self) -> RouterState:
         """Of the states after each token, the one after the last."""
-        return RouterState(self.total[:, -1], self.mass[:, -1])
+        return self.each(lambda part: part[:, -1])
+
+    def span(self, start: int | None, stop: int | None) -> RouterState:
+        """Of the states after each token, those of some tokens."""
+        return self.each(lambda part: part[:, start:stop])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> RouterState:
+        """Both parts, changed in the same way."""
+        return RouterState(change(self.total), change(self.mass))
 
 
 def causal_exponential_mean(

@@ -117,8 +117,7 @@ class Router(nn.Module):
         count = len(self.gate)
         self.shares = torch.full((count,), 1.0 / max(count, 1), device=self.feature_mean.device)
         self.step_counts = torch.zeros(count, dtype=torch.int64, device=self.feature_mean.device)
-        values = torch.cat([parameter.detach().flatten() for parameter in self.parameters()])
-        self.seen_values = torch.full_like(values, torch.nan)  # unlike any, so that what follows begins a step
+        self.seen_values = torch.full_like(self._values(), torch.nan)  # unlike any, so that what follows begins a step
 
     @torch.no_grad()
     def initialize(self, texts: Sequence[Tensor], *, seed: int) -> None:
@@ -211,15 +210,18 @@ class Router(nn.Module):
         selected_E = (routing.weights.detach() > 0).flatten(0, 1).sum(0)
         self.step_counts.copy_(torch.where(changed, 0, self.step_counts) + selected_E)
 
+    def _values(self) -> Tensor:
+        """All gate rows, behind one another."""
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters()])
+
     def _has_changed(self) -> Tensor:
         """bool scalar: whether an optimizer has stepped since the last call."""
         # Fused optimizers do not raise the versions; a step at learning rate 0 does not move the values.
-        parameters = list(self.parameters())
-        values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        values = self._values()
         changed = (values != self.seen_values).any()
         self.seen_values.copy_(values)
         if not torch.compiler.is_compiling():
-            version = sum(parameter._version for parameter in parameters)
+            version = sum(parameter._version for parameter in self.parameters())
             changed = changed | (version != self._seen_version)
             self._seen_version = version
         return changed

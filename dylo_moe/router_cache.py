@@ -6,6 +6,7 @@ draft got wrong; a memory that lives in the same object goes through the same ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -71,12 +72,12 @@ class RouterCacheLayer(DummyLayer):
         while excess > 0:
             oldest = self._history.pop(0)
             if _length(oldest) > excess:  # a copy, so that the rest of a long prompt is let go
-                self._history.insert(0, RouterState(*(part[:, excess:].clone() for part in oldest)))
+                self._history.insert(0, oldest.span(excess, None).each(Tensor.clone))
             excess -= _length(oldest)
 
     def replace(self, states: RouterState) -> None:
         """Remember other states than were stored, for the same tokens."""
-        self._history = [RouterState(*(part[:, : self.num_tokens] for part in states))]
+        self._history = [states.span(0, self.num_tokens)]
 
     def hold(self, decided: Tensor | None, *, num_tokens: int) -> None:
         """Keep what the rows were decided on; `num_tokens` more tokens went by."""
@@ -106,26 +107,26 @@ class RouterCacheLayer(DummyLayer):
             while removed > 0:
                 last = self._history.pop()
                 if _length(last) > removed:
-                    self._history.append(RouterState(*(part[:, :-removed] for part in last)))
+                    self._history.append(last.span(0, -removed))
                 removed -= _length(last)
         self.num_tokens -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow beam search. What was before can then no longer be taken back: beams never do, and it is dear."""
-        self._history = [RouterState(*(part[:, -1:] for part in self._history[-1]))] if self._history else []
+        self._history = [states.span(-1, None) for states in self._history[-1:]]
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        self._history = [RouterState(*(_rows(part, indices) for part in states)) for states in self._history]
-        self.decided = None if self.decided is None else _rows(self.decided, indices)
+        self._change_rows(lambda part: part.index_select(0, indices.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self._history = [
-            RouterState(*(part.repeat_interleave(repeats, 0) for part in states)) for states in self._history
-        ]
-        self.decided = None if self.decided is None else self.decided.repeat_interleave(repeats, 0)
+        self._change_rows(lambda part: part.repeat_interleave(repeats, 0))
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._history = [states.each(change) for states in self._history]
+        self.decided = None if self.decided is None else change(self.decided)
 
     def get_max_length(self) -> int:
         """-1: unbounded."""
@@ -144,10 +145,6 @@ class RouterCacheLayer(DummyLayer):
 
 def _length(states: RouterState) -> int:
     return states.mass.shape[1]
-
-
-def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
-    return tensor.index_select(0, indices.to(tensor.device))
 
 
 def find_router_layer(cache: Cache) -> RouterCacheLayer | None:
