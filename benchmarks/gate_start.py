@@ -17,7 +17,8 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base import load_base, load_tokenizer
-from dylo_moe.data import SOURCES, Collator, load_data
+from dylo_moe.config import DataConfig
+from dylo_moe.data import MACHINE_TEXT, Collator, load_data
 from dylo_moe.trainer import DyLoRATrainer
 
 MODEL = "smollm2-135m"
@@ -27,7 +28,7 @@ def train(start: str, seed: int, steps: int) -> list[tuple[str, float, float]]:
     """(domain, held-out loss, share of its most used expert) after training."""
     set_seed(seed)
     tokenizer = load_tokenizer(MODEL)
-    data = load_data(list(SOURCES), tokenizer, max_seq_length=128, eval_subset=50, seed=seed)
+    data = load_data(DataConfig(datasets=list(MACHINE_TEXT), max_seq_length=128, eval_subset=50), tokenizer, seed=seed)
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
     model = DyLoRAMoE.from_base(load_base(MODEL, dtype=torch.float32), lora=lora)
     collator = Collator(tokenizer)
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
-    print("| seed | start | " + " | ".join(SOURCES) + " | mean loss |")
-    print("|---|---|" + "---|" * (len(SOURCES) + 1))
+    print("| seed | start | " + " | ".join(MACHINE_TEXT) + " | mean loss |")
+    print("|---|---|" + "---|" * (len(MACHINE_TEXT) + 1))
     for seed in arguments.seeds:
         for start in ("random", "clusters"):
             found = train(start, seed, arguments.steps)

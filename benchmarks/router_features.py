@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from dylo_moe.base import load_base, load_tokenizer
-from dylo_moe.data.formats import encode, text_format
-from dylo_moe.data.sources import Example, read_source
+from dylo_moe.data import Example, RowError, ask, text_format
+from dylo_moe.data.encoding import encode_batch
+from dylo_moe.data.machine_text import Passage, read_machine_text
 from dylo_moe.features import causal_exponential_mean
 
 KINDS = ("python_functions", "cpp_headers", "english_reference", "cmake")
@@ -41,20 +42,25 @@ class Text(NamedTuple):
     skill: int
 
 
-def explain(example: Example) -> Example:
+def explain(passage: Passage) -> Passage:
     """The same function the other way round: asked for by its source, answered by its docstring."""
-    assert example.prompt is not None
-    request, docstring = example.prompt.split("\n\n", 1)
+    assert passage.prompt is not None
+    request, docstring = passage.prompt.split("\n\n", 1)
     name = request.split("`")[1]
-    return Example(f"Explain the Python function `{name}`.\n\n{example.response}", docstring, example.document)
+    return Passage(f"Explain the Python function `{name}`.\n\n{passage.response}", docstring, passage.document)
 
 
-def read_kind(name: str) -> list[list[Example]]:
-    """Examples by document; short plain-text pieces of one document are joined until they fill a text."""
-    documents: dict[str, list[Example]] = {}
-    for example in read_source(name).examples:
-        documents.setdefault(example.document, []).append(example)
+def read_kind(name: str) -> list[list[Passage]]:
+    """Passages by document."""
+    documents: dict[str, list[Passage]] = {}
+    for passage in read_machine_text(name)[0]:
+        documents.setdefault(passage.document, []).append(passage)
     return list(documents.values())
+
+
+def example_of(passage: Passage) -> Example:
+    """What is learned from a passage."""
+    return Example((), passage.response) if passage.prompt is None else ask(passage.prompt, passage.response)
 
 
 def collect(names: Sequence[str], tokenizer, count: int) -> tuple[list[Text], list[Text]]:
@@ -63,12 +69,11 @@ def collect(names: Sequence[str], tokenizer, count: int) -> tuple[list[Text], li
     train: list[Text] = []
     held_out: list[Text] = []
     for skill, name in enumerate(names):
-        documents = read_kind("python_functions" if name in TASKS else name)
         texts: list[list[Text]] = []
-        for document in documents:
-            examples = [explain(example) for example in document] if name == "explain" else document
-            encoded = [encode(form, example, MAX_TOKENS) for example in examples]
-            texts.append([Text(row.input_ids, skill) for row in encoded if row is not None])
+        for document in read_kind("python_functions" if name in TASKS else name):
+            passages = [explain(passage) for passage in document] if name == "explain" else document
+            rows = encode_batch(form, [example_of(passage) for passage in passages], max_seq_length=MAX_TOKENS)
+            texts.append([Text(row.input_ids, skill) for row in rows if not isinstance(row, RowError)])
         cut = len(texts) * 2 // 3
         train += spread(texts[:cut], count)
         held_out += spread(texts[cut:], count // 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import time
 from collections.abc import Sequence
@@ -24,9 +23,10 @@ from .config import (
     NUM_EXPERTS,
     SEQUENCE,
     TOKEN,
+    DataConfig,
     RouterConfig,
 )
-from .data import SOURCES
+from .flags import Parser, UsageError, options, parse, plain_options, unknown
 
 SHOWN = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
@@ -65,10 +65,6 @@ REFUSED = {
 """Flags of the Trainer that would do nothing, or something wrong, here; each with the reason."""
 NEW_RUN = "new"
 REFUSED_PREFIXES = ("hub_", "trackio_")
-
-
-class UsageError(ValueError):
-    """A mistake on the command line or in a recipe."""
 
 
 @dataclass
@@ -120,22 +116,6 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Our flags: what to train on."""
-
-    datasets: list[str] = field(
-        default_factory=lambda: list(SOURCES),
-        metadata={
-            "help": f"Any of {', '.join(SOURCES)} (real text found on this machine), or paths of .jsonl files "
-            'whose lines are {"prompt": ..., "response": ...} or {"text": ...}. Comma- or space-separated.'
-        },
-    )
-    max_seq_length: int = field(default=512, metadata={"help": "Longest training row, in tokens; longer ones are cut."})
-    training_subset: float = field(default=100.0, metadata={"help": "Percent of the training rows to use."})
-    eval_subset: float = field(default=100.0, metadata={"help": "Percent of the held-out rows to use."})
-
-
-@dataclass
 class TrainArguments(TrainingArguments):
     """The Trainer's arguments, with our defaults where they differ from its own."""
 
@@ -162,19 +142,14 @@ class Arguments(NamedTuple):
     """Everything a training run was asked for."""
 
     model: ModelArguments
-    data: DataArguments
+    data: DataConfig
     train: TrainArguments
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
 
 
 def build_parser(prog: str, *, show_all: bool = False) -> HfArgumentParser:
     """The parser of `dylora train`; its help hides the Trainer's rarer flags unless `show_all`."""
-    parser = _Parser(
-        (ModelArguments, DataArguments, TrainArguments),  # type: ignore[arg-type]
+    parser = Parser(
+        (ModelArguments, DataConfig, TrainArguments),  # type: ignore[arg-type]
         prog=prog,
         allow_abbrev=False,
         add_help=False,
@@ -184,13 +159,11 @@ def build_parser(prog: str, *, show_all: bool = False) -> HfArgumentParser:
         "them. A recipe is a YAML file of `flag: value` lines; flags on the command line win over it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    ours = {item.name for kind in (ModelArguments, DataArguments) for item in fields(kind)}
+    ours = {item.name for kind in (ModelArguments, DataConfig) for item in fields(kind)}
     for action in parser._actions:
         if action.dest not in ours | set(SHOWN) and (not show_all or _refusal(action.dest)):
             action.help = argparse.SUPPRESS
-        action.metavar = "VALUE"
-        action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
-    return parser
+    return plain_options(parser)
 
 
 def _refusal(name: str) -> str | None:
@@ -208,14 +181,7 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
     parser = build_parser(prog)
     recipe, rest = _split_config(list(argv))
     words = (_recipe_words(Path(recipe), parser) if recipe else []) + rest
-    _check_names(words, parser)
-    try:
-        model, data, train = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    except UsageError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(str(error).strip()) from error
-    data.datasets = [name for part in data.datasets for name in part.split(",") if name]
+    model, data, train = parse(parser, words, _refusal)
     model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
     return Arguments(model, data, train)
 
@@ -247,9 +213,9 @@ def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
         raise UsageError(f"recipe {path} must be `flag: value` lines; it is a {type(content).__name__}")
     words: list[str] = []
     for key, value in content.items():
-        if f"--{key}" not in _options(parser) or _refusal(str(key)):
-            raise UsageError(f"recipe {path}: " + _unknown(f"--{key}", parser).replace("--", ""))
-        if value is None:
+        if f"--{key}" not in options(parser) or _refusal(str(key)):
+            raise UsageError(f"recipe {path}: " + unknown(f"--{key}", parser, _refusal).replace("--", ""))
+        if value is None or value == []:
             continue
         words.append(f"--{key}")
         if isinstance(value, list):
@@ -257,29 +223,6 @@ def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
         else:
             words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
-
-
-def _options(parser: HfArgumentParser) -> set[str]:
-    return set(parser._option_string_actions)
-
-
-def _check_names(words: list[str], parser: HfArgumentParser) -> None:
-    problems = []
-    for word in words:
-        name = word.split("=", 1)[0]
-        if name.startswith("--") and (name not in _options(parser) or _refusal(name[2:])):
-            problems.append(_unknown(name, parser))
-    if problems:
-        raise UsageError("; ".join(problems))
-
-
-def _unknown(name: str, parser: HfArgumentParser) -> str:
-    reason = _refusal(name.lstrip("-"))
-    if reason:
-        return f"{name} is not offered: {reason}"
-    offered = [option for option in _options(parser) if "-" not in option[2:] and not _refusal(option[2:])]
-    near = difflib.get_close_matches(name, offered, n=1, cutoff=0.5)
-    return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
 
 
 def new_output_dir(wanted: str) -> Path:
@@ -310,7 +253,7 @@ def save_config(arguments: Arguments, path: Path) -> None:
     """
     values: dict[str, Any] = {}
     for part in (arguments.model, arguments.data):
-        values |= {item.name: getattr(part, item.name) for item in fields(part)}
+        values |= {item.name: getattr(part, item.name) for item in fields(part) if getattr(part, item.name) != []}
     saved = arguments.train.to_dict()
     for item in fields(TrainingArguments):
         value = saved.get(item.name)

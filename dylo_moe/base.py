@@ -106,7 +106,7 @@ def _load(auto_class: Any, name: str, revision: str | None, kwargs: dict[str, An
     """`auto_class.from_pretrained`, with every way it fails for want of files told as one clear error."""
     on_hub = name != EMBEDDED_BASE and not _is_local(name)
     if on_hub:
-        if _no_way_to_hub():
+        if no_way_to_hub():
             kwargs = {"local_files_only": True, **kwargs}
             if auto_class is AutoModelForCausalLM:  # its look for an adapter heeds only its own arguments
                 kwargs = {"adapter_kwargs": {"local_files_only": True}, **kwargs}
@@ -144,7 +144,7 @@ def _is_local(name: str) -> bool:
     return False
 
 
-def _no_way_to_hub() -> bool:
+def no_way_to_hub() -> bool:
     """Whether the hub's host has no address here, so that asking it would only mean a minute of retries."""
     if hub.HF_HUB_OFFLINE or getproxies():
         return False

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train several experts and their router together on one frozen model",
+    "data": "list datasets, show examples as the model sees them, check what training would be on",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
 }
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PEFT reads a name that Transformers is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
-        return {"train": train, "generate": generate}[name](rest)
+        return {"train": train, "data": data, "generate": generate}[name](rest)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise
@@ -67,6 +68,43 @@ def train(words: list[str]) -> int:
     from .train import run
 
     run(parse_train(words))
+    return 0
+
+
+DATA_COMMANDS = {
+    "list": "every dataset that has a name: size, format, licence, source",
+    "show": "print examples, prompt and trained tokens in different colours",
+    "check": "count rows, lengths, duplicates, padding, and overlap with HumanEval and MBPP's test split",
+}
+
+
+def data(words: list[str]) -> int:
+    """`dylora data list`, `show` and `check`."""
+    if not words or words[0] in ("-h", "--help"):
+        lines = ["usage: dylora data COMMAND [NAME ...] [--FLAG VALUE ...]", ""]
+        lines += [f"  {name:6s} {text}" for name, text in DATA_COMMANDS.items()]
+        print("\n".join([*lines, "", "`dylora data COMMAND --help` explains a command."]))
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in DATA_COMMANDS:
+        raise ValueError(f"there is no command data {command!r}; there are {', '.join(DATA_COMMANDS)}")
+    if command == "list":
+        parser = argparse.ArgumentParser(prog="dylora data list", description=DATA_COMMANDS["list"])
+        parser.parse_args(rest)
+        from .inspection import list_datasets
+
+        list_datasets()
+        return 0
+    from .look_arguments import build_look_parser, parse_look
+
+    prog = f"dylora data {command}"
+    if any(word in ("-h", "--help") for word in rest):
+        build_look_parser(prog).print_help()
+        return 0
+    request = parse_look(rest, prog=prog)
+    from .inspection import check_datasets, show_dataset
+
+    {"show": show_dataset, "check": check_datasets}[command](request.data, request.look)
     return 0
 
 

@@ -50,23 +50,27 @@ class Meter:
             logits: [batch, seq, vocabulary].
             labels: int64 [batch, seq], -100 where nothing is predicted.
             routing: of the same forward.
-            domain: int64 [batch], each row's position in `domains`.
+            domain: int64 [batch], each row's position in `domains`, or [batch, seq], each token's.
         """
-        num_experts, batch = len(self.experts), len(domain)
-        row_sums = torch.zeros(batch, 4 + 2 * num_experts, dtype=torch.float64, device=logits.device)
+        num_experts, (batch, seq) = len(self.experts), labels.shape
+        sums_BSX = torch.zeros(batch, seq, 4 + 2 * num_experts, dtype=torch.float64, device=logits.device)
         for row in range(batch):  # row by row: a float copy of all logits would double the memory
             target = labels[row, 1:]
-            row_sums[row, 0] = F.cross_entropy(logits[row, :-1].float(), target, ignore_index=-100, reduction="sum")
-            row_sums[row, 1] = (target != -100).sum()
-        row_sums[:, 2] = routing.mask.sum(1)
-        row_sums[:, 4 : 4 + num_experts] = routing.weights.sum(1)
+            sums_BSX[row, 1:, 0] = F.cross_entropy(
+                logits[row, :-1].float(), target, ignore_index=-100, reduction="none"
+            ).double()
+        sums_BSX[:, 1:, 1] = (labels[:, 1:] != -100).double()
+        sums_BSX[:, :, 2] = routing.mask.double()
+        sums_BSX[..., 4 : 4 + num_experts] = routing.weights.double()
         if routing.logits is not None:
             p_BSE = routing.probabilities * routing.mask[..., None]
-            row_sums[:, 3] = torch.special.entr(p_BSE).sum((1, 2))
-            row_sums[:, 4 + num_experts :] = p_BSE.sum(1)
+            sums_BSX[:, :, 3] = torch.special.entr(p_BSE).sum(-1)
+            sums_BSX[..., 4 + num_experts :] = p_BSE.double()
+        domain = domain.to(logits.device)
+        sums = sums_BSX.sum(1) if domain.dim() == 1 else sums_BSX.flatten(0, 1)
         if self.sums is None:
-            self.sums = row_sums.new_zeros(len(self.domains), row_sums.shape[1])
-        self.sums.index_add_(0, domain.to(row_sums.device), row_sums)
+            self.sums = sums.new_zeros(len(self.domains), sums.shape[1])
+        self.sums.index_add_(0, domain.flatten(), sums)
 
     def reset(self) -> None:
         """Start over."""

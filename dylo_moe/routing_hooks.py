@@ -131,6 +131,7 @@ class RoutingHooks:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             context.attention_mask = mask
+            args, kwargs = _keep_texts_apart(mask, args, kwargs)
         elif mask is not None and self.prompt is None:  # `generate` makes a static cache's mask ahead
             kind = f"{mask.dim()}-d tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -291,6 +292,25 @@ class RoutingHooks:
             raise ValueError(
                 f"the output is NaN because of {listed(broken)}; remove the expert, or load an older checkpoint"
             )
+
+
+def _keep_texts_apart(mask: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The base's inputs where packed rows are padded.
+
+    Transformers separates packed texts by their positions, but only where no mask is given. Without one, a padding
+    token is kept from the texts by a position of its own: 0, as a text of one token.
+    """
+    positions = kwargs.get("position_ids")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is not False:
+        return args, kwargs
+    starts = text_starts(positions, mask=mask.bool())
+    if positions is None or starts is None or not (torch.compiler.is_compiling() or starts.any()):
+        return args, kwargs
+    if len(args) > 1:
+        args = (args[0], None, *args[2:])
+    else:
+        kwargs = {**kwargs, "attention_mask": None}
+    return args, {**kwargs, "position_ids": positions.masked_fill(mask == 0, 0)}
 
 
 def broken_weights(pool: ExpertPool, router: Router) -> list[str]:

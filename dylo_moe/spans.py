@@ -52,7 +52,8 @@ def prompt_ends(
     """int64 [batch, seq]: for each token, where the last token of its text's prompt stands.
 
     The prompt is `prompt_lengths` tokens where given, else the tokens before the text's first label that is
-    not -100, else (no such label, or nothing before it) its first 32 real tokens.
+    not -100, else (no such label, or at most one token before it: the first token of a plain text has no label where
+    texts are packed, as nothing predicts it) its first 32 real tokens.
 
     Args:
         mask: bool [batch, seq], False on padding.
@@ -82,7 +83,7 @@ def prompt_ends(
         if labels is not None:
             none = mask.shape[1]
             first_BS = of_text(torch.where((labels != -100) & mask, ordinal_BS, none), "amin")
-            length_BS = torch.where((first_BS > 0) & (first_BS < none), first_BS, length_BS)
+            length_BS = torch.where((first_BS > 1) & (first_BS < none), first_BS, length_BS)
     position_BS = torch.arange(mask.shape[1], device=mask.device).expand_as(text_BS)
     return of_text(torch.where(mask & (ordinal_BS == length_BS - 1), position_BS, 0), "amax")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .data import DatasetCounts
+from .data import DatasetCounts, LoadedData, Reason, Share
 from .meter import Reading
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow")
@@ -30,31 +30,68 @@ class Sample(NamedTuple):
 
 
 COUNT_TITLES = {
-    "documents": "files",
-    "examples": "read",
+    "documents": "files or questions",
+    "left_out": "left out",
+    "read": "read",
     "train": "train",
     "evaluation": "held out",
-    "cut": "cut",
-    "dropped": "dropped",
+    "unused": "not used",
+    "cut_prompt": "prompt cut",
+    "cut_response": "response cut",
+    "too_long": "too long",
+    "empty": "empty",
+    "malformed": "malformed",
     "duplicates": "double",
-    "malformed": "bad",
-    "left_out": "not read",
+    "duplicates_across": "in another",
+    "held_out": "asked in held-out",
+    "contaminated": "contaminated",
 }
+MAX_REASONS = 8
+"""Kinds of problem shown of one dataset; the rest is summed up."""
+
+
+def show_data(console: Console, data: LoadedData) -> None:
+    """What became of every row, why, and what an epoch is made of."""
+    show_counts(console, data.counts)
+    for name, origin in data.origins.items():
+        console.print(Text(f"{name}: {origin}", style="dim"), soft_wrap=True)
+    for name, reasons in data.reasons.items():
+        show_reasons(console, name, reasons)
+    show_mixture(console, data.shares)
+    for note in data.notes:
+        console.print(Text(f"Note: {note}", style="yellow"))
 
 
 def show_counts(console: Console, counts: Sequence[DatasetCounts]) -> None:
-    """What happened to every example; a column that is zero everywhere is left out."""
-    table = Table(title="data: examples read, and what became of them")
-    table.add_column("dataset", no_wrap=True)
-    columns = [
-        name
-        for name in COUNT_TITLES
-        if name in ("train", "evaluation") or any(getattr(count, name) for count in counts)
-    ]
-    for column in columns:
-        table.add_column(COUNT_TITLES[column], justify="right", no_wrap=True)
+    """What happened to every row, a column for each dataset; a line that is zero everywhere is left out."""
+    table = Table(title="rows read, and what became of them")
+    table.add_column("")
     for count in counts:
-        table.add_row(count.name, *(f"{getattr(count, column):,}" for column in columns))
+        table.add_column(count.name, justify="right")
+    for field, title in COUNT_TITLES.items():
+        values = [getattr(count, field) for count in counts]
+        if field in ("train", "evaluation") or any(values):
+            table.add_row(title, *(f"{value:,}" for value in values))
+    console.print(table)
+
+
+def show_reasons(console: Console, name: str, reasons: Sequence[Reason]) -> None:
+    """Why rows of a dataset were not taken, or not as they are."""
+    for reason in reasons[:MAX_REASONS]:
+        console.print(Text(f"{name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})"), soft_wrap=True)
+    if len(reasons) > MAX_REASONS:
+        rest = sum(reason.num_rows for reason in reasons[MAX_REASONS:])
+        console.print(f"{name}: {rest:,} more rows with {len(reasons) - MAX_REASONS:,} other reasons", highlight=False)
+
+
+def show_mixture(console: Console, shares: Sequence[Share]) -> None:
+    """What each dataset is of an epoch."""
+    table = Table(title="one epoch: rows, trained tokens, and how often each row is seen")
+    for column in ("dataset", "rows", "share", "tokens", "their share", "passes"):
+        table.add_column(column, justify="left" if column == "dataset" else "right")
+    for share in shares:
+        cells = f"{share.rows:,}", f"{share.share:.1%}", f"{share.tokens:,}", f"{share.token_share:.1%}"
+        table.add_row(share.name, *cells, f"{share.passes:.2f}")
     console.print(table)
 
 

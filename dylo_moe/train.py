@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -17,12 +18,12 @@ from transformers.utils import logging as transformers_logging
 from .arguments import Arguments, new_output_dir, save_config
 from .base import load_base, load_tokenizer
 from .config import RouterConfig, parse_router_layer
-from .data import Collator, LoadedData, load_data
+from .data import Collator, LoadedData, PackedTexts, check_texts_kept_apart, epoch_of, load_data, padding_share
 from .generate import end_ids, sample
 from .meter import Reading
 from .model import DyLoRAMoE
 from .progress import MetricsFile, ProgressBar
-from .summary import show_counts, show_legend, show_losses, show_sample, show_shares, write_plots
+from .summary import show_data, show_legend, show_losses, show_sample, show_shares, write_plots
 from .trainer import DyLoRATrainer
 
 ROUTER_START_ROWS = 512
@@ -67,16 +68,14 @@ def run(arguments: Arguments) -> Path:
     console = Console()
     set_seed(arguments.train.seed)
     tokenizer = load_tokenizer(arguments.model.model)
-    data = load_data(
-        arguments.data.datasets,
-        tokenizer,
-        max_seq_length=arguments.data.max_seq_length,
-        training_subset=arguments.data.training_subset,
-        eval_subset=arguments.data.eval_subset,
-        seed=arguments.train.seed,
-    )
-    show_counts(console, data.counts)
+    with arguments.train.main_process_first(desc="tokenising"):
+        data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)
+    show_data(console, data)
+    train_rows = epoch_of(data.train, arguments.data)
+    show_packing(console, train_rows, batch_size=arguments.train.per_device_train_batch_size)
     model = build_model(arguments)
+    if arguments.data.packing:
+        check_texts_kept_apart(model, model.base)
     show_model(console, model)
     folder = new_output_dir(arguments.train.output_dir)
     arguments.train.output_dir = str(folder)
@@ -93,7 +92,7 @@ def run(arguments: Arguments) -> Path:
     trainer = DyLoRATrainer(
         model=model,
         args=arguments.train,
-        train_dataset=data.train,
+        train_dataset=train_rows,
         eval_dataset=data.evaluation,
         data_collator=collator,
         domains=data.names,
@@ -110,6 +109,17 @@ def run(arguments: Arguments) -> Path:
         finish(console, model, tokenizer, data, before, after, folder, plots)
         console.print(f"The whole run took {time.time() - started:.0f} s.", highlight=False)
     return checkpoint
+
+
+def show_packing(console: Console, rows: Any, *, batch_size: int) -> None:
+    """How full packed rows are, against the same texts a row each."""
+    if isinstance(rows, PackedTexts):
+        padding = padding_share(rows.lengths, batch_size)
+        console.print(
+            f"packing: {len(rows.lengths):,} texts in {len(rows):,} rows of {rows.max_seq_length} tokens, "
+            f"{rows.fill:.1%} full; a row each, {padding:.1%} of a batch of {batch_size} would be padding",
+            highlight=False,
+        )
 
 
 def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, Reading]:

@@ -15,9 +15,9 @@ from .model import DyLoRAMoE
 class DyLoRATrainer(Trainer):
     """`transformers.Trainer` for a `DyLoRAMoE` model; with label smoothing, which the stock one does past the model.
 
-    Batches may hold `domain`, int64 [batch], the position of each row's dataset in `domains`; losses
-    and routing are then logged per domain. Evaluation reports the language-model loss alone, as a
-    mean over tokens.
+    Batches may hold `domain`, int64 [batch] or in packed rows [batch, seq], the position of each row's or token's
+    dataset in `domains`; losses and routing are then logged per domain. Evaluation reports the language-model
+    loss alone, as a mean over tokens.
 
     Args:
         domains: names of the datasets.

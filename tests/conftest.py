@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import datasets
 import pytest
 import torch
 from reference.checkpoints import grown
@@ -30,6 +31,13 @@ def laws(record_property):
 @pytest.fixture(autouse=True)
 def _same_random_state():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_data_cache(tmp_path_factory):
+    """Tokenised rows go to a folder of the test run's own, and no progress bars into its output."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import dylo_moe
-from dylo_moe.arguments import DataArguments, ModelArguments, build_parser
+from dylo_moe.arguments import ModelArguments, build_parser
+from dylo_moe.config import DataConfig
 
 ORDER = [
     "config",
@@ -33,9 +34,12 @@ ORDER = [
     "checkpoint",
     "data",
     "meter",
+    "flags",
     "arguments",
+    "look_arguments",
     "summary",
     "progress",
+    "inspection",
     "generate",
     "trainer",
     "scheduler",
@@ -142,7 +146,7 @@ def test_the_readme_shows_the_flags_of_the_command_with_their_defaults():
         names = re.findall(r"--(\w+)", flags)
         values = [value.strip().strip("`") for value in defaults.split(",")]
         shown |= dict(zip(names, values, strict=False))
-    ours = [field for kind in (ModelArguments, DataArguments) for field in dataclasses.fields(kind)]
+    ours = [field for kind in (ModelArguments, DataConfig) for field in dataclasses.fields(kind)]
     assert {field.name for field in ours} <= shown.keys()
     known = {option.lstrip("-") for action in build_parser("x")._actions for option in action.option_strings}
     assert shown.keys() - {"config"} <= known

@@ -141,7 +141,7 @@ def test_unreachable_hub_names_the_ways_out(monkeypatch, load, reason):
     if reason == "offline":
         monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets at import
     else:
-        monkeypatch.setattr(base, "_no_way_to_hub", lambda: True)
+        monkeypatch.setattr(base, "no_way_to_hub", lambda: True)
     started = time.monotonic()
     with pytest.raises(BaseUnavailableError) as caught:
         load("someone/no-such-model")

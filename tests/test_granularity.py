@@ -48,19 +48,19 @@ def texts_of(mask, position_ids):
 
 def naive_routing(model, ids, mask, position_ids, *, family, lengths=None, labels=None):
     """[batch, seq, experts] in fp64: the gate on the features of each text's last prompt token, at all its tokens."""
-    with torch.no_grad():
-        states = tiny_base(family)(ids, attention_mask=mask, position_ids=position_ids, output_hidden_states=True)
     layer = {"embeddings": 0, "final": -1}.get(model.router_config.router_layer, model.router_config.router_layer)
-    hidden, router = states.hidden_states[layer], model.router
+    base, router = tiny_base(family), model.router
     weights = torch.zeros(*ids.shape, len(model.experts), dtype=torch.float64)
     for row, text in texts_of(mask, position_ids):
         length = min(len(text), 32)
         answers = [] if labels is None else [place for place, at in enumerate(text) if labels[row, at] != -100]
         if lengths is not None:
             length = int(lengths[row])
-        elif answers and answers[0] > 0:
+        elif answers and answers[0] > 1:
             length = answers[0]
-        alone = hidden[row, text][None]
+        inputs = {"input_ids": ids[row, text][None], "position_ids": position_ids[row, text][None]}
+        with torch.no_grad():
+            alone = base(**inputs, output_hidden_states=True, use_cache=False).hidden_states[layer]
         feature = naive_causal_mean(alone, mask=torch.ones(1, len(text)), half_life=HALF_LIFE)[0, length - 1]
         feature = (feature - router.feature_mean) * router.feature_scale
         logits = torch.stack([router.gate[name] @ feature.float() + router.gate_bias[name] for name in router.names])
@@ -71,9 +71,9 @@ def naive_routing(model, ids, mask, position_ids, *, family, lengths=None, label
 
 
 def labelled(ids, mask):
-    """Answers behind prompts of 3, 0 (no prompt), 12 tokens, and none at all; gaps in them, and labels on padding."""
+    """Answers behind prompts of 3, 1 (no prompt), 12 tokens, and none at all; gaps in them, and labels on padding."""
     labels = ids.clone()
-    for row, prompt in enumerate((3, 0, 12, 99)):
+    for row, prompt in enumerate((3, 1, 12, 99)):
         real = mask[row].nonzero()[:, 0]
         labels[row, real[:prompt]] = -100
         labels[row, real[prompt + 2 : prompt + 4]] = -100
@@ -94,7 +94,7 @@ def test_a_text_is_decided_at_the_last_token_of_its_prompt(laws, family, router_
         places = places - torch.where(places >= 28, 28, torch.where(places >= 11, 11, 0))
     if "labels" in prompt:
         inputs["labels"] = known["labels"] = labelled(ids, mask)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=places, **inputs)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, **inputs)
     expected = naive_routing(model, ids, mask, places, family=family, **known)
     laws.close("text routed by its prompt = naive", out.routing.weights, expected, family=family, atol=CLOSE)
     assert_varied(out.routing)

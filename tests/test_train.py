@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from dylo_moe import DyLoRAMoE
 from dylo_moe.arguments import UsageError, new_output_dir, parse_train, save_config
 from dylo_moe.cli import main
+from dylo_moe.config import DataConfig
 from dylo_moe.data import load_data
 from dylo_moe.meter import Meter
 from dylo_moe.train import run
@@ -80,7 +81,7 @@ def test_the_saved_checkpoint_has_the_loss_that_was_logged(finished_run, tiny_fo
     model = DyLoRAMoE.from_pretrained(finished_run / "checkpoint")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_folder / "base")
     names = [str(tiny_folder / f"{name}.jsonl") for name in ("low", "high")]
-    data = load_data(names, tokenizer, max_seq_length=64, seed=42)
+    data = load_data(DataConfig(datasets=names, max_seq_length=64), tokenizer, seed=42)
     for name, rows in data.evaluation.items():
         total = count = 0.0
         for row in rows:

@@ -1,23 +1,48 @@
-"""Data: where texts come from, how they become tokens, and how datasets are split and mixed."""
+"""Data: where texts come from, how they become tokens, and how datasets are split, mixed and packed."""
 
-from dylo_moe.data.formats import Encoded, TextFormat, encode, encode_prompt, text_format
-from dylo_moe.data.mixing import Collator, DatasetCounts, LoadedData, load_data
-from dylo_moe.data.sources import SOURCES, Example, Reading, Source, read_source, source_name
+from .catalog import CATALOG, MACHINE_TEXT, Source
+from .collator import Collator
+from .contamination import Benchmarks, load_benchmarks
+from .encoding import IGNORED, Encoded, TextFormat, encode, encode_prompt, text_format
+from .formats import FORMATS, Columns, Example, Fate, Message, RowError, ask
+from .loading import DatasetCounts, LoadedData, Reason, Table, load_data, tokenise_all
+from .mixing import Share
+from .packing import PackedTexts, check_texts_kept_apart, epoch_of, padding_share
+from .reading import Reading, locate, locate_all, read
 
 __all__ = [
-    "SOURCES",
+    "CATALOG",
+    "FORMATS",
+    "IGNORED",
+    "MACHINE_TEXT",
+    "Benchmarks",
     "Collator",
+    "Columns",
     "DatasetCounts",
     "Encoded",
     "Example",
+    "Fate",
     "LoadedData",
+    "Message",
+    "PackedTexts",
     "Reading",
+    "Reason",
+    "RowError",
+    "Share",
     "Source",
+    "Table",
     "TextFormat",
+    "ask",
+    "check_texts_kept_apart",
     "encode",
     "encode_prompt",
+    "epoch_of",
+    "load_benchmarks",
     "load_data",
-    "read_source",
-    "source_name",
+    "locate",
+    "locate_all",
+    "padding_share",
+    "read",
     "text_format",
+    "tokenise_all",
 ]

@@ -1,8 +1,8 @@
 """From an example to token ids and labels.
 
-With a chat template the prompt is the user's turn and the response the assistant's; without one the text is
-"{prompt}\\n\\n{response}". Only the response and the token that ends it are trained. Plain text uses no
-template: all of it and the end token are trained.
+With a chat template the context is written by it and the response follows; without one, a system message and a
+question are each followed by an empty line. The response and the token that ends it are trained, earlier answers of
+a conversation too. Plain text uses no template: all of it and the end token are trained.
 
 The rendered prompt is exactly what a model is given when it generates, and the response follows it, so
 training and generation see the same ids even where a template writes past turns differently.
@@ -10,13 +10,15 @@ training and generation see the same ids even where a template writes past turns
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.data.sources import Example
+from ..config import ALL, CUT, DROP, RESPONSE
+from .formats import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError
 
 IGNORED = -100
 """The label that the loss leaves out."""
@@ -30,7 +32,9 @@ class TextFormat:
 
     tokenizer: PreTrainedTokenizerBase
     has_template: bool
-    system: tuple[dict[str, str], ...]
+    takes_system: bool
+    """Whether the template takes a system message; else it goes before the first question."""
+    system: tuple[Message, ...]
     """An empty system message where the template would put a longer one of its own, else nothing."""
     start_ids: tuple[int, ...]
     """What the tokenizer puts before a text that no template wrote: its bos token, or nothing."""
@@ -38,15 +42,24 @@ class TextFormat:
     """Ends a response: the template's end of turn, which need not be eos. Generation must stop at it."""
     text_end_id: int
     """Ends a plain text: eos."""
+    end_texts: tuple[str, str]
+    """Both end tokens as they are written."""
 
 
 class Encoded(NamedTuple):
-    """One training row. `prompt_ids` is the whole rendered prompt (empty for plain text), before any cut."""
+    """One training row."""
 
     input_ids: list[int]
     labels: list[int]
-    prompt_ids: list[int]
-    cut: bool
+    """-100 where nothing is trained."""
+    prompt_length: int
+    """Tokens before the first answer; 0 for plain text."""
+    whole_length: int
+    """Tokens before anything was cut."""
+    cut_prompt: bool = False
+    cut_response: bool = False
+    note: str = ""
+    """What is not trained that the row says, in words."""
 
 
 def text_format(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
@@ -62,102 +75,257 @@ def text_format(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
     has_template = bool(tokenizer.chat_template)
     bare = tokenizer("a", add_special_tokens=True)["input_ids"]
     adds_bos = tokenizer.bos_token_id is not None and bare[:1] == [tokenizer.bos_token_id]
+    response_end = _end_of_turn(tokenizer) if has_template else eos
+    end_texts = [str(token) for token in tokenizer.convert_ids_to_tokens([response_end, eos])]
     return TextFormat(
         tokenizer=tokenizer,
         has_template=has_template,
+        takes_system=not has_template or _takes_system(tokenizer),
         system=_shorter_system(tokenizer) if has_template else (),
         start_ids=(tokenizer.bos_token_id,) if adds_bos else (),
-        response_end_id=_end_of_turn(tokenizer) if has_template else eos,
+        response_end_id=response_end,
         text_end_id=eos,
+        end_texts=(end_texts[0], end_texts[1]),
     )
 
 
 def encode_prompt(text_format: TextFormat, prompt: str) -> list[int]:
     """Token ids of a prompt, ready to generate from; the same ids that training puts before the response."""
-    text, start_ids = _render_prompt(text_format, prompt)
-    return [*start_ids, *_ids(text_format.tokenizer, text)]
+    text = _render_prompt(text_format, [Message(USER, prompt)])
+    return [*_start_ids(text_format, has_prompt=True), *_ids(text_format.tokenizer, text)]
 
 
-def encode(text_format: TextFormat, example: Example, max_seq_length: int) -> Encoded | None:
-    """Token ids and labels of one example, at most `max_seq_length` of them.
+def encode(
+    text_format: TextFormat, example: Example, *, max_seq_length: int, overlong: str = CUT, loss_on: str = RESPONSE
+) -> Encoded:
+    """One example; as `encode_batch`, but raises RowError."""
+    (found,) = encode_batch(text_format, [example], max_seq_length=max_seq_length, overlong=overlong, loss_on=loss_on)
+    if isinstance(found, RowError):
+        raise found
+    return found
 
-    A row that is too long loses the start of its prompt where the response then still fits whole. A response
-    that does not fit is cut at its end and has no end token; its prompt then keeps at most half the row.
-    None where nothing could be learned, or where the text holds the end token itself, which would
-    teach the model to stop in the middle.
+
+def encode_batch(
+    text_format: TextFormat,
+    examples: Sequence[Example],
+    *,
+    max_seq_length: int,
+    overlong: str = CUT,
+    loss_on: str = RESPONSE,
+) -> list[Encoded | RowError]:
+    """Token ids and labels of examples, each at most `max_seq_length` tokens.
+
+    With `overlong` "cut", a row that is too long loses the start of its prompt where the last response then still
+    fits whole. A response that does not fit is cut at its end and has no end token; what is before it then keeps at
+    most half the row. With "drop" such a row is an error.
+
+    Returns:
+        For each example its row, or a RowError: nothing could be learned from it, the template refuses it, or it
+        holds the end token itself, which would teach the model to stop in the middle.
     """
-    tokenizer = text_format.tokenizer
-    ends = tokenizer.convert_ids_to_tokens([text_format.response_end_id, text_format.text_end_id])
-    if any(end in (example.prompt or "") or end in example.response for end in ends):
-        return None
-    if example.prompt is None:
-        prompt_ids: list[int] = []
-        before = list(text_format.start_ids)
-        target = _ids(tokenizer, example.response)
-        end_id = text_format.text_end_id
-    else:
-        prompt_ids, target = _prompt_and_response(text_format, example.prompt, example.response)
-        before, end_id = prompt_ids, text_format.response_end_id
-    if not target:
-        return None
-    target = [*target, end_id]
-    cut = len(before) + len(target) > max_seq_length
-    if cut and prompt_ids and len(target) < max_seq_length:
-        before = before[-(max_seq_length - len(target)) :]
-    elif cut:
-        before = before[-(max_seq_length // 2) :]
-        target = target[: max_seq_length - len(before)]
-    shown = [IGNORED] * len(before) if prompt_ids else before
-    labels = [*shown, *target]
-    if all(label == IGNORED for label in labels[1:]):  # the first label predicts from nothing and is never used
-        return None
-    return Encoded([*before, *target], labels, prompt_ids, cut)
+    written = [_write(text_format, example) for example in examples]
+    texts = {text for item in written if not isinstance(item, RowError) for text in item.texts()}
+    ids = _ids_of(text_format.tokenizer, sorted(texts))
+    rows: list[Encoded | RowError] = []
+    for item in written:
+        try:
+            if isinstance(item, RowError):
+                raise item
+            row, note = _assemble(text_format, item, ids)
+            rows.append(_finish(row, note, max_seq_length=max_seq_length, overlong=overlong, loss_on=loss_on))
+        except RowError as error:
+            rows.append(error)
+    return rows
 
 
-def _prompt_and_response(text_format: TextFormat, prompt: str, response: str) -> tuple[list[int], list[int]]:
-    """Ids of both parts; the response is tokenised where it stands, unless it melts into the prompt."""
-    text, start_ids = _render_prompt(text_format, prompt)
-    prompt_ids = _ids(text_format.tokenizer, text)
-    whole = _ids(text_format.tokenizer, text + response)
-    if whole[: len(prompt_ids)] == prompt_ids:
-        response_ids = whole[len(prompt_ids) :]
-    else:
-        response_ids = _ids(text_format.tokenizer, response)
-    return [*start_ids, *prompt_ids], response_ids
+# An example as text
 
 
-def _render_prompt(text_format: TextFormat, prompt: str) -> tuple[str, tuple[int, ...]]:
-    """The prompt's text, and the ids that go before it; a template writes its own bos."""
-    if not text_format.has_template:
-        return f"{prompt}\n\n", text_format.start_ids
-    return _render(text_format.tokenizer, [*text_format.system, {"role": "user", "content": prompt}], True), ()
+class _Turn(NamedTuple):
+    """An answer, and what is written between the end of the answer before and it."""
+
+    before: str
+    answer: str
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, tokenize=False)
+class _Written(NamedTuple):
+    turns: list[_Turn]
+    prompt: str
+    """What the model is given for the last answer."""
+    note: str
+
+    def texts(self) -> list[str]:
+        """All that has to be tokenised."""
+        parts = [text for turn in self.turns for text in (turn.before, turn.before + turn.answer) if text]
+        return [*parts, self.prompt] if len(self.turns) > 1 else parts
+
+
+def _write(form: TextFormat, example: Example) -> _Written | RowError:
+    if any(end in example.text for end in form.end_texts):
+        return RowError(Fate.MALFORMED, f"it holds the end token {' or '.join(sorted(set(form.end_texts)))}")
+    if not example.context:
+        return _Written([_Turn("", example.response)], "", example.note)
+    try:
+        prompt = _render_prompt(form, example.context)
+        earlier = _earlier_turns(form, example, prompt)
+    except TemplateError as error:
+        return RowError(Fate.MALFORMED, f"the chat template refuses it: {str(error)[:80]}")
+    if earlier is None:
+        return _only_last(prompt, example.response, example.note)
+    start = sum(len(turn.before) + len(turn.answer) + len(_end_text(form)) for turn in earlier)
+    return _Written([*earlier, _Turn(prompt[start:], example.response)], prompt, example.note)
+
+
+def _only_last(prompt: str, response: str, note: str) -> _Written:
+    rewritten = "only its last answer is trained: the chat template writes earlier ones in another way"
+    return _Written([_Turn(prompt, response)], prompt, "; ".join(filter(None, (note, rewritten))))
+
+
+def _earlier_turns(form: TextFormat, example: Example, prompt: str) -> list[_Turn] | None:
+    """The answers before the last, as `prompt` holds them; None where it does not hold them as they were written."""
+    turns: list[_Turn] = []
+    done = 0
+    for place, message in enumerate(example.context):
+        if message.role != ASSISTANT:
+            continue
+        before = _render_prompt(form, example.context[:place])
+        end = prompt.find(_end_text(form), len(before))
+        if not prompt.startswith(before) or end < 0:
+            return None
+        answer = prompt[len(before) : end]
+        if answer.strip() != message.content.strip():
+            return None
+        turns.append(_Turn(before[done:], answer))
+        done = end + len(_end_text(form))
+    return turns
+
+
+def _end_text(form: TextFormat) -> str:
+    return form.end_texts[0]
+
+
+def _render_prompt(form: TextFormat, context: Sequence[Message]) -> str:
+    """The text that a model is given to answer; a template writes its own bos."""
+    if not form.has_template:
+        ends = {ASSISTANT: _end_text(form)}
+        return "".join(message.content + ends.get(message.role, "\n\n") for message in context)
+    messages = list(context)
+    if messages[0].role != SYSTEM:
+        messages = [*form.system, *messages]
+    elif not form.takes_system:
+        system, question, *rest = messages
+        messages = [Message(USER, f"{system.content}\n\n{question.content}"), *rest]
+    return _render(form.tokenizer, messages, generation_prompt=True)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(
+        [message._asdict() for message in messages], add_generation_prompt=generation_prompt, tokenize=False
+    )
     assert isinstance(text, str)
     return text
 
 
+# Text as ids
+
+
+class _Row(NamedTuple):
+    """A row before it is cut; `answers` are spans of `ids`, each with its end token."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+
+
+def _assemble(form: TextFormat, written: _Written, ids: dict[str, list[int]]) -> tuple[_Row, str]:
+    """The whole row, however long, and its note."""
+    is_plain = not written.turns[0].before
+    end_id = form.text_end_id if is_plain else form.response_end_id
+    start_ids = _start_ids(form, has_prompt=not is_plain)
+    row = _Row(list(start_ids), [])
+    for place, turn in enumerate(written.turns):
+        before, answer = _split(form.tokenizer, turn, ids)
+        if not answer:
+            raise RowError(Fate.EMPTY, "its response has no token")
+        row.ids.extend(before)
+        if place == len(written.turns) - 1 > 0 and row.ids != [*start_ids, *ids[written.prompt]]:
+            last = _only_last(written.prompt, turn.answer, written.note)
+            return _assemble(form, last, ids | _ids_of(form.tokenizer, last.texts()))
+        start = 0 if is_plain else len(row.ids)
+        row.ids.extend([*answer, end_id])
+        row.answers.append((start, len(row.ids)))
+    return row, written.note
+
+
+def _split(tokenizer: PreTrainedTokenizerBase, turn: _Turn, ids: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    """Ids of both parts; the answer is tokenised where it stands, unless it melts into what is before it."""
+    before = ids[turn.before] if turn.before else []
+    whole = ids[turn.before + turn.answer]
+    return before, whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, turn.answer)
+
+
+def _finish(row: _Row, note: str, *, max_seq_length: int, overlong: str, loss_on: str) -> Encoded:
+    """The row within its bound, with labels."""
+    length, last_answer = len(row.ids), row.answers[-1][0]
+    first, last, cut_response = 0, length, False
+    if length > max_seq_length:
+        if overlong == DROP:
+            raise RowError(Fate.TOO_LONG, f"over {max_seq_length} tokens", length)
+        cut_response = length - last_answer >= max_seq_length
+        first = last_answer - min(last_answer, max_seq_length // 2) if cut_response else length - max_seq_length
+        last = first + max_seq_length
+    labels = [IGNORED] * length
+    for start, end in [(0, length)] if loss_on == ALL else row.answers:
+        labels[start:end] = row.ids[start:end]
+    labels = labels[first:last]
+    if all(label == IGNORED for label in labels[1:]):  # the first label predicts from nothing and is never used
+        raise RowError(Fate.EMPTY, "nothing in it could be trained")
+    prompt_length = max(row.answers[0][0] - first, 0)
+    return Encoded(row.ids[first:last], labels, prompt_length, length, first > 0, cut_response, note)
+
+
+def _start_ids(form: TextFormat, *, has_prompt: bool) -> tuple[int, ...]:
+    return () if form.has_template and has_prompt else form.start_ids
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return _ids_of(tokenizer, [text])[text]
 
 
-def _shorter_system(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, str], ...]:
-    user = {"role": "user", "content": _PROBE}
-    empty = {"role": "system", "content": ""}
+def _ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    if not texts:
+        return {}
+    found = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return dict(zip(texts, found["input_ids"], strict=True))
+
+
+# What a template does
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     try:
-        with_empty = _render(tokenizer, [empty, user], True)
+        with_system = _render(tokenizer, [Message(SYSTEM, _PROBE), Message(USER, "a")], generation_prompt=True)
     except TemplateError:  # some templates refuse a system message
+        return False
+    return _PROBE in with_system
+
+
+def _shorter_system(tokenizer: PreTrainedTokenizerBase) -> tuple[Message, ...]:
+    user, empty = Message(USER, _PROBE), Message(SYSTEM, "")
+    try:
+        with_empty = _render(tokenizer, [empty, user], generation_prompt=True)
+    except TemplateError:
         return ()
-    is_shorter = len(_ids(tokenizer, with_empty)) < len(_ids(tokenizer, _render(tokenizer, [user], True)))
+    without = _render(tokenizer, [user], generation_prompt=True)
+    is_shorter = len(_ids(tokenizer, with_empty)) < len(_ids(tokenizer, without))
     return (empty,) if is_shorter and _PROBE in with_empty else ()
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The first special token that the template writes after a response, or eos where it writes none."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-    tail = _render(tokenizer, turns, False).rpartition(_PROBE)[2]
+    turns = [Message(USER, "a"), Message(ASSISTANT, _PROBE)]
+    tail = _render(tokenizer, turns, generation_prompt=False).rpartition(_PROBE)[2]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     after = [index for index in _ids(tokenizer, tail) if index in special or index in tokenizer.all_special_ids]
     return after[0] if after else tokenizer.eos_token_id

