@@ -29,7 +29,7 @@ class Source:
     config: str | None = None
     revision: str | None = None
     """Commit on the hub."""
-    files: str | None = None
+    file: str | None = None
     """The one data file to read, where the hub's folder holds the same rows twice."""
     package: tuple[str, str] | None = None
     """An installed package that carries the data, and the file within."""
@@ -73,7 +73,7 @@ _HUB = (
     _hub(
         "python_codes_25k", "flytech/python-codes-25k", "0ed98ff2a76c5d133d8c157b814189a5a17ebd20",
         description="Python tasks and scripts", licence="MIT (in the page's text)",
-        size="24,813 rows, 25 MB", format="Alpaca", columns=FORMATS["Alpaca"], files="python-codes-25k.jsonl",
+        size="24,813 rows, 25 MB", format="Alpaca", columns=FORMATS["Alpaca"], file="python-codes-25k.jsonl",
     ),
     _hub(
         "python_code_instructions_18k", "iamtarun/python_code_instructions_18k_alpaca",

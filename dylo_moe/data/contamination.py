@@ -12,7 +12,7 @@ import ast
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ..config import DataConfig
@@ -25,6 +25,7 @@ SHARE = 0.5
 """Of a question's or a solution's n-grams, in one row."""
 
 _WORD = re.compile(r"\w+")
+_EXAMPLES = re.compile(r"^\s*(?:>>>|(?:for )?examples?\b)", re.MULTILINE | re.IGNORECASE)
 
 
 class Problem(NamedTuple):
@@ -106,17 +107,21 @@ def _mbpp_problem(row: dict) -> Problem:
 
 
 def _described(prompt: str) -> str:
-    """What the last function's docstring says, without its examples, which a copy may leave out."""
-    functions: Sequence[ast.AST] = ()
+    """What the last function is told to do, without its examples, which a copy may leave out."""
     try:
         tree = ast.parse(prompt)
-        functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     except SyntaxError:
-        pass
-    docstring = ast.get_docstring(functions[-1]) if functions else None  # type: ignore[arg-type]
-    if not docstring:
         return prompt
-    told = re.split(
-        r"^\s*(?:>>>|(?:for )?examples?\b.*:?$)", docstring, maxsplit=1, flags=re.MULTILINE | re.IGNORECASE
-    )[0]
-    return told if len(_WORD.findall(told)) >= NGRAM else docstring
+    texts = [
+        statement.value.value  # one prompt has an import before its docstring
+        for function in tree.body
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for statement in function.body
+        if isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    ]
+    if not texts:
+        return prompt
+    told = _EXAMPLES.split(texts[-1], maxsplit=1)[0]
+    return told if len(_WORD.findall(told)) >= NGRAM else texts[-1]

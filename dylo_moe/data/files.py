@@ -19,6 +19,8 @@ from typing import BinaryIO, NamedTuple, cast
 import xxhash
 from datasets import Features, Value
 
+from .formats import printable
+
 MAX_ROW_BYTES = 8 * 2**20
 """A longer line or element is no row: it would be millions of tokens."""
 
@@ -46,6 +48,11 @@ class LocalFile(NamedTuple):
 
     name: str
     path: str
+
+    @classmethod
+    def at(cls, path: Path, name: str) -> LocalFile:
+        """The file there; its name may hold bytes that are no text."""
+        return cls(printable(name), str(path))
 
 
 def raw_row(raw: bytes, place: str, *, document: str = "", pieces: bool = False, problem: str = "") -> dict:
@@ -75,7 +82,7 @@ def content_key(files: Sequence[LocalFile]) -> str:
     for file in files:
         try:
             with open(file.path, "rb") as opened:
-                digest.update(f"\0{file.name}\0".encode("utf-8", "surrogateescape"))
+                digest.update(f"\0{file.name}\0".encode())
                 while part := opened.read(CHUNK_BYTES):
                     digest.update(part)
         except OSError as error:

@@ -43,10 +43,16 @@ class RowError(ValueError):
     """
 
     def __init__(self, fate: Fate, reason: str, length: int = 0) -> None:
-        super().__init__(reason)
         self.fate = fate
-        self.reason = reason
+        self.reason = printable(reason)
+        super().__init__(self.reason)
         self.length = length
+
+
+def printable(text: str) -> str:
+    """One line that can be shown and stored, whatever was in the text."""
+    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(character if character.isprintable() else "?" for character in whole)
 
 
 class Message(NamedTuple):

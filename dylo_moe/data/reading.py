@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import datasets
 import huggingface_hub
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub import hf_hub_download
 
 from ..base import no_way_to_hub
 from ..config import DataConfig
@@ -32,6 +33,7 @@ from .machine_text import read_machine_text
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|test|eval|prompt)(?![a-z])")
 _SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "eval": TEST}
 _DOCUMENTATION = re.compile(
@@ -175,10 +177,7 @@ def _find(place: Place, config: DataConfig) -> _Found:
         return _Found(f"mirror {mirror}", *_read_files(_mirror_files(mirror, place), place.name))
     if (packaged := _packaged(place.source)) is not None:
         return _Found(f"package {Path(packaged.path).parts[-3]}", *_read_files([packaged], place.name))
-    splits = _read_hub(place, config)
-    at = f"@{place.revision[:10]}" if place.revision else ""
-    key = "-".join(rows._fingerprint for rows in splits.values())
-    return _Found(f"hub {place.hub_id}{at}", dict(splits), key)
+    return _read_hub(place, config)
 
 
 def _check_splits(place: Place, found: _Found) -> None:
@@ -240,7 +239,7 @@ def _packaged(source: Source | None) -> LocalFile | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     path = Path(next(iter(spec.submodule_search_locations)), inner)
-    return LocalFile(f"test-{path.name}", str(path)) if path.is_file() else None
+    return LocalFile.at(path, f"test-{path.name}") if path.is_file() else None
 
 
 # Files
@@ -248,7 +247,7 @@ def _packaged(source: Source | None) -> LocalFile | None:
 
 def _read_path(path: Path, name: str) -> tuple[dict[str, Dataset], str]:
     if path.is_file():
-        return _read_files([LocalFile(path.name, str(path))], name, split=TRAIN)
+        return _read_files([LocalFile.at(path, path.name)], name, split=TRAIN)
     files = _files_below(path)
     rows = [file for file in files if is_row_file(file.name)]
     others = [
@@ -267,7 +266,7 @@ def _files_below(folder: Path) -> list[LocalFile]:
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
         if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
-            found.append((parts, LocalFile("/".join(parts), str(path))))
+            found.append((parts, LocalFile.at(path, "/".join(parts))))
     return [file for _, file in sorted(found)]
 
 
@@ -280,7 +279,7 @@ def _mirror_files(folder: Path, place: Place) -> list[LocalFile]:
         for file in _files_below(folder)
         if is_row_file(file.name) and not _DOCUMENTATION.fullmatch(Path(file.name).name)
     ]
-    only = [file for file in files if place.source is not None and file.name == place.source.files]
+    only = [file for file in files if place.source is not None and file.name == place.source.file]
     if not files:
         raise ValueError(f"the mirror {str(folder)!r} has no parquet, json or jsonl file")
     return only or files
@@ -316,10 +315,16 @@ def _generated(
 ) -> tuple[dict[str, Dataset], str]:
     """Raw rows, kept in the cache of `datasets` under the files' content."""
     key = f"{content_key(files)}{'t' if as_texts else 'r'}"
-    arguments = {"files": [tuple(file) for file in files], "as_texts": as_texts}
-    if next(raw_rows(**arguments), None) is None:
+    plain = [(file.name, file.path) for file in files]
+    if next(raw_rows(plain, as_texts), None) is None:
         raise ValueError(f"the dataset {name!r} has no row in {', '.join(file.path for file in files[:3])}")
-    rows = Dataset.from_generator(raw_rows, features=RAW, gen_kwargs=arguments, fingerprint=key, writer_batch_size=100)
+    rows = Dataset.from_generator(
+        raw_rows,
+        features=RAW,
+        gen_kwargs={"files": plain, "as_texts": as_texts},
+        fingerprint=key,
+        writer_batch_size=100,
+    )
     return {split: rows}, key
 
 
@@ -341,15 +346,34 @@ def _parquet(files: Sequence[LocalFile], name: str) -> tuple[dict[str, Dataset],
 # The hub
 
 
-def _read_hub(place: Place, config: DataConfig) -> DatasetDict:
-    files = {"data_files": place.source.files} if place.source is not None and place.source.files else {}
+def _read_hub(place: Place, config: DataConfig) -> _Found:
+    assert place.hub_id is not None
     unreachable = no_way_to_hub()
     try:
         with _offline(unreachable):
-            return load_dataset(place.hub_id, place.config, revision=place.revision, **files)
-    except (ConnectionError, FileNotFoundError, ValueError, OSError, DatasetGenerationError, RuntimeError) as error:
+            if place.source is not None and place.source.file is not None:
+                path = Path(
+                    hf_hub_download(place.hub_id, place.source.file, repo_type="dataset", revision=place.revision)
+                )
+                splits, key = _read_files([LocalFile.at(path, place.source.file)], place.name)
+                return _Found(f"hub {place.hub_id}@{(place.revision or path.parent.name)[:10]}", splits, key)
+            splits = dict(load_dataset(place.hub_id, place.config, revision=place.revision))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = "the hub cannot be reached from here" if unreachable else _first_line(error)
         raise ValueError(_no_way(place, config, reason)) from error
+    key = "-".join(rows._fingerprint for rows in splits.values())
+    return _Found(f"hub {place.hub_id}@{_checked_commit(place, splits)[:10]}", splits, key)
+
+
+def _checked_commit(place: Place, splits: dict[str, Dataset]) -> str:
+    """The commit that was loaded: where the hub does not answer, `datasets` takes whichever its cache has."""
+    (commit,) = {Path(rows.cache_files[0]["filename"]).parent.name for rows in splits.values()}
+    if place.revision is not None and _COMMIT.fullmatch(place.revision) and commit != place.revision:
+        raise ValueError(
+            f"the dataset {place.name!r} was asked for at commit {place.revision}, which the hub did not give; the "
+            f"cache has {commit}. Reach the hub, or ask for {place.hub_id}@{commit}"
+        )
+    return commit
 
 
 @contextmanager

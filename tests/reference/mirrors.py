@@ -19,7 +19,7 @@ def write_mirror(folder: Path) -> Path:
     """Everything, under the names of the catalog."""
     for name, write in WRITERS.items():
         (folder / name).mkdir(parents=True)
-        (folder / name / "README.md").write_text("---\nlicense: other\n---\n")
+        (folder / name / "README.md").write_text(f"---\nlicense: other\n{CARDS.get(name, '')}---\n")
         (folder / name / ".gitattributes").write_text("*.json filter=lfs\n")
         write(folder / name)
     return folder
@@ -148,6 +148,22 @@ def humaneval(folder: Path) -> None:
     schema = pa.schema([(name, pa.string()) for name in names])
     _parquet(folder / "openai_humaneval" / "test-00000-of-00001.parquet", rows, schema)
 
+
+def _card(configs: dict[str, list[str]]) -> str:
+    """The lines of a card that say which files are whose."""
+    lines = ["configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split in splits:
+            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    return "\n".join(lines) + "\n"
+
+
+_MBPP_SPLITS = ["train", "test", "validation", "prompt"]
+CARDS = {
+    "mbpp": _card({"full": _MBPP_SPLITS, "sanitized": _MBPP_SPLITS}),
+    "humaneval": _card({"openai_humaneval": ["test"]}),
+}
 
 WRITERS = {
     writer.__name__: writer
