@@ -85,7 +85,8 @@ def show_dataset(config: DataConfig, look: LookArguments) -> None:
         if row["cut"]:
             title += f" · cut from {row['whole_length']}"
         console.rule(Text(title), align="left", style="dim")
-        console.print(coloured(row["input_ids"], row["labels"], tokenizer, special, marked=not console.is_terminal))
+        text = coloured(row["input_ids"], row["labels"], tokenizer, special, marked=not console.is_terminal)
+        console.print(text, soft_wrap=True)
     console.rule(style="dim")
     show_reasons(console, reading.name, rows.reasons())
 

@@ -34,6 +34,7 @@ def base(tmp_path_factory) -> str:
 @pytest.fixture
 def run(base, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "50")  # early releases of rich take the width only together with the height
 
     def run(*words: str) -> str:
         status = main(["data", *words, *(["--model", base] if words[0] != "list" else [])])

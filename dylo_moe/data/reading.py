@@ -257,7 +257,8 @@ def _read_path(path: Path, name: str) -> tuple[dict[str, Dataset], str]:
         return _read_files([file for file in rows if not _DOCUMENTATION.fullmatch(Path(file.name).name)], name)
     if not files:
         raise ValueError(f"the folder {str(path)!r} has no file to read")
-    return _generated(files, name, TRAIN, as_texts=True)
+    texts, key = _generated(files, name, as_texts=True)
+    return {TRAIN: texts}, key
 
 
 def _files_below(folder: Path) -> list[LocalFile]:
@@ -304,15 +305,12 @@ def _read_files(files: Sequence[LocalFile], name: str, *, split: str | None = No
                 f"the dataset {name!r} has parquet and other files for its split {group}; keep one kind: "
                 f"{', '.join(file.name for file in members)}"
             )
-        found, key = _parquet(columnar, name) if columnar else _generated(members, name, group)
-        splits |= {group: next(iter(found.values()))}
+        splits[group], key = _parquet(columnar, name) if columnar else _generated(members, name)
         keys.append(key)
     return splits, "-".join(keys)
 
 
-def _generated(
-    files: Sequence[LocalFile], name: str, split: str, *, as_texts: bool = False
-) -> tuple[dict[str, Dataset], str]:
+def _generated(files: Sequence[LocalFile], name: str, *, as_texts: bool = False) -> tuple[Dataset, str]:
     """Raw rows, kept in the cache of `datasets` under the files' content."""
     key = f"{content_key(files)}{'t' if as_texts else 'r'}"
     plain = [(file.name, file.path) for file in files]
@@ -325,22 +323,22 @@ def _generated(
         fingerprint=key,
         writer_batch_size=100,
     )
-    return {split: rows}, key
+    return rows, key
 
 
-def _parquet(files: Sequence[LocalFile], name: str) -> tuple[dict[str, Dataset], str]:
+def _parquet(files: Sequence[LocalFile], name: str) -> tuple[Dataset, str]:
     key = content_key(files)
     for file in files:
         try:
             pyarrow.parquet.ParquetFile(file.path).close()
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ValueError(f"{file.path!r} is no whole parquet file: {_first_line(error)}") from error
     try:
         rows = load_dataset("parquet", data_files=[file.path for file in files], split="train")
     except (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSError) as error:
         reason = _first_line(error.__cause__ or error)
         raise ValueError(f"the parquet files of {name!r} cannot be read together: {reason}") from error
-    return {TRAIN: rows}, key
+    return rows, key
 
 
 # The hub

@@ -26,7 +26,7 @@ def write_mirror(folder: Path) -> Path:
 
 
 def task(number: int, kind: str) -> str:
-    return f"{kind} task {number}: write a function that adds {number} to every item of a list"
+    return f"{kind} task {number}: write a function that adds {number} to every {kind} item of the {kind} list"
 
 
 def answer(number: int, kind: str) -> str:
