@@ -86,8 +86,8 @@ def show_reasons(console: Console, name: str, reasons: Sequence[Reason]) -> None
 
 def show_mixture(console: Console, shares: Sequence[Share]) -> None:
     """What each dataset is of an epoch."""
-    table = Table(title="one epoch: rows, trained tokens, and how often each row is seen")
-    for column in ("dataset", "rows", "share", "tokens", "their share", "passes"):
+    table = Table(title="one epoch")
+    for column in ("dataset", "rows", "share", "trained tokens", "share", "passes"):
         table.add_column(column, justify="left" if column == "dataset" else "right")
     for share in shares:
         cells = f"{share.rows:,}", f"{share.share:.1%}", f"{share.tokens:,}", f"{share.token_share:.1%}"
@@ -174,10 +174,12 @@ def write_plots(folder: Path, metrics: Path, readings: dict[str, Reading]) -> li
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for index, domain in enumerate(readings):
-        for key, style, label in ((f"loss_{domain}", "-", domain), (f"eval_{domain}_loss", "o--", None)):
+        label: str | None = domain
+        for key, style in ((f"loss_{domain}", "-"), (f"eval_{domain}_loss", "o--")):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=f"C{index}", label=label)
+                label = None  # a run may be too short to log a training loss
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title="training (lines) and held-out (dots) loss")
     axes.legend()
     figure.tight_layout()
