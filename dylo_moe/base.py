@@ -121,7 +121,7 @@ def _load(auto_class: Any, name: str, revision: str | None, kwargs: dict[str, An
     try:
         return auto_class.from_pretrained(resolved, **kwargs)
     except (OSError, ValueError) as error:
-        reason = _hub_reason(name, revision, error) if on_hub else f"{_first_line(error)}."
+        reason = _hub_reason(name, revision, error) if on_hub else f"{first_line(error)}."
         what = "the tokenizer of base" if auto_class is AutoTokenizer else "base"
         raise BaseUnavailableError(f"{what} {name!r} could not be loaded: {reason}") from error
 
@@ -162,7 +162,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, without its stop."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .:")
 
 
@@ -186,7 +187,7 @@ def _hub_reason(name: str, revision: str | None, error: BaseException) -> str:
     elif due_to(LocalEntryNotFoundError):
         reason = "the hub cannot be reached from here, and no copy is in the local cache"
     else:
-        return f"{_first_line(error)}. If that is not to be mended, {instead}."
+        return f"{first_line(error)}. If that is not to be mended, {instead}."
     return f"{reason}. Check the id and the network; if the model is gated, {access}; or {instead}."
 
 

@@ -86,8 +86,8 @@ def show_reasons(console: Console, name: str, reasons: Sequence[Reason]) -> None
 
 def show_mixture(console: Console, shares: Sequence[Share]) -> None:
     """What each dataset is of an epoch."""
-    table = Table(title="one epoch")
-    for column in ("dataset", "rows", "share", "trained tokens", "share", "passes"):
+    table = Table(title="one epoch, in rows and in trained tokens")
+    for column in ("dataset", "rows", "share", "tokens", "share", "passes"):
         table.add_column(column, justify="left" if column == "dataset" else "right")
     for share in shares:
         cells = f"{share.rows:,}", f"{share.share:.1%}", f"{share.tokens:,}", f"{share.token_share:.1%}"

@@ -92,7 +92,7 @@ def test_decontaminate_removes_the_rows_and_says_how_many_and_of_what(tmp_path, 
 
 
 def test_decontaminate_without_a_benchmark_is_refused_not_weakened(tmp_path, monkeypatch):
-    monkeypatch.setattr("dylo_moe.data.reading.no_way_to_hub", lambda: True)
+    monkeypatch.setattr("dylo_moe.data.hub.no_way_to_hub", lambda: True)
     path = write_rows(tmp_path / "mine.jsonl", [{"text": "a"}, {"text": "b"}])
     with pytest.raises(ValueError, match=r"decontaminate cannot compare with mbpp: the dataset 'mbpp' cannot be read"):
         load_data(DataConfig(datasets=[path], decontaminate=True), CHAT)

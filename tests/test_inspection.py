@@ -150,7 +150,7 @@ def test_check_prints_the_counts_lengths_padding_and_overlaps_of_the_very_rows(r
 
 
 def test_check_without_a_benchmark_says_that_it_did_not_compare(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dylo_moe.data.reading.no_way_to_hub", lambda: True)
+    monkeypatch.setattr("dylo_moe.data.hub.no_way_to_hub", lambda: True)
     shown = run("check", numbered(tmp_path / "mine.jsonl", 20, "cube"))
     assert "Overlap with mbpp: not checked." in shown and "Overlap with 164 test problems: 0 rows, none." in shown
 

