@@ -11,6 +11,10 @@ USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 CHAT = Example((Message(SYSTEM, "s"), Message(USER, "q"), Message(ASSISTANT, "a"), Message(USER, "r")), "b")
 
 
+def turns(*pairs):
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
 def spoken(who: str, what: str, system: str, user: str, assistant: str) -> list[dict]:
     speakers = (system, user, assistant, user, assistant)
     return [{who: speaker, what: text} for speaker, text in zip(speakers, "sqarb", strict=True)]
@@ -23,6 +27,8 @@ def spoken(who: str, what: str, system: str, user: str, assistant: str) -> list[
         ({"instruction": "q", "input": "with", "output": "a"}, ask("q\n\nwith", "a")),
         ({"instruction": "q", "input": None, "output": "a", "text": "all", "prompt": "Below"}, ask("q", "a")),
         ({"instruction": "q", "output": "a"}, ask("q", "a")),
+        ({"instruction": "q", "context": "with", "response": "a"}, ask("q\n\nwith", "a")),
+        (turns((SYSTEM, ""), (USER, "q"), (ASSISTANT, "a")), ask("q", "a")),
         ({"query": "q", "answer": "a", "resource": "x", "lang": "python"}, ask("q", "a")),
         ({"prompt": "q", "completion": "a"}, ask("q", "a")),
         ({"system": "s", "prompt": "q", "response": "a"}, Example((Message(SYSTEM, "s"), Message(USER, "q")), "a")),
@@ -39,13 +45,10 @@ def test_each_format_is_recognised_and_read(row, expected):
 
 
 def test_a_message_without_an_answer_is_left_out_and_noted():
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "more"}]
-    example = read_row({"conversations": turns}, None)
-    assert example == ask("q", "a")._replace(note="its last message has no answer and is left out")
-
-
-def turns(*pairs):
-    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+    for more in ("more", "", None):
+        said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": more}]
+        example = read_row({"conversations": said}, None)
+        assert example == ask("q", "a")._replace(note="its last message has no answer and is left out")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def turns(*pairs):
         (turns((USER, "q"), ("tool", "x")), Fate.MALFORMED, "role is 'tool', none of user, human"),
         (turns((USER, "q"), (3, "x")), Fate.MALFORMED, "role is missing or no string"),
         (turns((USER, "q"), (ASSISTANT, " ")), Fate.EMPTY, "a message's content is empty"),
-        (turns((USER, [{"type": "text"}])), Fate.MALFORMED, "a message's content is not a string"),
+        (turns((USER, [{"type": "text"}]), (ASSISTANT, "a")), Fate.MALFORMED, "a message's content is not a string"),
     ],
 )
 def test_a_row_that_says_nothing_has_a_fate_and_a_reason(row, fate, reason):

@@ -246,7 +246,7 @@ def test_huge_lines_and_elements_cost_themselves_and_little_memory(tmp_path, mon
 def test_a_text_file_over_many_parts_is_whole(tmp_path, monkeypatch):
     from dylo_moe.data import files
 
-    monkeypatch.setattr(files, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(files, "TEXT_BYTES", 50)
     text = "".join(f"line {i} of a long text\n" for i in range(100))
     (tmp_path / "long.txt").write_text(text)
     rows = list(files.raw_rows([("long.txt", str(tmp_path / "long.txt"))], as_texts=False))

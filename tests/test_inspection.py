@@ -3,6 +3,7 @@
 import io
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,7 @@ def base(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(base, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("LINES", "50")  # early releases of rich take the width only together with the height
+    monkeypatch.setattr("dylo_moe.inspection.Console", partial(Console, width=200))
 
     def run(*words: str) -> str:
         status = main(["data", *words, *(["--model", base] if words[0] != "list" else [])])

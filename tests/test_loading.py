@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.texts import CHAT, END, PLAIN, numbered, write_rows
+from reference.texts import CHAT, END, PLAIN, byte_tokenizer, numbered, write_rows
 
 from dylo_moe.config import DataConfig
 from dylo_moe.data import MACHINE_TEXT, load_data
@@ -93,6 +93,35 @@ def test_no_question_that_is_held_out_anywhere_is_trained_on(tmp_path):
         assert judged and trained and trained.isdisjoint(judged)
         assert data.counts[2].held_out >= 5 and data.counts[2].evaluation == 5
         assert_accounted_for(data)
+
+
+def test_files_of_the_same_name_in_two_datasets_are_two_documents(tmp_path):
+    """Reported: a setup.py held out in one repository took that of another out of training."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for file in range(12):
+            (tmp_path / name / f"m{file}.py").write_text("\n\n".join(f"{name}_{file}_{i} = {i}" for i in range(9)))
+    data = load([str(tmp_path / "one"), str(tmp_path / "two")], max_seq_length=32)
+    assert [count.held_out for count in data.counts] == [0, 0]
+    assert [count.documents for count in data.counts] == [12, 12]
+
+
+def test_a_question_held_out_elsewhere_is_not_trained_in_a_dataset_that_asks_nothing_else(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", [{"prompt": "again", "response": f"{i}"} for i in range(20)])
+    rows = [{"prompt": f"question {i}", "response": "a"} for i in range(19)]
+    two = write_rows(tmp_path / "two.jsonl", [*rows, {"prompt": "again", "response": "b"}])
+    seen = set()
+    for seed in range(30):
+        try:
+            data = load([one, two], seed=seed)
+        except ValueError as error:
+            assert "'one' has no training row left" in str(error)
+            seen.add("refused")
+        else:
+            judged = [PLAIN.decode(ids) for ids in data.evaluation["two"]["input_ids"]]
+            assert not any(text.startswith("again") for text in judged)
+            seen.add("trained")
+    assert seen == {"refused", "trained"}
 
 
 def test_a_training_row_that_repeats_a_validation_row_of_another_dataset_is_removed(tmp_path):
@@ -206,7 +235,7 @@ def test_the_same_seed_gives_the_same_rows_in_another_process_with_any_number_of
 
 
 def test_several_processes_give_the_rows_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "MIN_ROWS_PER_PROCESS", 10)
+    monkeypatch.setattr(rows_module, "MIN_BYTES_PER_PROCESS", 500)
     path = numbered(tmp_path / "mine.jsonl", 61, "cube")
     found = []
     for workers in (1, 3):
@@ -370,6 +399,7 @@ def test_an_epoch_shows_every_row_at_its_dataset_s_share(sizes, weights):
         ({"mix": ["a=0.7", "b=0.4"]}, "the shares of mix add up to 1.1; they must add up to 1"),
         ({"mix": ["a=0.5", "a=0.5"]}, "mix names a dataset twice"),
         ({"mix": ["a=1.5", "b=-0.5"]}, "it must be DATASET=SHARE"),
+        ({"mix": ["a=0.99999", "b=0.00001"]}, "an epoch would show each of the 18 rows of 'a' 99,999 times"),
         ({"mix": ["a"]}, "it must be DATASET=SHARE"),
         ({"datasets": ["cmake"], "interleaved_sampling": True}, "interleaved_sampling has nothing to mix"),
         ({"datasets": []}, "datasets is empty"),
@@ -404,6 +434,18 @@ def made(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (folder / "dylora-rows").glob("*.arrow")}
 
 
+def dated(bos: str):
+    """A tokenizer whose template writes its bos, and today's date."""
+    tokenizer = byte_tokenizer("{{ bos_token }}{{ strftime_now('%Y') }}{{ messages[-1]['content'] }}|")
+    tokenizer.bos_token = bos
+    return tokenizer
+
+
+def test_a_template_s_date_is_the_same_every_day(tmp_path):
+    data = load([numbered(tmp_path / "mine.jsonl", 20, "cube")], dated("<b>"))
+    assert all(dated("<b>").decode(ids).startswith("<b>2024cube") for ids in data.train["input_ids"])
+
+
 def test_rows_are_cached_by_content_and_settings(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
@@ -419,6 +461,8 @@ def test_rows_are_cached_by_content_and_settings(tmp_path, monkeypatch):
         lambda: load([str(path)], overlong="drop"),
         lambda: load([str(path)], loss_on="all"),
         lambda: load([str(path)], CHAT),
+        lambda: load([str(path)], dated("one")),
+        lambda: load([str(path)], dated("two")),
         lambda: load([str(path)], columns=["prompt=response", "response=prompt"]),
     ]
     for number, call in enumerate(calls, start=2):

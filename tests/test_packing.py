@@ -183,11 +183,17 @@ def test_packed_training_is_unpacked_training(tmp_path, data, router):
 # Where texts cannot be kept apart
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_s_eager_attention_keeps_texts_apart(family):
-    base = tiny_base(family, attn_implementation="eager")
-    check_texts_kept_apart(base, base)
-    routed = tiny_moe(family)
+def test_every_family_keeps_texts_apart_when_routed_and_not_with_a_mask_alone(family, dtype):
+    """The plain base is given the same mask, with which Transformers does not separate texts."""
+    base = tiny_base(family, dtype=dtype, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)  # so that attention matters, as in a trained model
+    with pytest.raises(ValueError, match=r"with attention 'eager', \w+ lets texts in one row see each other"):
+        check_texts_kept_apart(base, base)
+    routed = tiny_moe(base)
     check_texts_kept_apart(routed, routed.base)
 
 

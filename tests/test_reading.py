@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from reference.mirrors import ROWS, WRITERS, answer, task, write_mirror
 from reference.texts import CHAT, END, write_rows
 
 from dylo_moe.config import DataConfig
-from dylo_moe.data import CATALOG, MACHINE_TEXT, load_data, locate, read
+from dylo_moe.data import CATALOG, MACHINE_TEXT, load_data, locate, read, reading
 from dylo_moe.data.machine_text import MAX_PASSAGES
 
 
@@ -221,9 +222,23 @@ def test_columns_can_be_told_for_one_dataset(tmp_path):
     assert [count.read - count.train - count.evaluation for count in data.counts] == [0, 0]
 
 
+def test_columns_of_one_dataset_win_over_those_of_all(tmp_path):
+    rows = [{"a": f"a {i}", "b": f"b {i}", "response": "x"} for i in range(6)]
+    paths = [str(write_as(tmp_path / f"{name}.jsonl", rows)) for name in ("one", "two")]
+    for columns in (
+        ["one.prompt=b", "prompt=a", "response=response"],
+        ["response=response", "prompt=a", "one.prompt=b"],
+    ):
+        data = load_data(DataConfig(datasets=paths, columns=columns), CHAT)
+        found = ["".join([*texts(data.evaluation[name])]) for name in data.names]
+        assert "user\nb " in found[0] and "user\na " in found[1]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
+        (["prompt=question,response=solution,input=typo"], "has no column typo; it has question, solution"),
+        (["prompt=question,prompt=solution,response=solution"], "columns tells prompt twice"),
         (["prompt=question"], "columns of 'mine': the roles prompt make no format"),
         (["other.prompt=question"], "columns is for 'other', which is not among the datasets (mine, cmake)"),
         (["cmake.text=x"], "columns cannot apply to 'cmake'"),
@@ -231,9 +246,10 @@ def test_columns_can_be_told_for_one_dataset(tmp_path):
     ],
 )
 def test_columns_that_cannot_apply_are_refused(tmp_path, columns, message):
-    path = write_as(tmp_path / "mine.parquet", EXCHANGES)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        load_data(DataConfig(datasets=[str(path), "cmake"], columns=columns), CHAT)
+    for kind in ("parquet", "jsonl"):
+        path = write_as(tmp_path / f"mine.{kind}", EXCHANGES)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_data(DataConfig(datasets=[str(path), "cmake"], columns=columns), CHAT)
 
 
 def test_columns_without_a_dataset_of_ones_own_are_refused():
@@ -334,6 +350,106 @@ def test_the_file_s_own_code_is_not_run_and_pickles_are_text(tmp_path):
     (tmp_path / "mine" / "mine.py").write_text("raise SystemExit('ran')\n" * 9)
     (tmp_path / "mine" / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert load_data(DataConfig(datasets=[str(tmp_path / "mine")], max_seq_length=64), CHAT).counts[0].train > 0
+
+
+LINES = [{"text": f"text {i}"} for i in range(6)]
+
+
+def test_links_are_followed_and_named_by_their_own_name(tmp_path):
+    (tmp_path / "real").mkdir()
+    write_as(tmp_path / "real" / "more.jsonl", [{"text": f"more {i}"} for i in range(6)])
+    (tmp_path / "mine").mkdir()
+    write_as(tmp_path / "mine" / "some.jsonl", LINES)
+    (tmp_path / "mine" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "alias").symlink_to(tmp_path / "mine")
+    data = load_data(DataConfig(datasets=[str(tmp_path / "alias") + "/"]), CHAT)
+    assert data.names == ["alias"] and data.counts[0].read == 12
+    (tmp_path / "mine" / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"gone.jsonl' leads to nothing"):
+        load_data(DataConfig(datasets=[str(tmp_path / "mine")]), CHAT)
+    (tmp_path / "mine" / "gone.jsonl").unlink()
+    (tmp_path / "mine" / "circle").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="circle' leads in a circle"):
+        load_data(DataConfig(datasets=[str(tmp_path / "mine")]), CHAT)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("train-00000-of-00002-8b6e212f3e1ece96.parquet", "train"),
+        ("mine_test.jsonl.gz", "test"),
+        ("val.json", "validation"),
+        ("dev-1.jsonl", "validation"),
+        ("validation/part-3.parquet", "validation"),
+        ("test-project/train.jsonl", "train"),
+        ("python-eval.jsonl", "train"),
+        ("text_to_prompt.jsonl", "train"),
+        ("prompt-00000-of-00001.parquet", "prompt"),
+        ("latest.jsonl", "train"),
+        ("testament.jsonl", "train"),
+    ],
+)
+def test_a_split_is_told_by_the_file_s_own_name_first(name, split):
+    assert reading._split_of(name) == split
+
+
+def test_rows_in_files_called_like_documentation_are_read(tmp_path):
+    for name in ("license_questions", "citation-pairs", "readme"):
+        write_as(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(5)])
+    (tmp_path / "LICENSE").write_text("a licence")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert load_data(DataConfig(datasets=[str(tmp_path)]), CHAT).counts[0].read == 15
+
+
+def test_parquet_is_read_by_content_whatever_its_name_columns_and_time(tmp_path):
+    path = tmp_path / "a[1]*?.parquet"
+    for word in ("old", "new"):
+        write_as(path, [{"text": f"{word} {i}", "raw": 3} for i in range(6)])
+        os.utime(path, (1, 1))
+        data = load_data(DataConfig(datasets=[str(path)], columns=["text=text"]), CHAT)
+        assert all(word in text for text in [*texts(data.train), *texts(data.evaluation[data.names[0]])])
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    schema = pa.schema([("text", pa.string())])
+    pq.write_table(pa.Table.from_pylist(LINES, schema), folder / "train-0.parquet")
+    pq.write_table(pa.Table.from_pylist([], schema), folder / "train-1.parquet")
+    assert load_data(DataConfig(datasets=[str(folder)]), CHAT).counts[0].read == 6
+
+
+def test_quotes_and_repeated_names_lose_no_row_of_a_table(tmp_path):
+    (tmp_path / "mine.tsv").write_text("prompt\tresponse\n" + "".join(f'"q {i}\ta {i}\n' for i in range(20)))
+    assert load_data(DataConfig(datasets=[str(tmp_path / "mine.tsv")]), CHAT).counts[0].read == 20
+    (tmp_path / "twice.csv").write_text("prompt,prompt,response\na,b,c\n")
+    with pytest.raises(ValueError, match="two columns have the same name"):
+        load_data(DataConfig(datasets=[str(tmp_path / "twice.csv")]), CHAT)
+    (tmp_path / "open.csv").write_text("text\n" + "".join(f"t {i}\n" for i in range(5)) + '"never closed\nx\n')
+    data = load_data(DataConfig(datasets=[str(tmp_path / "open.csv")]), CHAT)
+    assert data.counts[0].malformed == 1 and "the file is not read any further" in data.reasons["open"][0].text
+
+
+def test_a_mirror_has_hub_ids_by_owner_and_no_revisions(tmp_path, mirror):
+    (tmp_path / "someone" / "mbpp").mkdir(parents=True)
+    write_as(tmp_path / "someone" / "mbpp" / "train.jsonl", LINES)
+    data = load_data(DataConfig(datasets=["someone/mbpp"], data_dir=str(tmp_path)), CHAT)
+    assert data.counts[0].read == 6 and data.origins["mbpp"].endswith("someone/mbpp")
+    for name, message in (("someone/mbpp:full", "has no folder full"), ("someone/mbpp@main", "has no revisions")):
+        with pytest.raises(ValueError, match=message):
+            load_data(DataConfig(datasets=[name], data_dir=str(tmp_path)), CHAT)
+    with pytest.raises(ValueError, match="'code_alpaca' was asked for at revision main, and the mirror"):
+        load_data(DataConfig(datasets=["code_alpaca@main"], data_dir=str(mirror)), CHAT)
+
+
+@pytest.mark.parametrize("name", ["~nobody_of_that_name/x.jsonl", "x" * 3000, "a\0b", "code_alpaca@"])
+def test_names_that_cannot_be_are_refused(name):
+    with pytest.raises(ValueError, match=r"cannot be a path|unknown dataset"):
+        locate(name)
+
+
+def test_one_object_over_several_lines_says_what_to_give(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"data": LINES}, indent=1))
+    with pytest.raises(ValueError, match="one object over several lines; give an array, or an object a line"):
+        load_data(DataConfig(datasets=[str(tmp_path / "mine.json")]), CHAT)
 
 
 # What every machine has

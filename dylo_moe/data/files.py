@@ -25,7 +25,10 @@ MAX_ROW_BYTES = 8 * 2**20
 """A longer line or element is no row: it would be millions of tokens."""
 
 CHUNK_BYTES = 2**20
-"""Read at once from arrays and texts."""
+"""Read at once."""
+
+TEXT_BYTES = 2**16
+"""A text's raw rows are about so long."""
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 """Files of rows that are read here, also with `.gz` behind; parquet is read by the `datasets` library."""
@@ -101,8 +104,10 @@ def _rows_of(file: BinaryIO, name: str) -> Iterator[dict]:
         yield from _text_rows(file, name)
     elif kind in (".csv", ".tsv"):
         yield from _table_rows(file, name, delimiter="," if kind == ".csv" else "\t")
-    elif kind == ".json" and _begins_array(file):
+    elif kind == ".json" and _first_text(file).startswith(b"["):
         yield from _array_rows(file, name)
+    elif kind == ".json" and _first_text(file).split(b"\n", 1)[0].strip() == b"{":
+        yield raw_row(b"", name, problem="one object over several lines; give an array, or an object a line")
     else:
         yield from _line_rows(file, name)
 
@@ -133,10 +138,11 @@ def _line_rows(file: BinaryIO, name: str) -> Iterator[dict]:
             yield raw_row(line, place)
 
 
-def _begins_array(file: BinaryIO) -> bool:
+def _first_text(file: BinaryIO) -> bytes:
+    """How a file begins, from its first byte that is no space on."""
     start = file.read(CHUNK_BYTES)
     file.seek(0)
-    return start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def _array_rows(file: BinaryIO, name: str) -> Iterator[dict]:
@@ -209,8 +215,17 @@ def _elements(file: BinaryIO) -> Iterator[str | _Broken]:
 def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
     csv.field_size_limit(MAX_ROW_BYTES)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(text, delimiter=delimiter)
+    # Tabs need no quotes, and a stray one would swallow the rows up to the next.
+    reader = (
+        csv.DictReader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        if delimiter == "\t"
+        else csv.DictReader(text, delimiter=delimiter, strict=True)
+    )
     try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            yield raw_row(b"", f"{name}:1", problem="two columns have the same name; the file is not read any further")
+            return
         for row in reader:
             place = f"{name}:{reader.line_num}"
             if None in row:
@@ -222,7 +237,7 @@ def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
 
 
 def _text_rows(file: BinaryIO, name: str) -> Iterator[dict]:
-    """A text in parts of about CHUNK_BYTES, each of whole lines."""
+    """A text in parts of about TEXT_BYTES, each of whole lines."""
     part: list[bytes] = []
     size = 0
     for line in _lines(file):
@@ -231,7 +246,7 @@ def _text_rows(file: BinaryIO, name: str) -> Iterator[dict]:
             return
         part.append(line)
         size += len(line) + 1
-        if size >= CHUNK_BYTES:
+        if size >= TEXT_BYTES:
             yield raw_row(b"\n".join(part), name, document=name, pieces=True)
             part, size = [], 0
     if part:

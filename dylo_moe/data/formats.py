@@ -135,7 +135,7 @@ FORMATS = {
     "plain text": Columns(text="text"),
     "plain text (content)": Columns(text="content"),
 }
-"""Recognised by their columns, in this order."""
+"""Recognised by their columns, in this order; a column `context` is read as `input`."""
 
 _ASKS = ("prompt", "instruction", "query", "question", "response", "completion", "output", "answer")
 
@@ -145,8 +145,10 @@ def recognise(columns: Iterable[str]) -> Columns | None:
     found = set(columns)
     for candidate in FORMATS.values():
         if found.issuperset(candidate.needed):
-            unclear = candidate.text is not None and not found.isdisjoint(_ASKS)
-            return None if unclear else candidate
+            if candidate.text is not None and not found.isdisjoint(_ASKS):
+                return None
+            has_context = candidate.prompt is not None and "context" in found and candidate.input not in found
+            return candidate._replace(input="context") if has_context else candidate
     return None
 
 
@@ -237,21 +239,27 @@ def _conversation(row: dict[str, Any], column: str) -> Example:
         raise RowError(Fate.EMPTY, f"{column} is {'empty' if turns == [] else 'null' if column in row else 'missing'}")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise RowError(Fate.MALFORMED, f"{column} is not a list of messages")
-    messages = [_message(turn) for turn in turns]
-    start = 1 if messages[0].role == SYSTEM else 0
-    for place, message in enumerate(messages[start:]):
+    spoken = [_spoken(turn) for turn in turns]
+    system = []
+    if spoken[0][0] == SYSTEM:
+        (_, content, name), *spoken = spoken
+        if content is not None and content != "":
+            system = [Message(SYSTEM, clean_text(content, name))]
+    for place, (role, _, _) in enumerate(spoken):
         expected = (USER, ASSISTANT)[place % 2]
-        if message.role != expected:
-            raise RowError(Fate.MALFORMED, f"a message of the {message.role} where the {expected}'s turn is")
+        if role != expected:
+            raise RowError(Fate.MALFORMED, f"a message of the {role} where the {expected}'s turn is")
     note = ""
-    if messages[-1].role != ASSISTANT:
-        messages, note = messages[:-1], "its last message has no answer and is left out"
-    if len(messages) < start + 2:
+    if len(spoken) % 2:
+        spoken, note = spoken[:-1], "its last message has no answer and is left out"
+    if not spoken:
         raise RowError(Fate.EMPTY, "no message of the assistant")
+    messages = [*system, *(Message(role, clean_text(content, name)) for role, content, name in spoken)]
     return Example(tuple(messages[:-1]), messages[-1].content, note)
 
 
-def _message(turn: Any) -> Message:
+def _spoken(turn: Any) -> tuple[str, Any, str]:
+    """Role, content, and what to call the content in a message."""
     if not isinstance(turn, dict):
         raise RowError(Fate.MALFORMED, "a message is not an object")
     speaker, content = ("role", "content") if "role" in turn else ("from", "value")
@@ -259,4 +267,4 @@ def _message(turn: Any) -> Message:
     if not isinstance(name, str) or name.lower() not in SPEAKERS:
         shown = repr(name[:20]) if isinstance(name, str) else "missing or no string"
         raise RowError(Fate.MALFORMED, f"a message's role is {shown}, none of {', '.join(SPEAKERS)}")
-    return Message(SPEAKERS[name.lower()], clean_text(turn.get(content), f"a message's {content}"))
+    return SPEAKERS[name.lower()], turn.get(content), f"a message's {content}"

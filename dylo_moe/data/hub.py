@@ -79,10 +79,10 @@ def _offline(wanted: bool) -> Iterator[None]:
 def _no_way(place: Place, config: DataConfig, reason: str) -> str:
     """That a dataset cannot be had, and the three ways that there are."""
     mirror = "MIRROR" if config.data_dir is None else config.data_dir
-    lacking = "" if config.data_dir is None else f", and the mirror {config.data_dir} has no folder {place.name}"
+    lacking = "" if config.data_dir is None else f", and the mirror {config.data_dir} has no folder {place.mirror_name}"
     ways = [
         f"reach the hub ({place.hub_id}; a proxy, HF_ENDPOINT, or HF_TOKEN if it is gated)",
-        f"lay its files into {mirror}/{place.name} as parquet, json or jsonl and give --data_dir {mirror}",
+        f"lay its files into {mirror}/{place.mirror_name} as parquet, json or jsonl and give --data_dir {mirror}",
         "give the path of a local file or folder as the dataset",
     ]
     if place.source is not None and place.source.package is not None:

@@ -24,6 +24,9 @@ from .tables import Reason, Table, tokenise_all
 SAMPLE_TEXT_TOKENS = 24
 """Tokens of a held-out plain text that a sample is generated from."""
 
+MAX_PASSES = 1000
+"""Times that a row may be seen in one epoch."""
+
 _COLUMNS = ["input_ids", "labels", "length"]
 
 
@@ -107,7 +110,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
             )
     form = text_format(tokenizer)
     tables = tokenise_all([read(place, config) for place in places], form, config, benchmarks)
-    held_out, notes = _hold_out(tables, seed)
+    held_out = _hold_out(tables, seed)
     judged = [subset_of(table, held, config.eval_subset, seed) for table, held in zip(tables, held_out, strict=True)]
     usable = _not_held_out_elsewhere(tables, held_out)
     kept = [subset_of(table, use, config.training_subset, seed) for table, use in zip(tables, usable, strict=True)]
@@ -124,7 +127,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
         shares,
         {table.name: table.reasons() for table in tables},
         {table.name: table.reading.origin for table in tables},
-        [*_licence_notes(tables), *notes],
+        _notes(tables),
         {table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, judged, strict=True)},
     )
 
@@ -132,14 +135,11 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
 # What is held out, and what is trained
 
 
-def _hold_out(tables: Sequence[Table], seed: int) -> tuple[list[NDArray[np.bool_]], list[str]]:
-    """For each dataset which rows are held out, and what had to be done otherwise."""
-    held_out, notes = [], []
+def _hold_out(tables: Sequence[Table], seed: int) -> list[NDArray[np.bool_]]:
+    """For each dataset which rows are held out."""
+    held_out = []
     for table in tables:
         places = np.flatnonzero(table.good)
-        if len(places) > 1 and len(np.unique(table.documents[places])) < 2:
-            table.documents[:] = table.digests
-            notes.append(f"{table.name} is one document, or asks one question, so it is split by rows.")
         if table.reading.validation is not None:
             held_out.append(table.good & table.given)
             continue
@@ -148,16 +148,24 @@ def _hold_out(tables: Sequence[Table], seed: int) -> tuple[list[NDArray[np.bool_
                 f"the dataset {table.name!r} has {len(places)} usable row(s); it needs two at least, one to train "
                 "on and one to hold out"
             )
+        documents = table.digests if table.is_one_document else table.documents
         held = np.zeros(len(table.rows), bool)
-        held[places] = hold_out(table.documents[places], seed)
+        held[places] = hold_out(documents[places], seed)
         held_out.append(held)
-    return held_out, notes
+    return held_out
 
 
 def _not_held_out_elsewhere(tables: Sequence[Table], held_out: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.bool_]]:
-    """For each dataset which rows may be trained: none whose document is held out in any dataset."""
-    judged = np.unique(np.concatenate([table.documents[held] for table, held in zip(tables, held_out, strict=True)]))
-    usable = [table.good & ~table.given & ~np.isin(table.documents, judged) for table in tables]
+    """For each dataset which rows may be trained: none whose document is held out in any dataset.
+
+    In a dataset of one document the rows that are held out are not its others.
+    """
+    judged = [np.unique(table.documents[held]) for table, held in zip(tables, held_out, strict=True)]
+    usable = []
+    for place, table in enumerate(tables):
+        others = [part for index, part in enumerate(judged) if index != place or not table.is_one_document]
+        elsewhere = np.isin(table.documents, np.concatenate(others)) if others else np.zeros(len(table.rows), bool)
+        usable.append(table.good & ~table.given & ~held_out[place] & ~elsewhere)
     for table, use, held in zip(tables, usable, held_out, strict=True):
         if not use.any() or not held.any():
             what = "training" if held.any() else "validation"
@@ -182,6 +190,12 @@ def _epoch(
     wanted = [config.shares.get(name, 1 / len(tables)) for name in names]
     is_mixed = bool(config.mix or config.interleaved_sampling)
     counts = epoch_rows(sizes, wanted) if is_mixed else sizes
+    for name, size, count in zip(names, sizes, counts, strict=True):
+        if count > MAX_PASSES * size:
+            raise ValueError(
+                f"with these shares an epoch would show each of the {size:,} rows of {name!r} {count / size:,.0f} "
+                f"times; at most {MAX_PASSES:,} are allowed. Give the smaller datasets smaller shares"
+            )
     starts = np.cumsum([0, *(len(table.rows) for table in tables[:-1])])
     drawn = [
         pass_over(rows, table.digests[rows], count, seed)
@@ -229,12 +243,17 @@ def _count(
     )
 
 
-def _licence_notes(tables: Sequence[Table]) -> list[str]:
+def _notes(tables: Sequence[Table]) -> list[str]:
     sources = [table.reading.source for table in tables]
-    return [
+    licences = [
         f"{source.name} is licensed {source.licence}: not for commercial use; that may bind a model trained on it."
         for source in sources
         if source is not None and source.non_commercial
+    ]
+    return licences + [
+        f"{table.name} is one document, or asks one question, so it is split by rows."
+        for table in tables
+        if table.is_one_document
     ]
 
 

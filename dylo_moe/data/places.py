@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,13 @@ class Place(NamedTuple):
     hub_id: str | None = None
     config: str | None = None
     revision: str | None = None
+    is_revision_asked: bool = False
+    """Whether the revision was typed, so that only the hub can have it."""
+
+    @property
+    def mirror_name(self) -> Path:
+        """Its folder in a mirror: its own name, or OWNER/NAME of a hub id."""
+        return Path(self.name if self.source is not None or self.hub_id is None else self.hub_id)
 
 
 def locate(argument: str) -> Place:
@@ -34,22 +42,27 @@ def locate(argument: str) -> Place:
     Raises:
         ValueError: for none of these, with the nearest known name.
     """
-    name, _, revision = argument.partition("@")
-    if name in CATALOG:
+    name, at, revision = argument.partition("@")
+    if name in CATALOG and bool(at) == bool(revision):
         source = CATALOG[name]
         if revision and source.hub_id is None:
             raise ValueError(f"{name!r} is text of this machine and has no revision; leave @{revision} out")
-        return Place(name, source, None, source.hub_id, source.config, revision or source.revision)
-    path = Path(argument).expanduser()
-    if path.exists():
-        stem = path.resolve().name
+        return Place(name, source, None, source.hub_id, source.config, revision or source.revision, bool(revision))
+    try:
+        path = Path(argument).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{argument[:80]!r} cannot be a path: {error}") from error
+    if exists:
+        stem = Path(os.path.abspath(path)).name
         while is_row_file(stem) or (path.is_file() and "." in stem[1:]):
             stem = stem.rpartition(".")[0]
         return Place(stem, path=path)
     if is_row_file(argument) or argument.startswith(("/", "./", "../", "~")) or argument.count("/") > 1:
         raise ValueError(f"there is no file or folder {str(path)!r}; correct the path")
     if found := _HUB_ID.fullmatch(argument):
-        return Place(found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"])
+        asked = found["revision"] is not None
+        return Place(found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"], asked)
     nearest = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"unknown dataset {argument!r}; the nearest known one is {nearest!r}. Known are {', '.join(CATALOG)}, the path "
@@ -85,6 +98,11 @@ def locate_all(config: DataConfig) -> list[Place]:
 
 def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) -> list[str]:
     problems = []
+    roles = [(choice.dataset, choice.role) for choice in config.column_choices]
+    problems += [
+        f"columns tells {role} twice"
+        for role in dict.fromkeys(role for own, role in roles if roles.count((own, role)) > 1)
+    ]
     for choice in config.column_choices:
         if choice.dataset is not None and choice.dataset not in names:
             problems.append(f"columns is for {choice.dataset!r}, which is not among the datasets ({', '.join(names)})")
@@ -101,5 +119,7 @@ def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) ->
 
 def chosen_columns(config: DataConfig, name: str) -> Columns | None:
     """The columns that a config tells for a dataset; None: its rows are recognised."""
-    roles = {choice.role: choice.column for choice in config.column_choices if choice.dataset in (None, name)}
+    roles: dict[str, str] = {}
+    for dataset in (None, name):  # what is told for one dataset wins
+        roles |= {choice.role: choice.column for choice in config.column_choices if choice.dataset == dataset}
     return Columns(**roles) if roles else None

@@ -7,13 +7,16 @@ rows lie in memory-mapped files and a dataset may be larger than memory.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -22,18 +25,24 @@ from ..base import first_line
 from ..config import DataConfig
 from .catalog import Source
 from .files import RAW, LocalFile, content_key, is_row_file, raw_row, raw_rows
-from .formats import Columns, parse_json
+from .formats import Columns, RowError, parse_json, printable
 from .hub import fetch
 from .machine_text import read_machine_text
 from .places import Place, chosen_columns, locate
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
-_SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|test|eval|prompt)(?![a-z])")
-_SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "eval": TEST}
-_DOCUMENTATION = re.compile(
-    r"(readme|licen[cs]e|changelog|citation|dataset_infos?\.json).*|.*\.(md|rst)", re.IGNORECASE
+_SPLIT = re.compile(
+    r"(train|validation|valid|val|dev|test|prompt)(?![a-z]).*|.*[^a-z](train|validation|valid|val|dev|test)"
 )
+_SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?([-_.][0-9a-f]{8,})?$")
+_SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}
+_DOCUMENTATION = re.compile(r"(readme|licen[cs]e|changelog|citation)(\..*)?|.*\.(md|rst)", re.IGNORECASE)
+_NO_ROWS = re.compile(r"dataset_infos?\.json|state\.json")
+
+
+ROWS_LOOKED_AT = 1000
+"""Where rows need not have the same columns."""
 
 
 class Reading(NamedTuple):
@@ -65,14 +74,9 @@ def read(place: Place, config: DataConfig) -> Reading:
     _check_splits(place, found)
     wanted = place.source.splits if place.source is not None else ()
     train = found.splits[TRAIN if TRAIN in found.splits else wanted[0]]
-    columns = place.source.columns if place.source is not None else chosen_columns(config, place.name)
-    if "raw" not in train.column_names and columns is not None:
-        absent = [column for column in columns.needed if column not in train.column_names]
-        if absent:
-            raise ValueError(
-                f"the dataset {place.name!r} ({found.origin}) has no column {', '.join(absent)}; "
-                f"it has {', '.join(train.column_names)}"
-            )
+    told = chosen_columns(config, place.name) if place.source is None else None
+    _check_columns(place, found.origin, train, told)
+    columns = told if place.source is None else place.source.columns
     validation = found.splits.get(VALIDATION)
     left_out = sum(len(rows) for rows in found.splits.values()) - len(train) - len(validation or ())
     return Reading(place.name, place.source, found.origin, columns, train, validation, left_out, found.key)
@@ -85,7 +89,7 @@ def read_test(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
     if TEST not in found.splits:
         raise ValueError(f"the dataset {name!r} ({found.origin}) has no split test; it has {', '.join(found.splits)}")
     for row in found.splits[TEST]:
-        yield parse_json(row["raw"]) if "raw" in row else row
+        yield parse_json(row["raw"]) if found.splits[TEST].features == RAW else row
 
 
 class _Found(NamedTuple):
@@ -100,16 +104,43 @@ def _find(place: Place, config: DataConfig) -> _Found:
         return _Found(
             f"{'folder' if place.path.is_dir() else 'file'} {place.path}", *_read_path(place.path, place.name)
         )
-    mirror = None if config.data_dir is None else Path(config.data_dir).expanduser() / place.name
+    mirror = None if config.data_dir is None else Path(config.data_dir).expanduser() / place.mirror_name
     if mirror is not None and mirror.is_dir():
+        if place.is_revision_asked:
+            raise ValueError(
+                f"{place.name!r} was asked for at revision {place.revision}, and the mirror {mirror} has no revisions; "
+                "leave one of them out"
+            )
         return _Found(f"mirror {mirror}", *_read_files(_mirror_files(mirror, place), place.name))
-    if (packaged := _packaged(place.source)) is not None:
+    if not place.is_revision_asked and (packaged := _packaged(place.source)) is not None:
         return _Found(f"package {Path(packaged.path).parts[-3]}", *_read_files([packaged], place.name))
     hub = fetch(place, config)
     origin = f"hub {place.hub_id}@{hub.commit[:10]}"
     if hub.file is not None:
         return _Found(origin, *_read_files([LocalFile.at(hub.file, hub.file.name)], place.name))
     return _Found(origin, hub.splits, "-".join(rows._fingerprint for rows in hub.splits.values()))
+
+
+def _check_columns(place: Place, origin: str, train: Dataset, told: Columns | None) -> None:
+    """Raises ValueError for a column that was told and that no row has, of the first ones where rows differ."""
+    found = train.column_names
+    if train.features == RAW:
+        found = sorted({name for row in train.select(range(min(len(train), ROWS_LOOKED_AT))) for name in _names(row)})
+    wanted = [column for column in told or () if column is not None]
+    if place.source is not None and train.features != RAW:
+        wanted = place.source.columns.needed
+    absent = [column for column in wanted if column not in found]
+    if absent and found:
+        raise ValueError(
+            f"the dataset {place.name!r} ({origin}) has no column {', '.join(absent)}; it has {', '.join(found)}"
+        )
+
+
+def _names(row: dict[str, Any]) -> list[str]:
+    try:
+        return [printable(name) for name in parse_json(row["raw"])]
+    except RowError:
+        return []
 
 
 def _check_splits(place: Place, found: _Found) -> None:
@@ -157,12 +188,9 @@ def _read_path(path: Path, name: str) -> tuple[dict[str, Dataset], str]:
     if path.is_file():
         return _read_files([LocalFile.at(path, path.name)], name, split=TRAIN)
     files = _files_below(path)
-    rows = [file for file in files if is_row_file(file.name)]
-    others = [
-        file for file in files if not is_row_file(file.name) and not _DOCUMENTATION.fullmatch(Path(file.name).name)
-    ]
-    if rows and not others:  # data with at most a readme; among sources, a .json file is a source
-        return _read_files([file for file in rows if not _DOCUMENTATION.fullmatch(Path(file.name).name)], name)
+    others = [file for file in files if not is_row_file(file.name)]
+    if _data_files(files) and all(_DOCUMENTATION.fullmatch(Path(file.name).name) for file in others):
+        return _read_files(_data_files(files), name)  # among sources, a .json file is a source
     if not files:
         raise ValueError(f"the folder {str(path)!r} has no file to read")
     texts, key = _generated(files, name, as_texts=True)
@@ -170,24 +198,36 @@ def _read_path(path: Path, name: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _files_below(folder: Path) -> list[LocalFile]:
-    """Its files, those in hidden folders and caches left out, in the order of their names."""
+    """Its files, those in hidden folders and caches left out, in the order of their names; links are followed.
+
+    Raises ValueError for a link to nothing, and for one that leads in a circle.
+    """
     found = []
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
-            found.append((parts, LocalFile.at(path, "/".join(parts))))
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        if os.path.realpath(parent) in {os.path.realpath(above) for above in Path(parent).parents}:
+            raise ValueError(f"the link {parent!r} leads in a circle; take it out")
+        for name in names:
+            path = Path(parent, name)
+            if path.is_symlink() and not path.exists():
+                raise ValueError(f"the link {str(path)!r} leads to nothing; take it out")
+            if path.is_file() and not name.startswith("."):
+                parts = path.relative_to(folder).parts
+                found.append((parts, LocalFile.at(path, "/".join(parts))))
     return [file for _, file in sorted(found)]
+
+
+def _data_files(files: Sequence[LocalFile]) -> list[LocalFile]:
+    return [file for file in files if is_row_file(file.name) and not _NO_ROWS.fullmatch(Path(file.name).name)]
 
 
 def _mirror_files(folder: Path, place: Place) -> list[LocalFile]:
     """The data files of a mirrored dataset, as the hub's folder holds them, or as anyone would lay them down."""
     if place.config is not None and (folder / place.config).is_dir():
         folder = folder / place.config
-    files = [
-        file
-        for file in _files_below(folder)
-        if is_row_file(file.name) and not _DOCUMENTATION.fullmatch(Path(file.name).name)
-    ]
+    elif place.config is not None and place.source is None:
+        raise ValueError(f"the mirror {str(folder)!r} has no folder {place.config}, which was asked for")
+    files = _data_files(_files_below(folder))
     only = [file for file in files if place.source is not None and file.name == place.source.file]
     if not files:
         raise ValueError(f"the mirror {str(folder)!r} has no parquet, json or jsonl file")
@@ -195,8 +235,15 @@ def _mirror_files(folder: Path, place: Place) -> list[LocalFile]:
 
 
 def _split_of(name: str) -> str:
-    found = _SPLIT.search(name.lower())
-    return _SPLIT_NAMES.get(found[1], found[1]) if found else TRAIN
+    """Told by a file's name (`train-...`, `mine_test`), else by a folder that is called so; else it is for training."""
+    *folders, own = name.lower().removesuffix(".gz").split("/")
+    stem = _SHARD.sub("", own.rpartition(".")[0])
+    if found := _SPLIT.fullmatch(stem):
+        split = found[1] or found[2]
+    else:
+        known = [folder for folder in folders if folder in (TRAIN, VALIDATION, TEST, *_SPLIT_NAMES)]
+        split = known[-1] if known else TRAIN
+    return _SPLIT_NAMES.get(split, split)
 
 
 def _read_files(files: Sequence[LocalFile], name: str, *, split: str | None = None) -> tuple[dict[str, Dataset], str]:
@@ -236,13 +283,20 @@ def _generated(files: Sequence[LocalFile], name: str, *, as_texts: bool = False)
 
 def _parquet(files: Sequence[LocalFile], name: str) -> tuple[Dataset, str]:
     key = content_key(files)
+    paths = []
     for file in files:
         try:
-            pyarrow.parquet.ParquetFile(file.path).close()
+            with pyarrow.parquet.ParquetFile(file.path) as opened:
+                if opened.metadata.num_rows:
+                    paths.append(glob.escape(file.path))
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ValueError(f"{file.path!r} is no whole parquet file: {first_line(error)}") from error
+    if not paths:
+        raise ValueError(f"the dataset {name!r} has no row in {', '.join(file.path for file in files[:3])}")
+    # `datasets` goes by a file's time; ours is by its content.
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "dylora-parquet", key)
     try:
-        rows = load_dataset("parquet", data_files=[file.path for file in files], split="train")
+        rows = load_dataset("parquet", data_files=paths, split="train", cache_dir=str(cache))
     except (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSError) as error:
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"the parquet files of {name!r} cannot be read together: {reason}") from error

@@ -20,17 +20,18 @@ import xxhash
 from datasets import Dataset, Features, List, Value
 
 from ..config import DataConfig
-from . import encoding, formats, pieces
+from . import contamination, encoding, formats, pieces
 from .contamination import Benchmarks
 from .encoding import Encoded, TextFormat, encode_batch
+from .files import RAW
 from .formats import Columns, Example, Fate, RowError, clean_text, parse_json, read_row
 from .pieces import cut_pieces
 
 CHARACTERS_PER_TOKEN = 3
 """For a first cut of long texts; pieces that turn out too long are cut again."""
 
-MIN_ROWS_PER_PROCESS = 2000
-"""With fewer, starting another process takes longer than it saves."""
+MIN_BYTES_PER_PROCESS = 4 * 2**20
+"""With less raw text, starting another process takes longer than it saves."""
 
 MAP_BATCH = 250
 """Raw rows tokenised at a time; bounds memory where rows are large."""
@@ -79,21 +80,32 @@ class Tokenise:
         config: lengths, what is trained.
         columns: None: every row is recognised by its own.
         benchmarks: rows that overlap with one of these are contaminated; None: not looked for.
+        name: of the dataset; a file is another document than one of the same name elsewhere.
+        is_raw: whether rows are those of RAW, or have columns of their own.
     """
 
     def __init__(
-        self, text_format: TextFormat, config: DataConfig, columns: Columns | None, benchmarks: Benchmarks | None
+        self,
+        text_format: TextFormat,
+        config: DataConfig,
+        columns: Columns | None,
+        benchmarks: Benchmarks | None,
+        *,
+        name: str,
+        is_raw: bool,
     ) -> None:
         self.form = text_format
         self.config = config
         self.columns = columns
         self.benchmarks = benchmarks
+        self.name = name
+        self.is_raw = is_raw
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Columns of ROWS, in the order of the raw rows."""
         texts: list[_Text] = []
         for row, index in zip(_as_rows(batch), indices, strict=True):
-            texts += self._raw_texts(row) if "raw" in batch else [self._read(row, place=f"row {index}")]
+            texts += self._raw_texts(row) if self.is_raw else [self._read(row, place=f"row {index}")]
         texts = [self._decontaminated(text) for text in texts]
         found = self._encode([text.example for text in texts])
         rows: list[dict[str, Any]] = []
@@ -103,7 +115,8 @@ class Tokenise:
 
     def _raw_texts(self, row: dict[str, Any]) -> list[_Text]:
         """The texts of one row of RAW: one, or the pieces of a whole file."""
-        place, document = row["place"], row["document"]
+        place = row["place"]
+        document = f"{self.name}\0{row['document']}" if row["document"] else ""
         if row["problem"]:
             return [_Text(RowError(Fate.MALFORMED, row["problem"]), document, place)]
         if not row["pieces"]:
@@ -173,7 +186,7 @@ def tokenise(
     text_format: TextFormat,
     config: DataConfig,
     benchmarks: Benchmarks | None,
-    label: str,
+    name: str,
 ) -> Dataset:
     """The rows of a dataset, in a memory-mapped file of the cache; from there at once where nothing changed.
 
@@ -181,18 +194,19 @@ def tokenise(
         raw: rows of RAW, or with columns of their own.
         key: a hash of their content.
         columns: which hold what; None: recognised.
-        label: what is being tokenised, for the progress bar.
+        name: of the dataset.
 
     Returns:
         Columns as in ROWS; at least one row for each raw one.
     """
     settings = _settings_key(text_format, config, columns, benchmarks)
-    fingerprint = hashlib.sha256(f"{key}\0{settings}".encode()).hexdigest()[:32]
+    fingerprint = hashlib.sha256(f"{key}\0{name}\0{settings}".encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE, "dylora-rows")
     folder.mkdir(parents=True, exist_ok=True)
-    workers = min(config.preprocessing_num_workers or num_cores(), max(len(raw) // MIN_ROWS_PER_PROCESS, 1))
+    wanted = config.preprocessing_num_workers or num_cores()
+    workers = min(wanted, len(raw), max(raw.data.nbytes // MIN_BYTES_PER_PROCESS, 1))
     return raw.map(
-        Tokenise(text_format, config, columns, benchmarks),
+        Tokenise(text_format, config, columns, benchmarks, name=name, is_raw=raw.features == RAW),
         batched=True,
         batch_size=MAP_BATCH,
         with_indices=True,
@@ -202,7 +216,7 @@ def tokenise(
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
         load_from_cache_file=True,
         new_fingerprint=fingerprint,
-        desc=f"tokenising {label}",
+        desc=f"tokenising {name}",
     )
 
 
@@ -218,11 +232,12 @@ def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None,
     parts = [
         backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         str(tokenizer.chat_template),
-        str((form.start_ids, form.response_end_id, form.text_end_id, form.system)),
+        str(tokenizer.special_tokens_map),
+        str((form.start_ids, form.response_end_id, form.text_end_id, form.system, form.takes_system)),
         str((config.max_seq_length, config.overlong, config.loss_on)),
         str(columns),
         "" if benchmarks is None else benchmarks.key,
-        *(inspect.getsource(module) for module in (encoding, formats, pieces)),
+        *(inspect.getsource(module) for module in (contamination, encoding, formats, pieces)),
         Path(__file__).read_text(encoding="utf-8"),
     ]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

@@ -57,6 +57,11 @@ class Table(NamedTuple):
         """Rows that may be trained or judged."""
         return (self.fates == Fate.KEPT) & (self.duplicate_of < 0)
 
+    @property
+    def is_one_document(self) -> bool:
+        """Whether all good rows are of one file, or ask the same."""
+        return len(np.unique(self.documents[self.good])) == 1
+
     def num(self, fate: Fate) -> int:
         """Rows of that fate."""
         return int((self.fates == fate).sum())
@@ -102,7 +107,7 @@ def _table(reading: Reading, form: TextFormat, config: DataConfig, benchmarks: B
             text_format=form,
             config=config,
             benchmarks=benchmarks,
-            label=reading.name,
+            name=reading.name,
         )
         for place, split in enumerate(splits)
     ]
@@ -118,7 +123,7 @@ def _table(reading: Reading, form: TextFormat, config: DataConfig, benchmarks: B
         array("whole_length"),
         array("trained"),
         array("digest"),
-        array("document").copy(),
+        array("document"),
         array("fate"),
         array("cut"),
         given=np.arange(len(rows)) >= len(parts[0]),
