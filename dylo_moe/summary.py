@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,7 +31,7 @@ class Sample(NamedTuple):
 
 
 COUNT_TITLES = {
-    "documents": "files or questions",
+    "documents": "documents",
     "left_out": "left out",
     "read": "read",
     "train": "train",
@@ -64,10 +65,10 @@ def show_data(console: Console, data: LoadedData) -> None:
 
 def show_counts(console: Console, counts: Sequence[DatasetCounts]) -> None:
     """What happened to every row, a column for each dataset; a line that is zero everywhere is left out."""
-    table = Table(title="rows read, and what became of them")
-    table.add_column("")
+    table = Table(title="rows read, and what became of them", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for count in counts:
-        table.add_column(count.name, justify="right")
+        table.add_column(count.name, justify="right", overflow="fold")
     for field, title in COUNT_TITLES.items():
         values = [getattr(count, field) for count in counts]
         if field in ("train", "evaluation") or any(values):
@@ -88,7 +89,7 @@ def show_mixture(console: Console, shares: Sequence[Share]) -> None:
     """What each dataset is of an epoch."""
     table = Table(title="one epoch, in rows and in trained tokens")
     for column in ("dataset", "rows", "share", "tokens", "share", "passes"):
-        table.add_column(column, justify="left" if column == "dataset" else "right")
+        table.add_column(column, justify="left" if column == "dataset" else "right", overflow="fold")
     for share in shares:
         cells = f"{share.rows:,}", f"{share.share:.1%}", f"{share.tokens:,}", f"{share.token_share:.1%}"
         table.add_row(share.name, *cells, f"{share.passes:.2f}")
@@ -112,7 +113,7 @@ def show_shares(console: Console, readings: dict[str, Reading]) -> None:
     table = Table(title="share of the held-out tokens sent to each expert")
     table.add_column("expert")
     for domain in readings:
-        table.add_column(domain, justify="right")
+        table.add_column(domain, justify="right", overflow="fold")
     experts = list(next(iter(readings.values())).shares)
     for index, expert in enumerate(experts):
         cells = []

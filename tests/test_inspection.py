@@ -129,7 +129,7 @@ def test_check_prints_the_counts_lengths_padding_and_overlaps_of_the_very_rows(r
     data = load_data(DataConfig(datasets=names, **config), CHAT, seed=42)
     for field, title in COUNT_TITLES.items():
         values = [getattr(count, field) for count in data.counts]
-        lines = [line for line in shown.splitlines() if re.match(rf"│ {title} +│", line)]
+        lines = [line for line in shown.splitlines() if re.match(rf" +{title} +\d", line)]
         if any(values) or field in ("train", "evaluation"):
             assert numbers(lines[0].replace(title, "")) == values, title
         else:
@@ -146,7 +146,7 @@ def test_check_prints_the_counts_lengths_padding_and_overlaps_of_the_very_rows(r
     over = sum(length > 150 for length in lengths) / len(lengths)
     assert over > 0 and f"{over:.1%}" in line
     removed = run("check", *names, "--data_dir", str(mirror), "--max_seq_length", "150", "--decontaminate")
-    assert re.search(r"│ contaminated +│ +0 │ +0 │ +1 │", removed) and "removed." in removed
+    assert re.search(r"contaminated +0 +0 +1 ", removed) and "removed." in removed
 
 
 def test_check_without_a_benchmark_says_that_it_did_not_compare(run, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_tables_are_readable_in_a_narrow_window(mirror):
     """Names and numbers are not cut off at 80 columns, with two datasets of long names."""
     from dylo_moe.summary import show_data
 
-    names = ["python_code_instructions_18k", "python_code_23k_sharegpt"]
+    names = ["python_code_instructions_18k", "python_code_23k_sharegpt", "english_reference"]
     data = load_data(DataConfig(datasets=names, data_dir=str(mirror)), CHAT)
     stream = io.StringIO()
     show_data(Console(file=stream, width=80), data)
