@@ -87,6 +87,7 @@ def test_decontaminate_removes_the_rows_and_says_how_many_and_of_what(tmp_path, 
     )
     assert (kept.counts[0].contaminated, removed.counts[0].contaminated) == (0, 2)
     assert removed.counts[0].train + removed.counts[0].evaluation == 20
+    assert removed.notes == ["2 rows overlap with the 25 problems of HumanEval and MBPP's test split, and are removed."]
     texts = [reason.text for reason in removed.reasons["mine"]]
     assert sorted(texts) == ["it overlaps with HumanEval/0", "it overlaps with MBPP/11"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
-from .contamination import load_benchmarks
+from .contamination import Benchmarks, load_benchmarks
 from .encoding import TextFormat, text_format
 from .formats import Fate
 from .mixing import Share, epoch_rows, interleave, measure_shares, pass_over
@@ -127,7 +127,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
         shares,
         {table.name: table.reasons() for table in tables},
         {table.name: table.reading.origin for table in tables},
-        _notes(tables),
+        [*_notes(tables), *([] if benchmarks is None else [_compared(tables, benchmarks)])],
         {table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, judged, strict=True)},
     )
 
@@ -255,6 +255,12 @@ def _notes(tables: Sequence[Table]) -> list[str]:
         for table in tables
         if table.is_one_document
     ]
+
+
+def _compared(tables: Sequence[Table], benchmarks: Benchmarks) -> str:
+    removed = sum(table.num(Fate.CONTAMINATED) for table in tables)
+    count = len(benchmarks.problems)
+    return f"{removed:,} rows overlap with the {count:,} problems of HumanEval and MBPP's test split, and are removed."
 
 
 def _sample_prompt(table: Table, place: np.int64, form: TextFormat) -> list[int]:
