@@ -158,7 +158,7 @@ def _hold_out(tables: Sequence[Table], seed: int) -> list[NDArray[np.bool_]]:
 def _not_held_out_elsewhere(tables: Sequence[Table], held_out: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.bool_]]:
     """For each dataset which rows may be trained: none whose document is held out in any dataset.
 
-    In a dataset of one document the rows that are held out are not its others.
+    A dataset of one document was split by rows, so there its own held-out rows bar only themselves.
     """
     judged = [np.unique(table.documents[held]) for table, held in zip(tables, held_out, strict=True)]
     usable = []
@@ -253,7 +253,7 @@ def _notes(tables: Sequence[Table]) -> list[str]:
     return licences + [
         f"{table.name} is one document, or asks one question, so it is split by rows."
         for table in tables
-        if table.is_one_document
+        if table.is_one_document and table.reading.validation is None
     ]
 
 
