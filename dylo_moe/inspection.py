@@ -142,15 +142,14 @@ def check_datasets(config: DataConfig, look: LookArguments) -> None:
     tokenizer = load_tokenizer(look.model)
     data = load_data(config, tokenizer, seed=look.seed)
     show_data(console, data)
-    readings = [read(place, config) for place in locate_all(config)]
     form = text_format(tokenizer)
-    _show_lengths(console, tokenise_all(readings, form, config, None), config)
+    _show_lengths(console, tokenise_all(data.readings, form, config, None), config)
     _show_padding(console, data, config, look.per_device_train_batch_size)
     benchmarks, missing = load_benchmarks(config)
     for name, reason in missing.items():
         console.print(Text(f"Overlap with {name}: not checked. {reason}", style="yellow"), soft_wrap=True)
     if benchmarks.problems:
-        rows = tokenise_all(readings, form, config, benchmarks)
+        rows = tokenise_all(data.readings, form, config, benchmarks)
         _show_overlaps(console, rows, len(benchmarks.problems), benchmarks.unfindable, removed=config.decontaminate)
 
 

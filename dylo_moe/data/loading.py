@@ -16,7 +16,7 @@ from .encoding import TextFormat, text_format
 from .formats import Fate
 from .mixing import Share, epoch_rows, interleave, measure_shares, pass_over
 from .places import locate_all
-from .reading import read
+from .reading import Reading, read
 from .rows import CUT_PROMPT, CUT_RESPONSE
 from .splitting import hold_out, order_keys, subset
 from .tables import Reason, Table, tokenise_all
@@ -73,12 +73,17 @@ class LoadedData(NamedTuple):
     counts: list[DatasetCounts]
     shares: list[Share]
     reasons: dict[str, list[Reason]]
-    origins: dict[str, str]
-    """Where each dataset was found."""
+    readings: list[Reading]
+    """The datasets as they were found."""
     notes: list[str]
     """What a reader should know before training, in sentences."""
     sample_prompts: dict[str, list[int]]
     """Per dataset the ids of one held-out prompt, or the start of a held-out plain text, to generate from."""
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each dataset was found."""
+        return {reading.name: reading.origin for reading in self.readings}
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> LoadedData:
@@ -109,11 +114,12 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
                 f"decontaminate cannot compare with {' and '.join(missing)}: {'; '.join(missing.values())}"
             )
     form = text_format(tokenizer)
-    tables = tokenise_all([read(place, config) for place in places], form, config, benchmarks)
+    readings = [read(place, config) for place in places]
+    tables = tokenise_all(readings, form, config, benchmarks)
     held_out = _hold_out(tables, seed)
-    judged = [subset_of(table, held, config.eval_subset, seed) for table, held in zip(tables, held_out, strict=True)]
+    judged = [_subset_of(table, held, config.eval_subset, seed) for table, held in zip(tables, held_out, strict=True)]
     usable = _not_held_out_elsewhere(tables, held_out)
-    kept = [subset_of(table, use, config.training_subset, seed) for table, use in zip(tables, usable, strict=True)]
+    kept = [_subset_of(table, use, config.training_subset, seed) for table, use in zip(tables, usable, strict=True)]
     chosen, shares = _epoch(tables, kept, config, seed)
     parts = [table.rows.select_columns(_COLUMNS) for table in tables]
     parts = [part.add_column("domain", np.full(len(part), domain)) for domain, part in enumerate(parts)]
@@ -126,7 +132,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
         counts,
         shares,
         {table.name: table.reasons() for table in tables},
-        {table.name: table.reading.origin for table in tables},
+        readings,
         [*_notes(tables), *([] if benchmarks is None else [_compared(tables, benchmarks)])],
         {table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, judged, strict=True)},
     )
@@ -176,7 +182,7 @@ def _not_held_out_elsewhere(tables: Sequence[Table], held_out: Sequence[NDArray[
     return usable
 
 
-def subset_of(table: Table, which: NDArray[np.bool_], percent: float, seed: int) -> NDArray[np.int64]:
+def _subset_of(table: Table, which: NDArray[np.bool_], percent: float, seed: int) -> NDArray[np.int64]:
     """Places of that percentage of some rows of a dataset."""
     places = np.flatnonzero(which)
     return places[subset(table.digests[places], percent, seed)]

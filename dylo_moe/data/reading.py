@@ -40,7 +40,6 @@ _SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}
 _DOCUMENTATION = re.compile(r"(readme|licen[cs]e|changelog|citation)(\..*)?|.*\.(md|rst)", re.IGNORECASE)
 _NO_ROWS = re.compile(r"dataset_infos?\.json|state\.json")
 
-
 ROWS_LOOKED_AT = 1000
 """Where rows need not have the same columns."""
 
@@ -68,18 +67,17 @@ def read(place: Place, config: DataConfig) -> Reading:
     Raises:
         ValueError: where there are none to be had, with the ways out.
     """
-    if place.source is not None and place.hub_id is None:
-        return _read_machine(place.source)
+    source = place.source
+    if source is not None and place.hub_id is None:
+        return _read_machine(source)
     found = _find(place, config)
     _check_splits(place, found)
-    wanted = place.source.splits if place.source is not None else ()
-    train = found.splits[TRAIN if TRAIN in found.splits else wanted[0]]
-    told = chosen_columns(config, place.name) if place.source is None else None
-    _check_columns(place, found.origin, train, told)
-    columns = told if place.source is None else place.source.columns
+    train = found.splits[TRAIN if source is None or TRAIN in found.splits else source.splits[0]]
+    columns = chosen_columns(config, place.name) if source is None else source.columns
+    _check_columns(place, found.origin, train, columns)
     validation = found.splits.get(VALIDATION)
     left_out = sum(len(rows) for rows in found.splits.values()) - len(train) - len(validation or ())
-    return Reading(place.name, place.source, found.origin, columns, train, validation, left_out, found.key)
+    return Reading(place.name, source, found.origin, columns, train, validation, left_out, found.key)
 
 
 def read_test(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
@@ -121,14 +119,18 @@ def _find(place: Place, config: DataConfig) -> _Found:
     return _Found(origin, hub.splits, "-".join(rows._fingerprint for rows in hub.splits.values()))
 
 
-def _check_columns(place: Place, origin: str, train: Dataset, told: Columns | None) -> None:
-    """Raises ValueError for a column that was told and that no row has, of the first ones where rows differ."""
+def _check_columns(place: Place, origin: str, train: Dataset, columns: Columns | None) -> None:
+    """Raises ValueError for a column that no row has, of the first ones where rows differ.
+
+    Of a named dataset those that are needed, where rows do not differ; of others all that were told.
+    """
+    if columns is None or (place.source is not None and train.features == RAW):
+        return
     found = train.column_names
     if train.features == RAW:
         found = sorted({name for row in train.select(range(min(len(train), ROWS_LOOKED_AT))) for name in _names(row)})
-    wanted = [column for column in told or () if column is not None]
-    if place.source is not None and train.features != RAW:
-        wanted = place.source.columns.needed
+    told = [column for column in columns if column is not None]
+    wanted = told if place.source is None else columns.needed
     absent = [column for column in wanted if column not in found]
     if absent and found:
         raise ValueError(
