@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -27,18 +28,23 @@ from .config import (
     RouterConfig,
 )
 from .flags import Parser, UsageError, options, parse, plain_options, unknown
+from .resume import CONFIG_FILE, Resumption, changes, find
+from .tracking import download_checkpoint
 
 SHOWN = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 "
-    "gradient_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps save_total_limit seed"
+    "lr_scheduler_kwargs label_smoothing_factor gradient_checkpointing logging_steps eval_strategy eval_steps "
+    "save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model early_stopping_patience "
+    "early_stopping_threshold resume_from_checkpoint wandb_checkpoint_artifact report_to run_name seed"
 ).split()
 """The Trainer's flags that --help shows; all others of the Trainer work too."""
 
 REFUSED = {
-    "resume_from_checkpoint": "resuming is not there yet",
-    "save_only_model": "resuming is not there yet, so only the model is saved",
-    "load_best_model_at_end": "choosing the best checkpoint is not there yet; the last one is kept",
+    "save_only_model": "training could not go on from it; the run's final folder, checkpoint, is the model alone",
+    "ignore_data_skip": "training would not go on where it was",
+    "enable_jit_checkpoint": "SIGTERM always saves, at the end of the running step",
+    "restore_callback_states_from_checkpoint": "what must be restored always is",
     "neftune_noise_alpha": "noise on the embeddings would change what the router reads",
     "torch_compile": "not tested with routing yet",
     "torch_compile_backend": "not tested with routing yet",
@@ -64,6 +70,7 @@ REFUSED = {
 }
 """Flags of the Trainer that would do nothing, or something wrong, here; each with the reason."""
 NEW_RUN = "new"
+NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifact")
 REFUSED_PREFIXES = ("hub_", "trackio_")
 
 
@@ -103,6 +110,10 @@ class ModelArguments:
         default=RouterConfig.router_half_life,
         metadata={"help": "Half-life of the router's memory, in tokens; shorter follows a change of subject faster."},
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention of the base: eager, sdpa, flash_attention_2, ...; default: Transformers' choice."},
+    )
     balance_coefficient: float = field(
         default=BALANCE_COEFFICIENT, metadata={"help": "Weight of the loss that keeps the experts evenly used."}
     )
@@ -129,13 +140,45 @@ class TrainArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate while training: no, steps, epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save while training: no, steps, epoch."})
-    save_only_model: bool = field(default=True, metadata={"help": "Not offered."})
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={"help": "End with the checkpoint of the lowest eval_loss (--metric_for_best_model), not the last."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations in a row whose eval_loss did not fall."}
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much eval_loss must fall to count, in nats per token."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on with a run: its folder, one of its checkpoints, or latest, the newest in --output_dir; "
+            "auto: the same, and a new run where --output_dir has none. Settings are the checkpoint's; those that are "
+            "given are compared with them."
+        },
+    )
+    wandb_checkpoint_artifact: str | None = field(
+        default=None,
+        metadata={"help": "The same, from a checkpoint kept by Weights & Biases: ENTITY/PROJECT/NAME:ALIAS."},
+    )
+    save_only_model: bool = field(default=False, metadata={"help": "Not offered."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not offered."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Not offered."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in memory; default where a GPU is."}
     )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Not offered."})
+
+    def __post_init__(self) -> None:
+        has_evaluations = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+        if has_evaluations and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # so that the best checkpoint is known and kept
+        super().__post_init__()
+        patience = self.early_stopping_patience
+        if patience is not None and (patience < 1 or not has_evaluations):
+            rule = "it must be at least 1" if patience < 1 else "but eval_strategy is no, so nothing is evaluated"
+            raise ValueError(f"early_stopping_patience is {patience}; {rule}")
 
 
 class Arguments(NamedTuple):
@@ -144,6 +187,10 @@ class Arguments(NamedTuple):
     model: ModelArguments
     data: DataConfig
     train: TrainArguments
+    resumed: Resumption | None = None
+    """What the run goes on from."""
+    changed: tuple[str, ...] = ()
+    """Settings that are not those of the checkpoint, and may be others."""
 
 
 def build_parser(prog: str, *, show_all: bool = False) -> HfArgumentParser:
@@ -181,9 +228,42 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
     parser = build_parser(prog)
     recipe, rest = _split_config(list(argv))
     words = (_recipe_words(Path(recipe), parser) if recipe else []) + rest
+    resumed = _resumption(words)
+    if resumed is not None:
+        own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
+        words = [*_as_words(resumed.settings), "--output_dir", str(own), *words]
     model, data, train = parse(parser, words, _refusal)
     model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
-    return Arguments(model, data, train)
+    arguments = Arguments(model, data, train, resumed)
+    if resumed is None or resumed.checkpoint is None:
+        return arguments
+    refused, allowed = changes(resumed.settings, settings_of(arguments))
+    if refused:
+        raise UsageError(
+            f"cannot go on from {resumed.checkpoint} with other settings: {'; '.join(refused)}. Leave them out, or "
+            "start a new run"
+        )
+    return arguments._replace(changed=tuple(allowed))
+
+
+def _resumption(words: list[str]) -> Resumption | None:
+    wanted, artifact = _last(words, "--resume_from_checkpoint"), _last(words, "--wandb_checkpoint_artifact")
+    if wanted and artifact:
+        raise UsageError("--resume_from_checkpoint and --wandb_checkpoint_artifact cannot both be given")
+    if artifact:
+        wanted = str(download_checkpoint(artifact, fresh_folder(Path("artifacts"), artifact.rpartition("/")[2])))
+    return find(wanted, _last(words, "--output_dir")) if wanted else None
+
+
+def _last(words: list[str], flag: str) -> str | None:
+    """The value of a flag as typed."""
+    value = None
+    for place, word in enumerate(words):
+        if word == flag and place + 1 < len(words):
+            value = words[place + 1]
+        elif word.startswith(flag + "="):
+            value = word[len(flag) + 1 :]
+    return value
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -211,10 +291,15 @@ def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
         raise UsageError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} must be `flag: value` lines; it is a {type(content).__name__}")
-    words: list[str] = []
-    for key, value in content.items():
+    for key in content:
         if f"--{key}" not in options(parser) or _refusal(str(key)):
             raise UsageError(f"recipe {path}: " + unknown(f"--{key}", parser, _refusal).replace("--", ""))
+    return _as_words(content)
+
+
+def _as_words(settings: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key, value in settings.items():
         if value is None or value == []:
             continue
         words.append(f"--{key}")
@@ -232,12 +317,7 @@ def new_output_dir(wanted: str) -> Path:
         UsageError: when the wanted folder already holds something.
     """
     if wanted == NEW_RUN:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = next(
-            path
-            for path in (Path("runs") / (stamp + suffix) for suffix in ["", *(f"-{n}" for n in range(2, 1000))])
-            if not path.exists()
-        )
+        path = fresh_folder(Path("runs"), time.strftime("%Y%m%d-%H%M%S"))
     else:
         path = Path(wanted)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -246,20 +326,32 @@ def new_output_dir(wanted: str) -> Path:
     return path
 
 
-def save_config(arguments: Arguments, path: Path) -> None:
-    """Write what the run was resolved to, as a recipe that `--config` reads.
+def fresh_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, numbered where that is taken; not made."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", name)
+    return next(
+        path
+        for path in (parent / (plain + end) for end in ["", *(f"-{n}" for n in range(2, 1000))])
+        if not path.exists()
+    )
 
-    Ours in full; of the Trainer's what differs from its defaults or is shown by --help.
-    """
+
+def save_config(arguments: Arguments, path: Path) -> None:
+    """Write what the run was resolved to, as a recipe that `--config` reads."""
+    path.write_text(yaml.safe_dump(settings_of(arguments), sort_keys=False), encoding="utf-8")
+
+
+def settings_of(arguments: Arguments) -> dict[str, Any]:
+    """What a run was resolved to, as plain values: ours in full; of the Trainer's what differs from its defaults or is
+    shown by --help. Without where it is written and what it goes on from."""
     values: dict[str, Any] = {}
     for part in (arguments.model, arguments.data):
         values |= {item.name: getattr(part, item.name) for item in fields(part) if getattr(part, item.name) != []}
     saved = arguments.train.to_dict()
-    for item in fields(TrainingArguments):
+    for item in fields(TrainArguments):
         value = saved.get(item.name)
-        if item.name == "output_dir" or not item.init or _refusal(item.name) or value in (None, []):
+        if item.name in NOT_SETTINGS or not item.init or _refusal(item.name) or value in (None, []):
             continue
         if item.name in SHOWN or value != getattr(TrainingArguments, item.name, None):
             values[item.name] = value
-    plain = json.loads(json.dumps(values, default=str))
-    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return json.loads(json.dumps(values, default=str))

@@ -3,6 +3,8 @@
     dylora.json                      format, base and its fingerprint, router, experts, sha256 of every other file
     experts/NAME/adapter_config.json, adapter_model.safetensors      what stock PEFT reads
     router.safetensors
+    README.md                        the model card
+    optimizer.pt, scheduler.pt, ...  of a training checkpoint: what the Trainer needs to go on
 
 Weights are safetensors only, the base is never in it. A folder is written aside and renamed into place.
 """
@@ -28,6 +30,7 @@ from transformers import PreTrainedModel
 
 from .adapter_files import state_problems
 from .base import load_base
+from .card import model_card
 from .config import RouterConfig
 from .expert import Expert, check_name
 from .frozen import base_identity, check_base, compare_base, fingerprint, unpack_samples
@@ -40,28 +43,39 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "dylora.json"
 ROUTER_FILE = "router.safetensors"
+CARD = "README.md"
 OWN_ENTRIES = ("experts", ROUTER_FILE, MANIFEST)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 EXPERT_FIELDS = {field.name for field in fields(Expert)}
 TRAINER_FILES = ("trainer_state.json", "training_args.bin")
-"""Where one of these lies, the Trainer wrote the folder, and its own files may lie beside ours."""
+"""Where one of these lies and `dylora.json` has no record of a training, the stock Trainer wrote the folder, and its
+own files may lie beside ours."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is not whole, or not for this base; the message names every problem found."""
 
 
-def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str], *, beside: bool = False) -> None:
+def save_checkpoint(
+    model: DyLoRAMoE,
+    path: str | os.PathLike[str],
+    *,
+    beside: bool = False,
+    training: dict[str, Any] | None = None,
+    losses: dict[str, dict[str, float]] | None = None,
+) -> None:
     """Write `model`'s experts and router to the folder `path`, whole or not at all.
 
     Args:
+        training, losses: as of `write_files`.
         beside: leave what else lies in the folder, as the Trainer wants it: its output folder also holds its
-            numbered checkpoints. A crash may then leave no checkpoint, but never a mixture of two.
+            numbered checkpoints, and a README.md of its own making. A crash may then leave no checkpoint, but never a
+            mixture of two.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"cannot save to {target}: it is a file")
-    foreign = _foreign_files(target)
+    foreign, with_card = _foreign_files(target), not beside
     beside = beside and bool(foreign)
     if beside:
         foreign = [name for name in foreign if name.split("/")[0] in OWN_ENTRIES]
@@ -75,11 +89,11 @@ def save_checkpoint(model: DyLoRAMoE, path: str | os.PathLike[str], *, beside: b
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if beside else target.parent))
     try:
-        write_files(model, aside)
+        write_files(model, aside, training=training, losses=losses, with_card=with_card)
         if beside:
             _put_into(aside, target)
         else:
-            _replace(aside, target)
+            replace_folder(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -100,7 +114,8 @@ def _files_below(folder: Path, scope: str = ".") -> set[str]:
     return {file.relative_to(folder).as_posix() for file in (folder / scope).rglob("*") if not file.is_dir()}
 
 
-def _replace(aside: Path, target: Path) -> None:
+def replace_folder(aside: Path, target: Path) -> None:
+    """Put a whole folder where another one may lie."""
     os.chmod(aside, 0o755)
     if not target.exists():
         os.rename(aside, target)
@@ -126,9 +141,21 @@ def _put_into(aside: Path, target: Path) -> None:
     aside.rmdir()
 
 
-def write_files(model: DyLoRAMoE, folder: Path) -> None:
-    """Write the files of a checkpoint into an existing folder, the manifest last."""
-    files = []
+def write_files(
+    model: DyLoRAMoE,
+    folder: Path,
+    *,
+    training: dict[str, Any] | None = None,
+    losses: dict[str, dict[str, float]] | None = None,
+    with_card: bool = True,
+) -> None:
+    """Write the files of a checkpoint into an existing folder, the manifest last; it lists all that lies there.
+
+    Args:
+        training: what a run must find again when it goes on from here; kept in the manifest.
+        losses: held-out losses by dataset, "before" and "after" training, for the card.
+        with_card: write the model card too.
+    """
     for expert in model.experts:
         name = f"experts/{expert.name}"
         (folder / name).mkdir(parents=True)
@@ -139,10 +166,8 @@ def write_files(model: DyLoRAMoE, folder: Path) -> None:
         config.base_model_name_or_path = model.base_id or None
         config.save_pretrained(str(folder / name))
         _sort_lists(folder / name / ADAPTER_FILES[0])
-        files += [f"{name}/{file}" for file in ADAPTER_FILES]
     _save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
-    files.append(ROUTER_FILE)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base": {
             "id": model.base_id,
@@ -153,12 +178,26 @@ def write_files(model: DyLoRAMoE, folder: Path) -> None:
         "balance_coefficient": model.balance_coefficient,
         "lora": _plain(model.experts.lora),
         "experts": [asdict(expert) for expert in model.experts],
-        "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
     }
-    text = json.dumps(manifest, indent=1)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
+    if training is not None:
+        manifest["training"] = training
+    if with_card:
+        known = training or {}
+        card = model_card(manifest, known.get("facts"), losses, known.get("settings"), known.get("step"))
+        (folder / CARD).write_text(card, encoding="utf-8")
+    manifest["files"] = {
+        name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in sorted(_files_below(folder))
+    }
+    for name in manifest["files"]:
+        _sync(folder / name)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+
+
+def _sync(path: Path) -> None:
+    """The rename must not reach the disk before what it names."""
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
@@ -193,8 +232,8 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
     """The verified manifest of a checkpoint folder.
 
     Args:
-        strict: refuse files that the manifest does not know (False for a training checkpoint, which
-            holds the Trainer's state too).
+        strict: refuse files that the manifest does not know. The stock Trainer puts files of its own beside ours,
+            which no manifest lists; in a folder of that kind it cannot apply.
 
     Raises:
         CheckpointError: naming every missing, extra, altered or unreadable file.
@@ -220,6 +259,9 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
         RouterConfig(**manifest["router"])
         LoraConfig(**manifest["lora"])
         float(manifest["balance_coefficient"])
+        if not isinstance(manifest.get("training", {}), dict):
+            raise TypeError("its record of the training is no mapping")
+        by_stock = "training" not in manifest and any((folder / name).is_file() for name in TRAINER_FILES)
         base = manifest["base"]
         base["id"], base["revision"]
         unpack_samples(base["fingerprint"])
@@ -227,7 +269,7 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT_VERSION}")
-    problems = _file_problems(folder, files, strict=strict)
+    problems = _file_problems(folder, files, strict=strict and not by_stock)
     problems += [f"{name} is not listed in {MANIFEST}" for name in sorted((wanted | {ROUTER_FILE}) - files.keys())]
     if problems:
         raise CheckpointError(f"checkpoint {folder} is not whole: " + "; ".join(problems))
@@ -254,7 +296,7 @@ def load_checkpoint(
 ) -> DyLoRAMoE:
     """Read the folder `path` onto a base. See `DyLoRAMoE.from_pretrained`."""
     folder = Path(path)
-    manifest = read_manifest(folder, strict=not any((folder / name).is_file() for name in TRAINER_FILES))
+    manifest = read_manifest(folder)
     if base is None:
         base = manifest["base"]["id"]
         if not base:
@@ -265,13 +307,53 @@ def load_checkpoint(
     elif kwargs:
         raise ValueError(f"base is already loaded, so {', '.join(sorted(kwargs))} cannot apply")
     check_base(base)
+    _check_same_base(folder, manifest, base)
+    return _build(cls, folder, manifest, base)
+
+
+def load_into(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
+    """Put a checkpoint's experts and gate into a model that has the same ones.
+
+    Raises:
+        CheckpointError: for a folder that is not whole, another base, or a model whose pool, router or LoRA settings
+            differ; each difference is named, and the model stays as it was.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    _check_same_base(folder, manifest, model.base)
+    here = {expert.name: expert for expert in model.experts}
+    there = {entry["name"]: Expert(**entry) for entry in manifest["experts"]}
+    differences = [
+        f"expert {name!r} is only in {'the model' if name in here else 'it'}"
+        for name in sorted(here.keys() ^ there.keys())
+    ]
+    differences += [f"{there[name]}, here {here[name]}" for name in here if name in there and here[name] != there[name]]
+    if not differences and list(here) != list(there):
+        differences.append(f"its experts are in the order {', '.join(there)}, here {', '.join(here)}")
+    pairs = [
+        ("router", RouterConfig(**manifest["router"]), model.router_config),
+        ("balance_coefficient", manifest["balance_coefficient"], model.balance_coefficient),
+        ("lora", manifest["lora"], _plain(model.experts.lora)),
+    ]
+    differences += [f"{name} is {saved}, here {ours}" for name, saved, ours in pairs if saved != ours]
+    if differences:
+        raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(differences))
+    states = {name: _load_tensors(folder / "experts" / name / ADAPTER_FILES[1]) for name in there}
+    router_state = _load_tensors(folder / ROUTER_FILE)
+    for entry in manifest["experts"]:
+        _load_expert(model, entry, states[entry["name"]], folder)
+    model.experts.pack()
+    model.apply_trainable()
+    _load_router(model, router_state, folder)
+
+
+def _check_same_base(folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> None:
     differences = _base_differences(manifest["base"], base)
     if differences:
         shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
         raise CheckpointError(
             f"checkpoint {folder} was trained on another base ({manifest['base']['id'] or 'unnamed'}): {shown}"
         )
-    return _build(cls, folder, manifest, base)
 
 
 def _base_differences(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
@@ -341,4 +423,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-__all__ = ["CheckpointError", "load_checkpoint", "read_manifest", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "load_checkpoint",
+    "load_into",
+    "read_manifest",
+    "replace_folder",
+    "save_checkpoint",
+    "write_files",
+]

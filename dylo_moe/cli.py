@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train several experts and their router together on one frozen model",
+    "plan": "parameters, steps, memory and checkpoint size of a training run, without running it",
     "data": "list datasets, show examples as the model sees them, check what training would be on",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
 }
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PEFT reads a name that Transformers is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
-        return {"train": train, "data": data, "generate": generate}[name](rest)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+        return {"train": train, "plan": plan, "data": data, "generate": generate}[name](rest)
+    except (ValueError, OSError) as error:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise
         print(f"dylora {name}: {error}", file=sys.stderr)
@@ -65,9 +66,27 @@ def train(words: list[str]) -> int:
     if any(word in ("-h", "--help", "--help_all") for word in words):
         build_parser("dylora train", show_all="--help_all" in words).print_help()
         return 0
+    from .stopping import Stopped
     from .train import run
 
-    run(parse_train(words))
+    try:
+        run(parse_train(words))
+    except Stopped as stopped:
+        print(f"dylora train: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0
+
+
+def plan(words: list[str]) -> int:
+    """`dylora plan`, with the flags of `dylora train`."""
+    from .arguments import build_parser, parse_train
+
+    if any(word in ("-h", "--help", "--help_all") for word in words):
+        build_parser("dylora plan", show_all="--help_all" in words).print_help()
+        return 0
+    from .plan import run
+
+    run(parse_train(words, prog="dylora plan"))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 TOKENS_PER_SEGMENT = 24
 """A segment of the sparse path costs about as much to start as this many tokens of one expert's arithmetic."""
@@ -94,7 +95,8 @@ class Dispatch:
         position = {name: index for index, name in enumerate(self.names)}
         device = weights_TE.device
         expert = torch.tensor([position.get(name, 0) for name, _ in self.segments], device=device)  # type: ignore[arg-type]
-        expert_N = expert.repeat_interleave(torch.tensor(self.lengths, device=device))
+        lengths = torch.tensor(self.lengths, device=device)
+        expert_N = expert.repeat_interleave(lengths, output_size=sum(self.lengths))
         weights_NE = weights_TE if self.order is None else self.order.gather(weights_TE)
         return weights_NE.gather(1, expert_N[:, None])
 
@@ -247,9 +249,15 @@ def plan_sparse(*, names: Sequence[str], selected_TK: Tensor, mask_T: Tensor) ->
         mask_T: bool, False for padding, which uses no expert.
 
     Returns:
-        The segments, and how assignments are grouped (None where they are the tokens in order).
+        The segments, and how assignments are grouped (None where they are the tokens in order). Of tokens without
+        values, in a simulated step, each expert gets its equal share.
     """
     top_k = selected_TK.shape[1]
+    if isinstance(selected_TK, FakeTensor):
+        num = selected_TK.numel()
+        ends = [num * (index + 1) // len(names) for index in range(len(names))]
+        segments = [Segment(name, end - start) for name, start, end in zip(names, [0, *ends], ends, strict=False)]
+        return segments, Order(selected_TK.reshape(-1).argsort(stable=True) // top_k, top_k)
     expert_N = selected_TK.masked_fill(~mask_T[:, None], -1).reshape(-1)
     if top_k == 1:
         runs, lengths = expert_N.unique_consecutive(return_counts=True)

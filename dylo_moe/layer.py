@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .dispatch import ContextSlot, Dispatch, ExpertShape
 
@@ -198,6 +199,8 @@ def _view(weights: Sequence[Tensor], transposed: bool) -> Tensor:
 def _adjacent(weights: Sequence[Tensor], transposed: bool) -> bool:
     """Whether the matrices, `transposed` ones by their columns, are one block of the first one's storage."""
     first = weights[0]
+    if isinstance(first, FakeTensor):  # of a simulated step: no address, but the storage that `pack` gave
+        return len({weight.untyped_storage()._cdata for weight in weights}) == 1
     if type(first) not in (Tensor, nn.Parameter):
         return False
     strides = (1, first.shape[0]) if transposed else (first.shape[1], 1)

@@ -25,6 +25,8 @@ class Reading(NamedTuple):
     domain_shares: dict[str, dict[str, float]]
     token_entropy: float
     """Mean entropy of one token's gate probabilities; low: the router is sure of each token."""
+    num_tokens: int
+    """Real ones."""
     average_entropy: float
     """Entropy of the mean probabilities; high (at most log of the number of experts): all experts are used."""
 
@@ -99,6 +101,7 @@ class Meter:
                 )
                 for index in seen
             },
+            num_tokens=int(total[2]),
             token_entropy=float(total[3] / total[2]),
             average_entropy=float(torch.special.entr(mean_p_E).sum()),
         )

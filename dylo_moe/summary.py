@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import DatasetCounts, LoadedData, Reason, Share
 from .meter import Reading
+from .watch import DEAD_SHARE, dead_experts
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow")
-DEAD_SHARE = 0.01
-"""An expert that gets less than this share of the held-out tokens of every dataset is called dead."""
 
 
 class Sample(NamedTuple):
@@ -96,15 +95,15 @@ def show_mixture(console: Console, shares: Sequence[Share]) -> None:
     console.print(table)
 
 
-def show_losses(console: Console, before: dict[str, Reading], after: dict[str, Reading]) -> None:
+def show_losses(console: Console, before: dict[str, float], after: dict[str, Reading]) -> None:
     """Held-out loss of each dataset before and after."""
     table = Table(title="held-out loss, nats per token")
     for column in ("dataset", "before", "after", "change"):
         table.add_column(column, justify="left" if column == "dataset" else "right")
     for domain, reading in after.items():
-        change = reading.loss - before[domain].loss
+        change = reading.loss - before[domain]
         colour = "green" if change < 0 else "red"
-        table.add_row(domain, f"{before[domain].loss:.3f}", f"{reading.loss:.3f}", Text(f"{change:+.3f}", style=colour))
+        table.add_row(domain, f"{before[domain]:.3f}", f"{reading.loss:.3f}", Text(f"{change:+.3f}", style=colour))
     console.print(table)
 
 
@@ -129,7 +128,7 @@ def show_shares(console: Console, readings: dict[str, Reading]) -> None:
     for label, cells_ in entropies:
         table.add_row(Text(label, style="dim"), *cells_)
     console.print(table)
-    dead = [expert for expert in experts if all(reading.shares[expert] < DEAD_SHARE for reading in readings.values())]
+    dead = dead_experts(readings)
     if dead:
         console.print(
             f"[red]dead: {', '.join(dead)}[/red] (under {DEAD_SHARE:.0%} of every dataset); "

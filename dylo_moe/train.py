@@ -12,18 +12,24 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .arguments import Arguments, new_output_dir, save_config
+from .arguments import Arguments, new_output_dir, save_config, settings_of
 from .base import load_base, load_tokenizer
+from .checkpoint import save_checkpoint
 from .config import RouterConfig, parse_router_layer
 from .data import Collator, LoadedData, PackedTexts, check_texts_kept_apart, epoch_of, load_data, padding_share
+from .facts import run_facts, write_json
 from .generate import end_ids, sample
 from .meter import Reading
 from .model import DyLoRAMoE
 from .progress import MetricsFile, ProgressBar
-from .summary import show_data, show_legend, show_losses, show_sample, show_shares, write_plots
+from .resume import CONFIG_FILE, Resumption, checkpoint_name, checkpoints_in, clear_unfinished, data_changes
+from .stopping import EarlyStopping, Stopped, StopRequest
+from .summary import Sample, show_data, show_legend, show_losses, show_sample, show_shares, write_plots
+from .tracking import CheckpointArtifacts, log_plots, log_settings, prepare
 from .trainer import DyLoRATrainer
 
 ROUTER_START_ROWS = 512
@@ -52,8 +58,9 @@ def build_model(arguments: Arguments) -> DyLoRAMoE:
         lora_dropout=flags.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
+    attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
     return DyLoRAMoE.from_base(
-        load_base(flags.model, dtype=torch.bfloat16 if arguments.train.bf16 else "auto"),
+        load_base(flags.model, dtype=torch.bfloat16 if arguments.train.bf16 else "auto", **attention),
         num_experts=flags.num_experts,
         lora=lora,
         router=router,
@@ -62,53 +69,195 @@ def build_model(arguments: Arguments) -> DyLoRAMoE:
 
 
 def run(arguments: Arguments) -> Path:
-    """Train as the flags say and show the result; returns the folder of the final checkpoint."""
+    """Train as the flags say and show the result; returns the folder of the final checkpoint.
+
+    Raises:
+        Stopped: when SIGTERM or SIGINT ended it; what was trained is saved, and the message says how to go on.
+    """
+    with StopRequest() as stop:
+        return _run(arguments, stop)
+
+
+def _run(arguments: Arguments, stop: StopRequest) -> Path:
     started = time.time()
     transformers_logging.disable_progress_bar()
     console = Console()
+    show_resumption(console, arguments)
     set_seed(arguments.train.seed)
     tokenizer = load_tokenizer(arguments.model.model)
     with arguments.train.main_process_first(desc="tokenising"):
         data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)
     show_data(console, data)
+    check_same_data(arguments.resumed, data)
     train_rows = epoch_of(data.train, arguments.data)
     show_packing(console, train_rows, batch_size=arguments.train.per_device_train_batch_size)
     model = build_model(arguments)
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
     show_model(console, model)
-    folder = new_output_dir(arguments.train.output_dir)
-    arguments.train.output_dir = str(folder)
-    save_config(arguments, folder / "config.yaml")
+    folder = run_folder(console, arguments)
+    prepare(arguments.train, folder)
+    log_settings(settings_of(arguments))
     collator = Collator(tokenizer)
-    start_rows = min(ROUTER_START_ROWS, len(data.train))
-    model.initialize_router(
-        (
-            collator([data.train[row] for row in range(start, min(start + ROUTER_START_BATCH, start_rows))])
-            for start in range(0, start_rows, ROUTER_START_BATCH)
-        ),
-        seed=arguments.train.seed,
-    )
+    resumed = arguments.resumed
+    checkpoint = resumed.checkpoint if resumed is not None else None
+    if checkpoint is None:
+        start_router(model, data, collator, seed=arguments.train.seed)
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    training = {"settings": settings_of(arguments), "data": data.fingerprint, "facts": run_facts(model, data)}
+    write_json(folder / "run.json", training["facts"])
+
+    def tell(step: int, sentences: list[str]) -> None:
+        metrics.write(step, {"alarms": sentences})
+        for sentence in sentences:
+            console.print(Text(f"step {step}: {sentence}", style="yellow"), soft_wrap=True)
+
+    train = arguments.train
+    callbacks: list[TrainerCallback] = [metrics, ProgressBar(console), stop]
+    if "wandb" in train.report_to:
+        callbacks.append(CheckpointArtifacts())
+    if train.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(train.early_stopping_patience, train.early_stopping_threshold))
     trainer = DyLoRATrainer(
         model=model,
-        args=arguments.train,
+        args=train,
         train_dataset=train_rows,
         eval_dataset=data.evaluation,
         data_collator=collator,
         domains=data.names,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar(console)],
+        training=training,
+        tell=tell,
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    before = evaluate(trainer, console, "before training")
-    trainer.train()
-    after = evaluate(trainer, console, "after training")
-    checkpoint = folder / "checkpoint"
+    if checkpoint is None:
+        metrics.rewind([])
+        before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
+    else:
+        before = arguments.resumed.record["losses_before"]  # type: ignore[union-attr]
+        history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+        dropped = metrics.rewind(history)
+        if dropped:
+            console.print(f"{dropped} lines of metrics.jsonl came after it; they are logged again", highlight=False)
+    training["losses_before"] = before
+    train_on(trainer, stop, checkpoint)
+    final = folder / "checkpoint"
+    record = {**training, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
     if trainer.is_world_process_zero():
-        model.save_pretrained(str(checkpoint))
+        save_checkpoint(model, final, training=record)
+    after = evaluate(trainer, console, "after training")
+    if trainer.is_world_process_zero():
+        losses = {"before": before, "after": {name: reading.loss for name, reading in after.items()}}
+        save_checkpoint(model, final, training=record, losses=losses)
         plots = write_plots(folder / "plots", folder / "metrics.jsonl", after)
+        log_plots(plots)
+        show_best(console, trainer)
         finish(console, model, tokenizer, data, before, after, folder, plots)
         console.print(f"The whole run took {time.time() - started:.0f} s.", highlight=False)
-    return checkpoint
+    return final
+
+
+# Where it begins.
+
+
+def show_resumption(console: Console, arguments: Arguments) -> None:
+    """What the run goes on from, and what is not as it was."""
+    resumed = arguments.resumed
+    if resumed is None:
+        return
+    if resumed.checkpoint is None:
+        text = f"{resumed.run} was interrupted before its first checkpoint: it starts at its beginning."
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+        return
+    console.print(f"going on from {resumed.checkpoint}, step {resumed.record['step']}", highlight=False, soft_wrap=True)
+    for change in arguments.changed:
+        console.print(f"changed, as it may: {change}", highlight=False, soft_wrap=True)
+
+
+def check_same_data(resumed: Resumption | None, data: LoadedData) -> None:
+    """Raises ValueError, with each difference, unless the rows are those that the checkpoint was trained on."""
+    if resumed is None or resumed.checkpoint is None:
+        return
+    differences = data_changes(resumed.record["data"], data.fingerprint, data.names)
+    if differences:
+        raise ValueError(f"cannot go on from {resumed.checkpoint} with other data: {'; '.join(differences)}")
+
+
+def run_folder(console: Console, arguments: Arguments) -> Path:
+    """The folder of this run, with its settings in it: a new one, or that of the run which goes on.
+
+    Raises:
+        ValueError: for a folder that holds another run, or later checkpoints than the one to go on from.
+    """
+    resumed = arguments.resumed
+    if resumed is not None and Path(arguments.train.output_dir).resolve() == resumed.run.resolve():
+        folder = resumed.run
+        newer = [path.name for _, path in checkpoints_in(folder)]
+        if resumed.checkpoint is not None and newer[-1] != resumed.checkpoint.name:
+            raise ValueError(
+                f"{folder} holds {newer[-1]}, which is newer than {resumed.checkpoint.name}: go on from that, or "
+                "give a new --output_dir to branch off"
+            )
+        for name in clear_unfinished(folder):
+            console.print(f"removed {name}, which an interrupted save left", highlight=False)
+    else:
+        folder = new_output_dir(arguments.train.output_dir)
+    arguments.train.output_dir = str(folder)
+    save_config(arguments, folder / CONFIG_FILE)
+    return folder
+
+
+def start_router(model: DyLoRAMoE, data: LoadedData, collator: Collator, *, seed: int) -> None:
+    """Start the gate from the first training rows."""
+    num_rows = min(ROUTER_START_ROWS, len(data.train))
+    batches = (
+        collator([data.train[row] for row in range(start, min(start + ROUTER_START_BATCH, num_rows))])
+        for start in range(0, num_rows, ROUTER_START_BATCH)
+    )
+    model.initialize_router(batches, seed=seed)
+
+
+# Training.
+
+
+def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None) -> None:
+    """Train to the end, or until asked to stop; then what was trained is saved.
+
+    Raises:
+        Stopped: with how to go on.
+    """
+    early = next((item for item in trainer.callback_handler.callbacks if isinstance(item, EarlyStopping)), None)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history)):
+            trainer.take_up(checkpoint)
+            return
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Stopped:
+        trainer.save_now()
+    if stop.number is not None:
+        folder = Path(str(trainer.args.output_dir))
+        raise Stopped(
+            stop.number,
+            f"saved {folder / checkpoint_name(trainer.state.global_step)}. Go on with: "
+            f"{command()} train --resume_from_checkpoint {folder}",
+        )
+
+
+def show_best(console: Console, trainer: DyLoRATrainer) -> None:
+    """Which checkpoint was the best, and which one the run ends with."""
+    state = trainer.state
+    if state.best_metric is None:
+        return
+    kept = f"kept as {state.best_model_checkpoint}" if state.best_model_checkpoint else "not saved"
+    ends = "the run ends with it" if trainer.args.load_best_model_at_end else "the run ends with the last one"
+    console.print(
+        f"best eval_{trainer.args.metric_for_best_model} {state.best_metric:.4f} at step {state.best_global_step}, "
+        f"{kept}; {ends} (step {state.global_step})",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def show_packing(console: Console, rows: Any, *, batch_size: int) -> None:
@@ -147,7 +296,7 @@ def finish(
     model: DyLoRAMoE,
     tokenizer: PreTrainedTokenizerBase,
     data: LoadedData,
-    before: dict[str, Reading],
+    before: dict[str, float],
     after: dict[str, Reading],
     folder: Path,
     plots: list[Path],
@@ -158,6 +307,7 @@ def finish(
         sample(model, ids, end_ids=end_ids(tokenizer), max_new_tokens=SAMPLE_TOKENS, label=domain)
         for domain, ids in data.sample_prompts.items()
     ]
+    write_json(folder / "samples.json", [readable(item, tokenizer) for item in samples])
     recorder = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     for target in (console, recorder):
         show_losses(target, before, after)
@@ -186,6 +336,12 @@ def finish(
         markup=False,
     )
     console.print()
+
+
+def readable(item: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A sample as it is kept in samples.json: the text of each token, and its expert."""
+    tokens = [str(tokenizer.decode([token])) for token in item.ids]
+    return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}
 
 
 def command() -> str:

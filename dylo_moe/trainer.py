@@ -1,15 +1,29 @@
-"""The HF Trainer, told what to save, how to count a step's tokens, and what to log about routing."""
+"""The HF Trainer, told what to save and how to go on from it, how to count a step's tokens, and what to log."""
 
 from __future__ import annotations
 
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .checkpoint import CheckpointError, load_into, read_manifest, replace_folder, write_files
+from .lora_config import listed
 from .meter import Meter, Reading
 from .model import DyLoRAMoE
+from .resume import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, trainable_set, unfinished_name
+from .routing_hooks import broken_weights
+from .watch import AlarmBell, alarms, as_metrics, gate_drift, gradient_norms
+
+Tell = Callable[[int, list[str]], None]
 
 
 class DyLoRATrainer(Trainer):
@@ -19,13 +33,31 @@ class DyLoRATrainer(Trainer):
     dataset in `domains`; losses and routing are then logged per domain. Evaluation reports the language-model
     loss alone, as a mean over tokens.
 
+    A checkpoint is a folder of ours with the Trainer's state in it, every file listed with its hash; it appears whole
+    or not at all. Training that goes on from one ends bit-equal to training that was never interrupted. For that an
+    evaluation leaves the random state as it was, a save at the end of an epoch comes after the epoch's evaluation,
+    and the training losses are logged with each save.
+
+    Of several evaluation datasets, `eval_loss` is the mean of their losses, each counting alike.
+
     Args:
         domains: names of the datasets.
+        training: what the checkpoints' manifests shall hold besides the step; kept as `training`.
+        tell: called with a step and sentences, when an alarm about the routing begins or ends.
         others: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, domains: list[str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        domains: list[str],
+        training: dict[str, Any] | None = None,
+        tell: Tell | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.add_callback(SavePoints)
+        self.training = {} if training is None else training
         self.label_smoother = None  # it would take the labels out of the model's sight; the model smooths itself
         experts = cast(DyLoRAMoE, self.model).experts.names
         self.domains = domains
@@ -35,6 +67,20 @@ class DyLoRATrainer(Trainer):
         """The last evaluation's, by dataset."""
         self._balance_sum, self._balance_steps = 0.0, 0
         self._step_tokens: Tensor | None = None
+        self._tell, self._bell = tell, AlarmBell()
+        self._gradient_norms: dict[str, Tensor] = {}
+        self._gate_start: dict[str, Tensor] | None = None
+        self._logged_at, self._paused = time.monotonic(), 0.0
+
+    # A step: its batches, its loss, what it did.
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Every order of the rows follows from the seed and the epoch, so that it can be taken up again."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Also counts the real tokens of the whole optimizer step, over all ranks."""
@@ -70,6 +116,24 @@ class DyLoRATrainer(Trainer):
             loss = outputs.lm_loss
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Also measures the gradients of a whole step, before they are clipped."""
+        if self._gate_start is None:
+            self._gate_start = self._gate_rows()
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._balance_steps += 1
+            scaler = getattr(self.accelerator, "scaler", None)
+            scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self._gradient_norms = gradient_norms(self._own_model(), scale=scale)
+        return loss
+
+    def _own_model(self) -> DyLoRAMoE:
+        return cast(DyLoRAMoE, self.accelerator.unwrap_model(self.model))
+
+    def _gate_rows(self) -> dict[str, Tensor]:
+        return {name: row.detach().float().cpu().clone() for name, row in self._own_model().router.gate.items()}
+
     def _shared(self, meter: Meter) -> Reading | None:
         """The meter's reading over all ranks, after which it starts over."""
         if meter.sums is not None and self.args.world_size > 1:
@@ -82,10 +146,38 @@ class DyLoRATrainer(Trainer):
         """Adds to a training log what the tokens since the last one did."""
         reading = self._shared(self.train_meter) if "loss" in logs else None
         if reading is not None:
-            steps = max(self.state.global_step - self._balance_steps, 1)
-            logs = {**logs, "lm_loss": reading.loss, "balance_loss": self._balance_sum / steps, **as_metrics(reading)}
-            self._balance_sum, self._balance_steps = 0.0, self.state.global_step
+            seconds = max(time.monotonic() - self._logged_at - self._paused, 1e-9)
+            logs = {
+                **logs,
+                "lm_loss": reading.loss,
+                "balance_loss": self._balance_sum / max(self._balance_steps, 1),
+                **as_metrics(reading),
+                "tokens_per_second": reading.num_tokens / seconds,
+                **{f"grad_norm_{name}": float(norm) for name, norm in self._gradient_norms.items()},
+                **{f"gate_drift_{name}": drift for name, drift in self._gate_drift().items()},
+            }
+            self._balance_sum, self._balance_steps = 0.0, 0
+            self._logged_at, self._paused = time.monotonic(), 0.0
         super().log(logs, *args, **kwargs)
+        changes = [] if reading is None else self._bell.changes(alarms(reading), reading.num_tokens)
+        if changes and self._tell is not None:
+            self._tell(self.state.global_step, changes)
+
+    def _gate_drift(self) -> dict[str, float]:
+        return {} if self._gate_start is None else gate_drift(self._gate_start, self._gate_rows())
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's; of several datasets with `eval_loss`, the mean of theirs."""
+        started = time.monotonic()
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        with torch.random.fork_rng(devices=[]):
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if isinstance(datasets, dict):
+            losses = [metrics[f"eval_{name}_loss"] for name in datasets]
+            metrics["eval_loss"] = sum(losses) / len(losses)
+            self.log({"eval_loss": metrics["eval_loss"]})
+            self._paused += time.monotonic() - started
+        return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Adds the routing to an evaluation's metrics; its loss is the mean over tokens."""
@@ -104,17 +196,156 @@ class DyLoRATrainer(Trainer):
             metrics[f"{metric_key_prefix}_average_entropy"] = reading.average_entropy
         return output
 
+    # Checkpoints.
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Our checkpoint folder, and nothing pickled beside it."""
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+            self._own_model().save_pretrained(str(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write everything aside, by all ranks, and rename it into place.
+
+        Raises:
+            CheckpointError: where it cannot be written; what was there before stays as it was.
+        """
+        started = time.monotonic()
+        folder, step = Path(self._get_output_dir(trial)), self.state.global_step
+        target, aside = folder / checkpoint_name(step), folder / unfinished_name(step)
+        self.store_flos()
+        try:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            best = self.state.best_global_step
+            if best and (best == step or (folder / checkpoint_name(best)).is_dir()):
+                self.state.best_model_checkpoint = str(folder / checkpoint_name(best))
+            self._save_optimizer_and_scheduler(str(aside))
+            self._save_scaler(str(aside))
+            self._save_rng_state(str(aside))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._seal(aside)
+                replace_folder(aside, target)
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # RuntimeError: torch.save on a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(self._cannot_save(target, error)) from error
+        if self.args.should_save:
+            self._rotate(folder)
+        self.accelerator.wait_for_everyone()
+        self._paused += time.monotonic() - started
+
+    def _seal(self, aside: Path) -> None:
+        model = self._own_model()
+        broken = broken_weights(model.experts, model.router)
+        if broken:
+            raise ValueError(f"NaN or infinity in {listed(broken)}")
+        self.state.save_to_json(str(aside / "trainer_state.json"))
+        save_file(self._gate_start or self._gate_rows(), aside / GATE_START_FILE)
+        record = {
+            **self.training,
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "world_size": self.args.world_size,
+            "trainable": trainable_set(model),
+        }
+        losses = {name: reading.loss for name, reading in self.readings.items()}
+        known = {"before": self.training.get("losses_before", {}), "after": losses}
+        write_files(model, aside, training=record, losses=known if losses else None)
+
+    def _cannot_save(self, target: Path, error: Exception) -> str:
+        whole = [path.name for _, path in checkpoints_in(target.parent)]
+        left = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        if isinstance(error, RuntimeError) and "inline_container" in reason:  # torch.save says no more than that
+            reason = "a file could not be written to its end"
+        try:
+            free = f"; {shutil.disk_usage(target.parent).free / 1e6:,.0f} MB are free there"
+        except OSError:
+            free = ""
+        return f"cannot save {target}: {reason}{free}. Nothing of it was kept; {left}"
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete the oldest beyond `save_total_limit`, never the newest or the best."""
+        limit = self.args.save_total_limit
+        if limit is None or limit < 1:
+            return
+        found = [path for _, path in checkpoints_in(folder)]
+        best = Path(self.state.best_model_checkpoint).name if self.state.best_model_checkpoint else None
+        spare = [path for path in found[:-1] if path.name != best]
+        for path in spare[: max(len(found) - limit, 0)]:
+            discard(path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_into(self._own_model(), folder)
+        if (folder / GATE_START_FILE).is_file():
+            self._gate_start = load_file(folder / GATE_START_FILE)
+
+    def _load_best_model(self) -> None:
+        load_into(self._own_model(), str(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Refuses a state that is of other parameters, which PyTorch would tell by their number only."""
+        if checkpoint is not None:
+            record = read_manifest(checkpoint).get("training", {})
+            saved, here = record.get("trainable"), trainable_set(self._own_model())
+            if saved != here:
+                raise CheckpointError(
+                    f"the optimizer of {checkpoint} cannot go on: it trained {saved and saved['text']}, "
+                    f"here {here['text']} would be trained"
+                    + (", under other names or in another order" if saved and saved["text"] == here["text"] else "")
+                )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def save_now(self) -> None:
+        """Save where training stands, unless that is done."""
+        folder = Path(self._get_output_dir(None)) / checkpoint_name(self.state.global_step)
+        if not folder.is_dir():
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+
+    def take_up(self, folder: Path) -> None:
+        """Weights and log of a checkpoint whose training is over."""
+        self._load_from_checkpoint(str(folder))
+        self.state = type(self.state).load_from_json(str(folder / "trainer_state.json"))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
 
-def as_metrics(reading: Reading) -> dict[str, float]:
-    """A training log's routing metrics under their stable names."""
-    metrics = {"token_entropy": reading.token_entropy, "average_entropy": reading.average_entropy}
-    metrics |= {f"loss_{domain}": loss for domain, loss in reading.domain_losses.items()}
-    metrics |= {f"share_{expert}": share for expert, share in reading.shares.items()}
-    for domain, shares in reading.domain_shares.items():
-        metrics |= {f"share_{domain}_{expert}": share for expert, share in shares.items()}
-    return metrics
+class SavePoints(TrainerCallback):
+    """When to save: after the evaluation where an epoch or the training ends, and with the losses logged."""
+
+    def __init__(self) -> None:
+        self.is_put_off = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put off to the end of the epoch, or log."""
+        if control.should_save and (float(state.epoch).is_integer() or control.should_training_stop):
+            self.is_put_off, control.should_save = True, False
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What was put off."""
+        control.should_save |= self.is_put_off
+        control.should_log |= control.should_save
+        self.is_put_off = False
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """Its order follows from a seed and the epoch, not from what was drawn at random before."""
+
+    def __init__(self, batch_size: int, *, lengths: Sequence[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()

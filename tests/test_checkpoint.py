@@ -89,7 +89,7 @@ def test_the_base_and_pickles_are_never_in_it(saved):
     _, folder = saved
     experts = ["expert_0", "expert_1", "wide", "young"]
     names = {f"experts/{e}/{f}" for e in experts for f in ("adapter_config.json", "adapter_model.safetensors")}
-    assert set(contents(folder)) == names | {"dylora.json", "router.safetensors"}
+    assert set(contents(folder)) == names | {"dylora.json", "router.safetensors", "README.md"}
     for expert in experts:
         state = load_file(folder / "experts" / expert / "adapter_model.safetensors")
         assert state and all(".lora_A." in name or ".lora_B." in name for name in state)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,9 @@ class LoadedData(NamedTuple):
     """The datasets as they were found."""
     notes: list[str]
     """What a reader should know before training, in sentences."""
+    fingerprint: dict[str, str]
+    """What the rows are recognised by: for each dataset the number and a hash of its training and held-out rows, and a
+    hash of the epoch's order. The same for the same token ids and labels, wherever the texts lie."""
     sample_prompts: dict[str, list[int]]
     """Per dataset the ids of one held-out prompt, or the start of a held-out plain text, to generate from."""
 
@@ -134,6 +138,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
         {table.name: table.reasons() for table in tables},
         readings,
         [*_notes(tables), *([] if benchmarks is None else [_compared(tables, benchmarks)])],
+        _fingerprint(tables, kept, judged, chosen),
         {table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, judged, strict=True)},
     )
 
@@ -215,6 +220,24 @@ def _epoch(
     everything = np.concatenate(parts)
     digests = np.concatenate([table.digests[rows] for table, rows in zip(tables, drawn, strict=True)])
     return everything[np.argsort(order_keys(digests, seed), kind="stable")], shares
+
+
+def _fingerprint(
+    tables: Sequence[Table],
+    kept: Sequence[NDArray[np.int64]],
+    judged: Sequence[NDArray[np.int64]],
+    chosen: NDArray[np.int64],
+) -> dict[str, str]:
+    def of(digests: NDArray[np.int64], trained: NDArray[np.int32]) -> str:
+        return xxhash.xxh3_64_hexdigest(np.stack([digests, trained.astype(np.int64)]).tobytes())
+
+    parts = {
+        f"{place}: {what} rows": f"{len(rows)} rows, {of(table.digests[rows], table.trained[rows])}"
+        for place, table in enumerate(tables)
+        for what, rows in (("training", kept[place]), ("held-out", judged[place]))
+    }
+    everything = [np.concatenate([getattr(table, name) for table in tables]) for name in ("digests", "trained")]
+    return {**parts, "the epoch's order": f"{len(chosen)} rows, {of(everything[0][chosen], everything[1][chosen])}"}
 
 
 # What is told

@@ -1,0 +1,340 @@
+"""`dylora plan`: what a training run would be, without a GPU and without any weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import LoraConfig
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from .architectures import base_config
+from .arguments import Arguments
+from .base import load_tokenizer
+from .config import RouterConfig, parse_router_layer
+from .data import PackedTexts, epoch_of, load_data
+from .memory import ADAM_STATES, BASE, EXPERTS, PARTS, Batch, Simulation
+from .model import DyLoRAMoE
+from .train import ROUTER_START_ROWS
+
+BF16_BYTES = 2
+MB = 1e6
+EXPERTS_LISTED = 8
+"""Up to so many experts get a line each."""
+
+
+class Component(NamedTuple):
+    """A part of the model."""
+
+    name: str
+    parameters: int
+    trainable: bool
+
+
+class Workload(NamedTuple):
+    """What the data amount to."""
+
+    rows: int
+    """Of an epoch; packed ones where texts are packed."""
+    tokens: int
+    """Real ones of an epoch."""
+    steps_per_epoch: int
+    """Optimizer steps."""
+    steps: int
+    """Of the whole training, unless it stops early."""
+    batch: Batch
+    """The largest of training."""
+    eval_batch: Batch
+    start_tokens: int
+    """Of the rows that start the router."""
+
+
+class Peak(NamedTuple):
+    """The most memory that is held at once, in bytes by part, and when."""
+
+    when: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+class Plan(NamedTuple):
+    """Everything that `dylora plan` prints."""
+
+    components: list[Component]
+    head: str
+    """What the output head is."""
+    workload: Workload | None
+    not_known: str
+    """Why there is no workload; empty where there is one."""
+    batch: Batch
+    peak: Peak
+    """With the flags as they are."""
+    peak_bf16: Peak
+    """The same run with --bf16."""
+    process_bytes: int
+    """Python and libraries: resident memory of this process when everything but the model was loaded."""
+    checkpoint_bytes: int
+    """Experts, router and optimizer state."""
+    expert_served_bytes: int
+    """One expert in bf16."""
+    expert_training_bytes: int
+    """One expert while it trains: its weights, their gradients and AdamW's states."""
+
+
+def routed_model(arguments: Arguments, *, dtype: torch.dtype | None = None) -> DyLoRAMoE:
+    """The model of a run, on the meta device.
+
+    Args:
+        dtype: of the base; None: what its config says, else fp32.
+
+    Raises:
+        ValueError: where the config cannot be had, or the flags do not fit it.
+    """
+    flags = arguments.model
+    config = base_config(flags.model)
+    router = RouterConfig(
+        top_k=flags.top_k,
+        router_layer=parse_router_layer(flags.router_layer),
+        granularity=flags.granularity,
+        router_half_life=flags.router_half_life,
+        z_loss_coefficient=flags.z_loss_coefficient,
+        entropy_coefficient=flags.entropy_coefficient,
+    )
+    targets = flags.lora_targets
+    lora = LoraConfig(
+        r=flags.lora_r,
+        lora_alpha=flags.lora_alpha,
+        lora_dropout=flags.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+    )
+    attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **attention)
+    return DyLoRAMoE.from_base(
+        base,
+        num_experts=flags.num_experts,
+        lora=lora,
+        router=router,
+        balance_coefficient=flags.balance_coefficient,
+    )
+
+
+def components(model: DyLoRAMoE) -> list[Component]:
+    """Base, each expert and the router, counted from the model itself; together all of its parameters."""
+    base = sum(item.numel() for name, item in model.base.named_parameters() if ".lora_" not in name)
+    router = sum(item.numel() for item in model.router.parameters())
+    experts = [Component(expert.name, expert.parameters, expert.trainable) for expert in model.experts]
+    return [Component("base", base, False), *experts, Component("router", router, True)]
+
+
+def describe_head(model: DyLoRAMoE) -> str:
+    """The output head's size, and whether it is counted once with the embeddings."""
+    head = cast(nn.Module, model.base.get_output_embeddings())
+    weight = cast(torch.Tensor, cast(Any, head).weight)
+    tied = weight is cast(Any, model.base.get_input_embeddings()).weight
+    shared = "the embeddings' own matrix, counted once" if tied else "a matrix of its own"
+    return f"of the base, the output head has {weight.numel():,} parameters: {shared}"
+
+
+def workload(arguments: Arguments) -> Workload:
+    """Read and tokenise the data as training would.
+
+    Raises:
+        ValueError, OSError: where the tokenizer or a dataset cannot be had.
+    """
+    train = arguments.train
+    data = load_data(arguments.data, load_tokenizer(arguments.model.model), seed=train.seed)
+    rows = epoch_of(data.train, arguments.data)
+    lengths = data.train.with_format("numpy")["length"][:]
+    packed = isinstance(rows, PackedTexts)
+    longest = int(lengths.max())
+    if isinstance(rows, PackedTexts):
+        longest = max(int(rows.lengths[row].sum()) for row in rows.rows)
+    batch_size = train.per_device_train_batch_size * train.world_size
+    batches = len(rows) // batch_size if train.dataloader_drop_last else math.ceil(len(rows) / batch_size)
+    steps_per_epoch = max(math.ceil(batches / train.gradient_accumulation_steps), 1)
+    evaluation = data.evaluation.values()
+    return Workload(
+        rows=len(rows),
+        tokens=int(lengths.sum()),
+        steps_per_epoch=steps_per_epoch,
+        steps=train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * steps_per_epoch),
+        batch=Batch(min(train.per_device_train_batch_size, len(rows)), longest, packed),
+        eval_batch=Batch(
+            min(train.per_device_eval_batch_size, max(len(part) for part in evaluation)),
+            max(int(part.with_format("numpy")["length"][:].max()) for part in evaluation),
+        ),
+        start_tokens=int(lengths[:ROUTER_START_ROWS].sum()),
+    )
+
+
+def peak_memory(arguments: Arguments, load: Workload, *, bf16: bool) -> Peak:
+    """The largest of the router's start, a training step, and an evaluation.
+
+    Args:
+        bf16: as with that flag; else as the flags say.
+    """
+    train = arguments.train
+    autocast = torch.bfloat16 if bf16 else torch.float16 if train.fp16 else None
+    model = routed_model(arguments, dtype=torch.bfloat16 if bf16 else None)
+    if getattr(train, "activation_checkpointing", False) or train.gradient_checkpointing:  # the newer name, the older
+        model.gradient_checkpointing_enable()
+    hidden = model.router.hidden_size
+    simulation = Simulation(model, device=train.device.type, autocast=autocast)
+    held = {part: size for part, size in simulation.tracker.live.items() if part in (BASE, EXPERTS)}
+    stages = [
+        Peak(
+            "a training step",
+            simulation.train_step(
+                load.batch,
+                micro_batches=train.gradient_accumulation_steps,
+                label_smoothing=train.label_smoothing_factor,
+            ),
+        ),
+        # The features of the texts, fp32, once text by text and once behind one another.
+        Peak("the start of the router", {**held, "features of the first rows": 2 * 4 * hidden * load.start_tokens}),
+        Peak("an evaluation", simulation.evaluation(load.eval_batch)),
+    ]
+    return max(stages, key=lambda stage: stage.total)
+
+
+def make_plan(arguments: Arguments) -> Plan:
+    """What the run would be. No weights are read or made.
+
+    Raises:
+        ValueError: where the model's config cannot be had, or a flag is out of range.
+    """
+    model = routed_model(arguments)
+    parts, head = components(model), describe_head(model)
+    adapters = [item for item in model.parameters() if item.requires_grad]
+    trained_bytes = sum(item.nbytes for item in adapters)
+    one = model.experts[0].parameters
+    expert_bytes = sum(item.nbytes for item in model.experts.parameters(model.experts[0].name))
+    del model
+    load, not_known = None, ""
+    try:
+        load = workload(arguments)
+    except (ValueError, OSError) as error:
+        not_known = " ".join(str(error).split())
+    process_bytes = resident_bytes()
+    train, seq = arguments.train, arguments.data.max_seq_length
+    full = Batch(train.per_device_train_batch_size, seq, arguments.data.packing)
+    eval_full = Batch(train.per_device_eval_batch_size, seq)
+    assumed = load or Workload(0, 0, 0, 0, full, eval_full, ROUTER_START_ROWS * seq)
+    peak_bf16 = peak_memory(arguments, assumed, bf16=True)
+    return Plan(
+        components=parts,
+        head=head,
+        workload=load,
+        not_known=not_known,
+        batch=assumed.batch,
+        peak=peak_bf16 if train.bf16 else peak_memory(arguments, assumed, bf16=False),
+        peak_bf16=peak_bf16,
+        process_bytes=process_bytes,
+        checkpoint_bytes=(1 + ADAM_STATES) * trained_bytes,
+        expert_served_bytes=BF16_BYTES * one,
+        expert_training_bytes=(2 + ADAM_STATES) * expert_bytes,
+    )
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def run(arguments: Arguments) -> None:
+    """Print the plan of a run."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    plan, console = make_plan(arguments), Console()
+    show_components(console, arguments, plan)
+    show_workload(console, arguments, plan)
+    show_memory(console, arguments, plan)
+
+
+def show_components(console: Console, arguments: Arguments, plan: Plan) -> None:
+    """Component, parameters, memory in bf16, trainable or frozen; then the two shares."""
+    flags = arguments.model
+    table = Table(title=f"{flags.model}, {flags.num_experts} experts of rank {flags.lora_r}", box=SIMPLE_HEAD)
+    table.add_column("component")
+    for title in ("parameters", "bf16, MB", "share"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    total = sum(item.parameters for item in plan.components)
+
+    def add(name: str, parameters: int, kind: str) -> None:
+        size, share = BF16_BYTES * parameters / MB, parameters / total
+        table.add_row(name, f"{parameters:,}", f"{size:,.2f}", f"{share:.3%}", kind)
+
+    experts = plan.components[1:-1]
+    listed = (
+        experts if len(experts) <= EXPERTS_LISTED else [experts[0]._replace(name=f"each of {len(experts)} experts")]
+    )
+    for item in (plan.components[0], *listed, plan.components[-1]):
+        add(item.name, item.parameters, "trainable" if item.trainable else "frozen")
+    table.add_section()
+    for kind, wanted in (("frozen", False), ("trainable", True)):
+        add(f"all {kind}", sum(item.parameters for item in plan.components if item.trainable is wanted), "")
+    add("everything", total, "")
+    console.print(table)
+    console.print(plan.head, highlight=False)
+    console.print(
+        f"one expert: {plan.expert_served_bytes / MB:,.1f} MB served in bf16, "
+        f"{plan.expert_training_bytes / MB:,.1f} MB while it trains (weights, gradients, AdamW)\n",
+        highlight=False,
+    )
+
+
+def show_workload(console: Console, arguments: Arguments, plan: Plan) -> None:
+    """Rows, tokens and steps, or why they are not known."""
+    load, train = plan.workload, arguments.train
+    if load is None:
+        console.print(f"tokens per epoch, steps: not known: {plan.not_known}", highlight=False, markup=False)
+    else:
+        rows = "packed rows" if load.batch.packed else "rows"
+        epochs = f"{train.num_train_epochs:g} epochs" if train.max_steps <= 0 else "--max_steps"
+        console.print(f"tokens per epoch: {load.tokens:,} in {load.rows:,} {rows}", highlight=False)
+        console.print(
+            f"steps: {load.steps:,} ({epochs}; {load.steps_per_epoch:,} an epoch, each of "
+            f"{train.gradient_accumulation_steps} x {train.per_device_train_batch_size} rows)",
+            highlight=False,
+        )
+    console.print(
+        f"a training checkpoint: {plan.checkpoint_bytes / MB:,.1f} MB (experts, router, optimizer state), on disk\n",
+        highlight=False,
+    )
+
+
+def show_memory(console: Console, arguments: Arguments, plan: Plan) -> None:
+    """The peaks' parts, side by side."""
+    batch, train = plan.batch, arguments.train
+    columns = [("bf16", plan.peak_bf16)] if train.bf16 else [("as the flags say", plan.peak), ("bf16", plan.peak_bf16)]
+    title = f"estimated peak on {train.device.type}, MB: {batch.rows} rows of {batch.seq} tokens"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("part")
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    names = [*PARTS, *(name for _, peak in columns for name in peak.parts if name not in PARTS)]
+    for name in dict.fromkeys(names):
+        if any(peak.parts.get(name) for _, peak in columns):
+            table.add_row(name, *(f"{peak.parts.get(name, 0) / MB:,.0f}" for _, peak in columns))
+    process = plan.process_bytes if train.device.type == "cpu" else 0
+    if process:
+        table.add_row("Python and libraries", *(f"{process / MB:,.0f}" for _ in columns))
+    table.add_section()
+    table.add_row("peak", *(f"{(peak.total + process) / MB:,.0f}" for _, peak in columns), style="bold")
+    table.add_row("reached in", *(peak.when for _, peak in columns), style="dim")
+    console.print(table)

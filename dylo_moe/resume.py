@@ -1,0 +1,165 @@
+"""Where a run goes on: its checkpoints, and whether what is asked for now is what they were made with."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .checkpoint import CheckpointError, read_manifest
+from .model import DyLoRAMoE
+
+LATEST = "latest"
+AUTO = "auto"
+CONFIG_FILE = "config.yaml"
+GATE_START_FILE = "gate_start.safetensors"
+NUMBERED = re.compile(r"checkpoint-(\d+)")
+UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old\..*)")
+
+LOCATIONS = ("model", "datasets", "data_dir", "columns", "preprocessing_num_workers")
+"""Settings that say where things lie; the base and the rows themselves are compared instead."""
+MAY_CHANGE = (
+    "output_dir num_train_epochs max_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
+    "greater_is_better early_stopping_patience early_stopping_threshold report_to run_name project use_cpu tf32 "
+    "attn_implementation gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
+    "activation_checkpointing_kwargs ddp_timeout"
+)
+"""Settings that may be others when a run goes on. More epochs or steps stretch what is left of the learning rate's
+schedule; another device, attention or gradient checkpointing may round differently."""
+MAY_CHANGE_PREFIXES = ("logging_", "eval_s", "eval_d", "save_", "dataloader_num", "dataloader_p", "log_", "torch_empty")
+
+
+class Resumption(NamedTuple):
+    """What a run goes on from."""
+
+    run: Path
+    """The run's folder."""
+    checkpoint: Path | None
+    """None: the run was interrupted before its first checkpoint, so it starts at its beginning."""
+    settings: dict[str, Any]
+    """Its settings, as a recipe."""
+    record: dict[str, Any]
+    """The manifest's record of the training; empty without a checkpoint."""
+
+
+def checkpoint_name(step: int) -> str:
+    """A checkpoint's folder in its run's."""
+    return f"checkpoint-{step}"
+
+
+def unfinished_name(step: int) -> str:
+    """That folder until it is whole."""
+    return f".checkpoint-{step}.partial"
+
+
+def checkpoints_in(run: Path) -> list[tuple[int, Path]]:
+    """The numbered checkpoints of a run with their steps, oldest first."""
+    found = [(NUMBERED.fullmatch(path.name), path) for path in run.iterdir() if path.is_dir()] if run.is_dir() else []
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; killed on the way, it leaves none that looks whole."""
+    match = NUMBERED.fullmatch(checkpoint.name)
+    assert match
+    hidden = checkpoint.with_name(unfinished_name(int(match[1])))
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def clear_unfinished(run: Path) -> list[str]:
+    """Delete what interrupted saves left behind; returns the names."""
+    names = sorted(path.name for path in run.iterdir() if UNFINISHED.fullmatch(path.name))
+    for name in names:
+        shutil.rmtree(run / name, ignore_errors=True)
+    return names
+
+
+def find(wanted: str, output_dir: str | None) -> Resumption | None:
+    """What `--resume_from_checkpoint` means.
+
+    Args:
+        wanted: "latest", "auto", a run's folder or a checkpoint's.
+        output_dir: as typed; needed for the first two, which look there.
+
+    Returns:
+        None where "auto" finds no run, and one is to start.
+
+    Raises:
+        CheckpointError: where there is nothing to go on from, or it is not whole.
+    """
+    if wanted in (LATEST, AUTO, "True", "true"):
+        if output_dir is None:
+            raise CheckpointError(f"--resume_from_checkpoint {wanted} needs --output_dir, the folder of the run")
+        run = Path(output_dir)
+        if not (run / CONFIG_FILE).is_file():
+            if wanted == AUTO and not (run.exists() and any(run.iterdir())):
+                return None
+            raise CheckpointError(f"there is no run in {run} to go on with; look at --output_dir, or start a new run")
+    else:
+        run = Path(wanted)
+        if not run.is_dir():
+            raise CheckpointError(f"there is no checkpoint and no run {run}")
+        if (run / "dylora.json").is_file() or NUMBERED.fullmatch(run.name):
+            return _from_checkpoint(run)
+        if not (run / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{run} is neither a checkpoint (no dylora.json) nor a run (no {CONFIG_FILE})")
+    found = checkpoints_in(run)
+    if found:
+        return _from_checkpoint(found[-1][1])
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    return Resumption(run, None, settings, {})
+
+
+def _from_checkpoint(folder: Path) -> Resumption:
+    record = read_manifest(folder).get("training")
+    if not record or "settings" not in record or not (folder / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds experts and router only, and nothing to go on training from (no optimizer, no settings); "
+            "give a folder named checkpoint-STEP"
+        )
+    return Resumption(folder.parent, folder, record["settings"], record)
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Settings that differ: those that may not, and those that may, in words."""
+    refused: list[str] = []
+    allowed: list[str] = []
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) == now.get(name) or name in LOCATIONS:
+            continue
+        free = name in MAY_CHANGE.split() or name.startswith(MAY_CHANGE_PREFIXES)
+        (allowed if free else refused).append(f"{name} is {now.get(name)!r}, was {saved.get(name)!r}")
+    return refused, allowed
+
+
+def data_changes(saved: Mapping[str, str], now: Mapping[str, str], names: list[str]) -> list[str]:
+    """How the rows differ from those of the checkpoint, in words."""
+
+    def title(key: str) -> str:
+        place, _, what = key.partition(": ")
+        return f"{names[int(place)]}: {what}" if what and int(place) < len(names) else key
+
+    return [
+        f"{title(key)} are {now.get(key, 'none')}, were {saved.get(key, 'none')}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+
+
+def trainable_set(model: DyLoRAMoE) -> dict[str, Any]:
+    """What an optimizer's state is of: "text" for people, "sha256" of all names and shapes in their order."""
+    counts = {
+        expert.name: sum(p.numel() for p in model.experts.parameters(expert.name) if p.requires_grad)
+        for expert in model.experts
+    }
+    counts["the router"] = sum(p.numel() for p in model.router.parameters() if p.requires_grad)
+    lines = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.requires_grad]
+    text = ", ".join(f"{count:,} numbers of {name}" for name, count in counts.items())
+    return {"text": text, "sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
