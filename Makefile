@@ -13,7 +13,7 @@ CANDIDATES := $(PYTHON)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest lint format clean
+.PHONY: help quickstart browser test test-oldest lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ help: ## show this list
 
 quickstart: $(VENV)/.installed ## install, then train a small model of experts on this machine
 	$(BIN)/dylora train --config recipes/quickstart.yaml
+
+browser: ## install the headless browser that the test of the report's page needs (Debian, as root)
+	@command -v chromium-headless-shell || command -v chromium || command -v google-chrome || \
+	    { test "$$(id -u)" = 0 && apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell; } || \
+	    { echo "Install Chromium or Chrome by your system's means, or run this as root on Debian." >&2; exit 1; }
 
 test: lint ## everything that CI checks: lint, types and tests; ends with the table of the laws
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --laws

@@ -10,7 +10,7 @@ _CREDENTIALS = re.compile(r"(\w+://)[^/\s@]*@")
 _QUERY = re.compile(r"(\w+://[^\s?]*)\?[^\s]*")
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}")
 _SECRET_NAME = re.compile(r"(^|_)(token|api_key|password|passwd|secret)$", re.IGNORECASE)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def model_card(
@@ -72,11 +72,16 @@ def bytes_in_words(size: float) -> str:
 def _front_matter(manifest: dict[str, Any], facts: dict[str, Any]) -> str:
     """No licence is stated: it follows from the base's and the data's, which a person must judge."""
     lines = ["---", "library_name: peft"]
-    base = manifest["base"]["id"] or ""
-    if _HUB_ID.fullmatch(base):
+    base = manifest["base"]["id"]
+    if _is_hub(manifest):
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
     lines += ["pipeline_tag: text-generation", "tags:", "- lora", "- mixture-of-experts", "- dylora-moe"]
     return "\n".join([*lines, "---"])
+
+
+def _is_hub(manifest: dict[str, Any]) -> bool:
+    """A folder may be called like a hub id, but has no revision."""
+    return bool(_HUB_ID.fullmatch(manifest["base"]["id"] or "")) and bool(manifest["base"].get("revision"))
 
 
 def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) -> str:
@@ -102,7 +107,7 @@ def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) 
 
 def _loading(manifest: dict[str, Any]) -> str:
     base = manifest["base"]["id"] or ""
-    is_hub = bool(_HUB_ID.fullmatch(base))
+    is_hub = _is_hub(manifest)
     where = json.dumps(base) if is_hub else '"BASE"'
     rest = "" if is_hub else ', base="BASE"'
     note = "" if is_hub else "\n\n`BASE` is the folder or hub id of the base."

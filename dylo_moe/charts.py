@@ -6,9 +6,12 @@ Colours are CSS classes `s0`, `s1`, ... of `STYLE`, so that one page reads well 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
+
+Place = Callable[[float], float]
+"""From a step or value to its place in the picture."""
 
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 8, 26
@@ -34,7 +37,7 @@ STYLE = (
     + "".join(f".s{index}{{--c:var(--c{index})}}" for index in range(len(LIGHT)))
     + "".join(f".d{index}{{--dash:{dash};--border:{BORDERS[index]}}}" for index, dash in enumerate(DASHES))
     + """
-svg text{fill:var(--faint);font-size:12px}
+svg text{fill:var(--faint);font-size:13px}
 svg .grid{stroke:var(--grid)} svg .axis{stroke:var(--axis)}
 svg .line{fill:none;stroke:var(--c);stroke-width:2;stroke-dasharray:var(--dash);stroke-linejoin:round}
 svg .dot{fill:var(--c);stroke:var(--surface);stroke-width:1.5}
@@ -74,7 +77,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def number(value: float) -> str:
     """Four digits, without a tail of zeros."""
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def thinned(points: Sequence[tuple[float, float | None]], limit: int = MAX_POINTS) -> list[tuple[float, float | None]]:
@@ -132,10 +135,11 @@ def line_chart(
     for item in drawn:
         parts.append(f"<g class='{colour_class(item.colour)}'>{_drawn(item, x, y)}</g>")
     body = f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(title)}'>{''.join(parts)}</svg>"
-    return _figure(title, legend([(item.name, item.colour) for item in series if item.points]) + body, caption)
+    shown = [(item.name, item.colour, item.dots) for item in series if item.points]
+    return _figure(title, (legend(shown) if len(series) > 1 else "") + body, caption)
 
 
-def _drawn(series: Series, x, y) -> str:  # type: ignore[no-untyped-def]
+def _drawn(series: Series, x: Place, y: Place) -> str:
     parts, path, pen = [], "", "M"
     for step, value in series.points:
         if value is None:
@@ -151,7 +155,7 @@ def _drawn(series: Series, x, y) -> str:  # type: ignore[no-untyped-def]
     return ("" if series.dots else f"<path class='line' d='{path}'/>") + "".join(parts)
 
 
-def _step_axis(first: float, last: float, x, bottom: float) -> list[str]:  # type: ignore[no-untyped-def]
+def _step_axis(first: float, last: float, x: Place, bottom: float) -> list[str]:
     inside = [tick for tick in ticks(first, last) if first <= tick <= last and float(tick).is_integer()]
     parts = [f"<path class='axis' d='M{x(first):.1f} {bottom}H{x(last):.1f}'/>"]
     for tick in inside:
@@ -197,10 +201,11 @@ def heatmap(title: str, rows: Sequence[tuple[str, list[tuple[float, float | None
     return _figure(title, body, caption)
 
 
-def legend(names: Sequence[tuple[str, int]]) -> str:
-    """Which colour is whose, each once."""
+def legend(names: Sequence[tuple[str, int, bool]]) -> str:
+    """Which colour is whose: (name, its place, whether it is drawn as dots)."""
     items = "".join(
-        f"<li><i class='{colour_class(index)}'></i>{escape(name)}</li>" for name, index in dict.fromkeys(names)
+        f"<li><i class='{colour_class(index)}{' point' if is_dot else ''}'></i>{escape(name)}</li>"
+        for name, index, is_dot in names
     )
     return f"<ul class='legend'>{items}</ul>"
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "parameters, steps, memory and checkpoint size of a training run, without running it",
     "data": "list datasets, show examples as the model sees them, check what training would be on",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
+    "report": "one page about a run: losses, routing, samples, settings; it needs no network",
 }
 
 DESCRIPTION = (
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PEFT reads a name that Transformers is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
-        return {"train": train, "plan": plan, "data": data, "generate": generate}[name](rest)
+        return {"train": train, "plan": plan, "data": data, "generate": generate, "report": report}[name](rest)
     except (ValueError, OSError) as error:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise
@@ -146,6 +147,18 @@ def generate(words: list[str]) -> int:
     from .generate import run
 
     run(**vars(arguments))
+    return 0
+
+
+def report(words: list[str]) -> int:
+    """`dylora report`."""
+    parser = argparse.ArgumentParser(prog="dylora report", allow_abbrev=False, description=COMMANDS["report"])
+    parser.add_argument("run", metavar="RUN", help="the folder of a run, finished or not")
+    parser.add_argument("--output", help="the page to write; without it, report.html in that folder")
+    arguments = parser.parse_args(words)
+    from .report import run
+
+    print(run(arguments.run, arguments.output))
     return 0
 
 

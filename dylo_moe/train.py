@@ -114,7 +114,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
 
     train = arguments.train
     callbacks: list[TrainerCallback] = [metrics, ProgressBar(console), stop]
-    if "wandb" in train.report_to:
+    if "wandb" in list(train.report_to or ()):
         callbacks.append(CheckpointArtifacts())
     if train.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(train.early_stopping_patience, train.early_stopping_threshold))
@@ -131,7 +131,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     )
     trainer.remove_callback(PrinterCallback)
     if checkpoint is None:
-        metrics.rewind([])
+        metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
     else:
         before = arguments.resumed.record["losses_before"]  # type: ignore[union-attr]
