@@ -61,7 +61,7 @@ def open_settings(settings: dict[str, Any]) -> dict[str, str]:
 def short_name(name: str) -> str:
     """A dataset or base for people: a local file or folder by the last part of its path."""
     is_path = name.startswith(("/", ".", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", name) or name.count("/") > 1
-    return re.split(r"[\\/]", name.rstrip("/\\"))[-1] if is_path else name
+    return re.split(r"[\\/]", name.rstrip("/\\"))[-1] or name if is_path else name
 
 
 def bytes_in_words(size: float) -> str:
@@ -109,7 +109,7 @@ def _loading(manifest: dict[str, Any]) -> str:
     base = manifest["base"]["id"] or ""
     is_hub = _is_hub(manifest)
     where = json.dumps(base) if is_hub else '"BASE"'
-    rest = "" if is_hub else ', base="BASE"'
+    rest = "" if is_hub or (base and "/" not in base) else ', base="BASE"'  # one word may be a base's short name
     note = "" if is_hub else "\n\n`BASE` is the folder or hub id of the base."
     first = json.dumps(f"CHECKPOINT/experts/{manifest['experts'][0]['name']}")
     return f"""## To load it
@@ -227,7 +227,7 @@ def _text(value: Any) -> str:
     if text.startswith("`") and text.endswith("`"):
         return text.replace("|", "\\|")
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\|*`\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    return re.sub(r"([\\|*`~\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 
 
 def _code(value: Any) -> str:

@@ -14,10 +14,10 @@ Place = Callable[[float], float]
 """From a step or value to its place in the picture."""
 
 WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 8, 26
-MAX_POINTS = 120
-"""Of one line; longer ones are drawn as means of neighbours."""
-ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 96, 13
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 8, 26
+MAX_POINTS, MAX_COLUMNS = 120, 60
+"""Of one line, of a heatmap; longer ones are drawn as means of neighbours."""
+ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 108, 12
 
 LIGHT = ("#0072b2", "#d55e00", "#00856a", "#b8569a", "#b07a00", "#4a4fb5", "#5f6b73")
 DARK = ("#56b4e9", "#f0803c", "#2cc295", "#dd8fc0", "#e6b035", "#9aa0f5", "#a9b4bb")
@@ -77,16 +77,28 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def number(value: float) -> str:
     """Four digits, without a tail of zeros."""
+    if 0 < abs(value) < 1e-3:
+        exponent = math.floor(math.log10(abs(value)))
+        return f"{value / 10.0**exponent:.4g}e{exponent}" if exponent > -300 else "0"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def thinned(points: Sequence[tuple[float, float | None]], limit: int = MAX_POINTS) -> list[tuple[float, float | None]]:
     """At most `limit` points: the means of as many neighbours as it takes."""
-    size = math.ceil(len(points) / limit) if points else 1
+    size = _group_size(len(points), limit)
     if size == 1:
         return list(points)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(step for step, _ in group) / len(group), mean([value for _, value in group])) for group in groups]
+
+
+def _group_size(count: int, limit: int) -> int:
+    return max(math.ceil(count / limit), 1)
+
+
+def _explained(caption: str, count: int, limit: int) -> str:
+    size = _group_size(count, limit)
+    return caption if size == 1 else f"{caption} Each step shown is the mean of {size} logs.".strip()
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -110,6 +122,7 @@ def line_chart(
         marks: horizontal lines with their labels.
     """
     drawn = [item._replace(points=thinned(item.points)) for item in series]
+    caption = _explained(caption, max((len(item.points) for item in series), default=0), MAX_POINTS)
     values = [value for item in drawn for _, value in item.points if value is not None]
     if not values:
         return _figure(title, "<p class='none'>Nothing was logged for this yet.</p>", caption)
@@ -171,16 +184,17 @@ def heatmap(title: str, rows: Sequence[tuple[str, list[tuple[float, float | None
     Args:
         rows: (name, [(step, share)]), all with the same steps.
     """
-    drawn = [(name, thinned(points, MAX_POINTS // 2)) for name, points in rows]
+    drawn = [(name, thinned(points, MAX_COLUMNS)) for name, points in rows]
     if not drawn or not drawn[0][1]:
         return _figure(title, "<p class='none'>Nothing was logged for this yet.</p>", caption)
+    caption = _explained(caption, len(rows[0][1]), MAX_COLUMNS)
     steps = [step for step, _ in drawn[0][1]]
     width = (WIDTH - LABEL_WIDTH - RIGHT) / len(steps)
     bottom = ROW_HEIGHT * len(drawn)
     parts = [f"<rect class='back' x='{LABEL_WIDTH}' y='0' width='{width * len(steps):.1f}' height='{bottom}'/>"]
     for row, (name, points) in enumerate(drawn):
         top = row * ROW_HEIGHT
-        label = name if len(name) <= LABEL_LETTERS else name[: LABEL_LETTERS - 1] + "…"
+        label = name if len(name) <= LABEL_LETTERS else f"{name[:5]}…{name[-6:]}"
         parts.append(
             f"<rect class='swatch {colour_class(row)}' x='0' y='{top + 5}' width='9' height='9' rx='2'/>"
             f"<text x='14' y='{top + 14}'>{escape(label)}<title>{escape(name)}</title></text>"

@@ -36,11 +36,12 @@ vertical-align:top;border-bottom:1px solid var(--grid)} th{color:var(--faint);fo
 td{min-width:3.5em;max-width:22em;overflow-wrap:break-word}
 td.long{overflow-wrap:anywhere;min-width:10em;max-width:60em}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.share{background:color-mix(in srgb,var(--heat) var(--p),transparent);padding-left:12px}
+td.who{white-space:nowrap} td.share{background:color-mix(in srgb,var(--heat) var(--p),transparent);padding-left:12px}
 .good{color:var(--good)} .bad{color:var(--bad)} .alarm{border-left:4px solid var(--bad);padding-left:10px}
 .sample{white-space:pre-wrap;overflow-wrap:anywhere;font:14px/1.75 ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono",
 monospace;background:var(--page);border-radius:8px;padding:10px 12px;margin:.3em 0 1em}
-.sample span{border-bottom:2px var(--border) var(--c);background:color-mix(in srgb,var(--c) 20%,transparent)}
+.sample span{padding-bottom:3px;border-bottom:2px var(--border) var(--c);
+background:color-mix(in srgb,var(--c) 20%,transparent)}
 .sample .prompt{opacity:.55} .sample .base{border-bottom:2px solid transparent}
 .scale{display:inline-block;width:90px;height:10px;border-radius:3px;vertical-align:middle;
 background:linear-gradient(90deg,var(--grid),var(--heat))}

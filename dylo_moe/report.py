@@ -74,7 +74,7 @@ def _losses_table(record: Record) -> str:
             continue
         first, last = points[0][1], points[-1][1]
         change = "" if first is None or last is None else f"{last - first:+.4f}"
-        kind = "" if not change else " good" if change.startswith("-") else " bad"
+        kind = "" if not float(change or 0) else " good" if change.startswith("-") else " bad"
         best = min((value for _, value in points if value is not None), default=None)
         cells = [cell(short_name(domain)), *(cell(_loss(value), "n") for value in (first, last, best))]
         rows.append("".join([*cells, cell(change, f"n{kind}")]))
@@ -122,7 +122,7 @@ def _shares(record: Record) -> str:
 def _final_shares(record: Record) -> str:
     rows = []
     for index, expert in enumerate(record.experts):
-        cells = [f"<td><i class='key {colour_class(index)}'></i>{escape(expert)}</td>"]
+        cells = [f"<td class='who'><i class='key {colour_class(index)}'></i>{escape(expert)}</td>"]
         for domain in record.domains:
             share = record.last(f"eval_{domain}_share_{expert}")
             tint = f" style='--p:{round(50 * share)}%'" if share is not None else ""

@@ -19,7 +19,22 @@ from reference.runs import flags, tiny_run_folder
 
 from dylo_moe.arguments import parse_train
 from dylo_moe.card import short_name
-from dylo_moe.charts import LEFT, MAX_POINTS, Series, colour_class, heatmap, line_chart, number, thinned, ticks
+from dylo_moe.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    MAX_POINTS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Series,
+    colour_class,
+    heatmap,
+    line_chart,
+    number,
+    thinned,
+    ticks,
+)
 from dylo_moe.cli import main
 from dylo_moe.report import SECTIONS, run
 from dylo_moe.train import run as train
@@ -218,6 +233,7 @@ def test_a_point_lies_where_its_value_says(values):
     figure = line_chart("x", [Series("a", list(enumerate(values)), 0)])
     places = np.array([[float(x), float(y)] for x, y in re.findall(r"cx='([\d.-]+)' cy='([\d.-]+)'", figure)])
     assert len(places) == len(values) and (np.diff(places[:, 0]) > 0).all()
+    assert (places >= (LEFT, TOP)).all() and (places <= (WIDTH - RIGHT, HEIGHT - BOTTOM)).all()
     axis = re.findall(rf"<text x='{LEFT - 6}' y='([\d.-]+)' text-anchor='end'>(-?[\d.,e+-]+)<", figure)
     (low, low_value), (high, high_value) = [
         (float(y) - 4, float(text.replace(",", ""))) for y, text in (axis[0], axis[-1])
