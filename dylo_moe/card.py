@@ -9,7 +9,8 @@ from typing import Any
 _CREDENTIALS = re.compile(r"(\w+://)[^/\s@]*@")
 _QUERY = re.compile(r"(\w+://[^\s?]*)\?[^\s]*")
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}")
-_SECRET_NAME = re.compile(r"(^|_)(token|api_key|password|passwd|secret)$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(token|secret|password|passwd|credentials?|api_?key|_key)$", re.IGNORECASE)
+"""How variables and settings that hold secrets are called."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -54,7 +55,7 @@ def open_settings(settings: dict[str, Any]) -> dict[str, str]:
     return {
         name: without_secrets(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
         for name, value in settings.items()
-        if value is not None and not _SECRET_NAME.search(name)
+        if value is not None and not SECRET_NAME.search(name)
     }
 
 

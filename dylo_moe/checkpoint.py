@@ -83,9 +83,7 @@ def save_checkpoint(
         raise ValueError(
             f"cannot save to {target}: it holds other files ({', '.join(foreign[:3])}); choose a new folder"
         )
-    broken = broken_weights(model.experts, model.router)
-    if broken:
-        raise ValueError(f"cannot save to {target}: NaN or infinity in {listed(broken)}; nothing was written")
+    check_finite(model, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if beside else target.parent))
     try:
@@ -97,6 +95,13 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def check_finite(model: DyLoRAMoE, target: Path) -> None:
+    """Raises ValueError, before anything is written to `target`, for weights with NaN or infinity."""
+    broken = broken_weights(model.experts, model.router)
+    if broken:
+        raise ValueError(f"cannot save to {target}: NaN or infinity in {listed(broken)}; nothing was written")
 
 
 def _foreign_files(folder: Path) -> list[str]:
@@ -311,8 +316,8 @@ def load_checkpoint(
     return _build(cls, folder, manifest, base)
 
 
-def load_into(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
-    """Put a checkpoint's experts and gate into a model that has the same ones.
+def load_into(model: DyLoRAMoE, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Put a checkpoint's experts and gate into a model that has the same ones; returns its manifest.
 
     Raises:
         CheckpointError: for a folder that is not whole, another base, or a model whose pool, router or LoRA settings
@@ -345,6 +350,7 @@ def load_into(model: DyLoRAMoE, path: str | os.PathLike[str]) -> None:
     model.experts.pack()
     model.apply_trainable()
     _load_router(model, router_state, folder)
+    return manifest
 
 
 def _check_same_base(folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> None:
@@ -425,6 +431,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 __all__ = [
     "CheckpointError",
+    "check_finite",
     "load_checkpoint",
     "load_into",
     "read_manifest",

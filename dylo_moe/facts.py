@@ -19,6 +19,7 @@ from . import __version__
 from .card import without_secrets
 from .data import LoadedData
 from .model import DyLoRAMoE
+from .whole_file import write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -125,9 +126,4 @@ def _without_home(text: str) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

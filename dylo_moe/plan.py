@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .architectures import base_config
 from .arguments import Arguments
 from .base import load_tokenizer
-from .config import RouterConfig, parse_router_layer
 from .data import PackedTexts, epoch_of, load_data
 from .memory import ADAM_STATES, BASE, EXPERTS, PARTS, Batch, Simulation
 from .model import DyLoRAMoE
-from .train import ROUTER_START_ROWS
+from .train import ROUTER_START_ROWS, build_model
 
 BF16_BYTES = 2
 MB = 1e6
@@ -102,33 +100,15 @@ def routed_model(arguments: Arguments, *, dtype: torch.dtype | None = None) -> D
     Raises:
         ValueError: where the config cannot be had, or the flags do not fit it.
     """
-    flags = arguments.model
-    config = base_config(flags.model)
-    router = RouterConfig(
-        top_k=flags.top_k,
-        router_layer=parse_router_layer(flags.router_layer),
-        granularity=flags.granularity,
-        router_half_life=flags.router_half_life,
-        z_loss_coefficient=flags.z_loss_coefficient,
-        entropy_coefficient=flags.entropy_coefficient,
-    )
-    targets = flags.lora_targets
-    lora = LoraConfig(
-        r=flags.lora_r,
-        lora_alpha=flags.lora_alpha,
-        lora_dropout=flags.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-    )
-    attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **attention)
-    return DyLoRAMoE.from_base(
-        base,
-        num_experts=flags.num_experts,
-        lora=lora,
-        router=router,
-        balance_coefficient=flags.balance_coefficient,
-    )
+
+    def without_weights(name: str, **options: Any) -> PreTrainedModel:
+        config = base_config(name)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, **{**options, "dtype": dtype or config.dtype or torch.float32}
+            )
+
+    return build_model(arguments, load=without_weights)
 
 
 def components(model: DyLoRAMoE) -> list[Component]:

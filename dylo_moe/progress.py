@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from .whole_file import write_whole
+
 
 class MetricsFile(TrainerCallback):
     """Appends every log of the Trainer to a file, one JSON object a line, with step, epoch and time."""
@@ -42,9 +44,7 @@ class MetricsFile(TrainerCallback):
             kept.append(line)
         if left > 0:
             kept = [json.dumps(values, default=float) for values in history]
-        aside = self.path.with_name(f".{self.path.name}.partial")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        aside.replace(self.path)
+        write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
         return max(len(lines) - len(kept), 0)
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from .card import hardware_lines, open_settings, short_name, without_secrets
 from .charts import Series, colour_class, heatmap, legend, line_chart, mean
 from .page import cell, count, html_page, in_short, percent, side_by_side, table
 from .record import Points, Record, finite, read_record
+from .whole_file import write_whole
 
 REPORT = "report.html"
 MAX_RAW_LINES = 400
@@ -30,12 +31,7 @@ def run(folder: str, output: str | None = None) -> Path:
     if target.is_dir():
         raise ValueError(f"output {target} is a folder; name a file, such as {target / REPORT}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.partial")
-    try:
-        aside.write_bytes(page(record).encode("utf-8", errors="replace"))  # a text may hold half a surrogate pair
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(target, page(record).encode("utf-8", errors="replace"))  # a text may hold half a surrogate pair
     return target
 
 

@@ -23,12 +23,12 @@ UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old\..*)")
 
 LOCATIONS = ("model", "datasets", "data_dir", "columns", "preprocessing_num_workers")
 """Settings that say where things lie; the base and the rows themselves are compared instead."""
-MAY_CHANGE = (
+MAY_CHANGE = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
     "greater_is_better early_stopping_patience early_stopping_threshold report_to run_name project use_cpu tf32 "
     "attn_implementation gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
     "activation_checkpointing_kwargs ddp_timeout"
-)
+).split()
 """Settings that may be others when a run goes on. More epochs or steps stretch what is left of the learning rate's
 schedule; another device, attention or gradient checkpointing may round differently."""
 MAY_CHANGE_PREFIXES = ("logging_", "eval_s", "eval_d", "save_", "dataloader_num", "dataloader_p", "log_", "torch_empty")
@@ -52,9 +52,9 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
-def unfinished_name(step: int) -> str:
-    """That folder until it is whole."""
-    return f".checkpoint-{step}.partial"
+def unfinished(checkpoint: Path) -> Path:
+    """That folder until it is whole, and while it is deleted."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def checkpoints_in(run: Path) -> list[tuple[int, Path]]:
@@ -65,9 +65,7 @@ def checkpoints_in(run: Path) -> list[tuple[int, Path]]:
 
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint; killed on the way, it leaves none that looks whole."""
-    match = NUMBERED.fullmatch(checkpoint.name)
-    assert match
-    hidden = checkpoint.with_name(unfinished_name(int(match[1])))
+    hidden = unfinished(checkpoint)
     shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -134,7 +132,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str]
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) == now.get(name) or name in LOCATIONS:
             continue
-        free = name in MAY_CHANGE.split() or name.startswith(MAY_CHANGE_PREFIXES)
+        free = name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES)
         (allowed if free else refused).append(f"{name} is {now.get(name)!r}, was {saved.get(name)!r}")
     return refused, allowed
 

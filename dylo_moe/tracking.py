@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .card import SECRET_NAME
 from .checkpoint import MANIFEST, replace_folder
+from .resume import checkpoint_name
 
 PROJECT = "dylora-moe"
 ARTIFACT_TYPE = "model"
@@ -34,7 +35,6 @@ MEMBER = re.compile(
     r"|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_[0-9]+)?\.pth"
 )
 """Every file that a checkpoint of ours can hold. Absolute paths, drives, backslashes and ".." are none of them."""
-SECRET_NAME = re.compile(r"(token|secret|password|passwd|credentials?|api_?key|_key)$", re.IGNORECASE)
 NOT_INSTALLED = 'wandb is not installed: pip install "dylora-moe[wandb]"'
 NO_KEY = (
     "there is no key for Weights & Biases: run `wandb login`, or set WANDB_API_KEY; WANDB_MODE=offline tracks a run "
@@ -144,7 +144,7 @@ class CheckpointArtifacts(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the checkpoint that was just written."""
         run = _run()
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(args.output_dir) / checkpoint_name(state.global_step)
         if run is None or not state.is_world_process_zero:
             return
         try:

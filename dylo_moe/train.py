@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch
 from peft import LoraConfig
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments, new_output_dir, save_config, settings_of
@@ -38,8 +46,12 @@ ROUTER_START_BATCH = 16
 SAMPLE_TOKENS = 32
 
 
-def build_model(arguments: Arguments) -> DyLoRAMoE:
-    """The base with fresh experts and router, as the flags say; every problem of the flags is raised here."""
+def build_model(arguments: Arguments, *, load: Callable[..., PreTrainedModel] = load_base) -> DyLoRAMoE:
+    """The base with fresh experts and router, as the flags say; every problem of the flags is raised here.
+
+    Args:
+        load: makes the base, as `load_base` does.
+    """
     flags = arguments.model
     router = RouterConfig(
         top_k=flags.top_k,
@@ -60,7 +72,7 @@ def build_model(arguments: Arguments) -> DyLoRAMoE:
     )
     attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
     return DyLoRAMoE.from_base(
-        load_base(flags.model, dtype=torch.bfloat16 if arguments.train.bf16 else "auto", **attention),
+        load(flags.model, dtype=torch.bfloat16 if arguments.train.bf16 else "auto", **attention),
         num_experts=flags.num_experts,
         lora=lora,
         router=router,
@@ -130,17 +142,18 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    state = None
     if checkpoint is None:
         metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
     else:
         before = arguments.resumed.record["losses_before"]  # type: ignore[union-attr]
-        history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
-        dropped = metrics.rewind(history)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        dropped = metrics.rewind(state.log_history)
         if dropped:
             console.print(f"{dropped} lines of metrics.jsonl came after it; they are logged again", highlight=False)
     training["losses_before"] = before
-    train_on(trainer, stop, checkpoint)
+    train_on(trainer, stop, checkpoint, state)
     final = folder / "checkpoint"
     record = {**training, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
     if trainer.is_world_process_zero():
@@ -220,18 +233,18 @@ def start_router(model: DyLoRAMoE, data: LoadedData, collator: Collator, *, seed
 # Training.
 
 
-def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None) -> None:
+def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None, state: TrainerState | None) -> None:
     """Train to the end, or until asked to stop; then what was trained is saved.
+
+    Args:
+        checkpoint, state: what to go on from, and the Trainer's state there.
 
     Raises:
         Stopped: with how to go on.
     """
-    early = next((item for item in trainer.callback_handler.callbacks if isinstance(item, EarlyStopping)), None)
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history)):
-            trainer.take_up(checkpoint)
-            return
+    if checkpoint is not None and state is not None and is_over(trainer, state):
+        trainer.take_up(checkpoint, state)
+        return
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Stopped:
@@ -243,6 +256,12 @@ def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None)
             f"saved {folder / checkpoint_name(trainer.state.global_step)}. Go on with: "
             f"{command()} train --resume_from_checkpoint {folder}",
         )
+
+
+def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
+    """Whether no step is left to a training that stands there."""
+    early = next((item for item in trainer.callback_handler.callbacks if isinstance(item, EarlyStopping)), None)
+    return state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history))
 
 
 def show_best(console: Console, trainer: DyLoRATrainer) -> None:

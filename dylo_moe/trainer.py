@@ -12,15 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .checkpoint import CheckpointError, load_into, read_manifest, replace_folder, write_files
-from .lora_config import listed
+from .checkpoint import CheckpointError, check_finite, load_into, replace_folder, write_files
 from .meter import Meter, Reading
 from .model import DyLoRAMoE
-from .resume import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, trainable_set, unfinished_name
-from .routing_hooks import broken_weights
+from .resume import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, trainable_set, unfinished
 from .watch import AlarmBell, alarms, as_metrics, gate_drift, gradient_norms
 
 Tell = Callable[[int, list[str]], None]
@@ -69,6 +67,8 @@ class DyLoRATrainer(Trainer):
         self._step_tokens: Tensor | None = None
         self._tell, self._bell = tell, AlarmBell()
         self._gradient_norms: dict[str, Tensor] = {}
+        self._resumed: dict[str, Any] = {}
+        """The record of the checkpoint that training goes on from."""
         self._gate_start: dict[str, Tensor] | None = None
         self._logged_at, self._paused = time.monotonic(), 0.0
 
@@ -208,10 +208,13 @@ class DyLoRATrainer(Trainer):
 
         Raises:
             CheckpointError: where it cannot be written; what was there before stays as it was.
+            ValueError: for weights with NaN or infinity.
         """
         started = time.monotonic()
         folder, step = Path(self._get_output_dir(trial)), self.state.global_step
-        target, aside = folder / checkpoint_name(step), folder / unfinished_name(step)
+        target = folder / checkpoint_name(step)
+        aside = unfinished(target)
+        check_finite(self._own_model(), target)
         self.store_flos()
         try:
             if self.args.should_save:
@@ -238,9 +241,6 @@ class DyLoRATrainer(Trainer):
 
     def _seal(self, aside: Path) -> None:
         model = self._own_model()
-        broken = broken_weights(model.experts, model.router)
-        if broken:
-            raise ValueError(f"NaN or infinity in {listed(broken)}")
         self.state.save_to_json(str(aside / "trainer_state.json"))
         save_file(self._gate_start or self._gate_rows(), aside / GATE_START_FILE)
         record = {
@@ -279,7 +279,7 @@ class DyLoRATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_into(self._own_model(), folder)
+        self._resumed = load_into(self._own_model(), folder).get("training", {})
         if (folder / GATE_START_FILE).is_file():
             self._gate_start = load_file(folder / GATE_START_FILE)
 
@@ -289,8 +289,7 @@ class DyLoRATrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Refuses a state that is of other parameters, which PyTorch would tell by their number only."""
         if checkpoint is not None:
-            record = read_manifest(checkpoint).get("training", {})
-            saved, here = record.get("trainable"), trainable_set(self._own_model())
+            saved, here = self._resumed.get("trainable"), trainable_set(self._own_model())
             if saved != here:
                 raise CheckpointError(
                     f"the optimizer of {checkpoint} cannot go on: it trained {saved and saved['text']}, "
@@ -305,10 +304,10 @@ class DyLoRATrainer(Trainer):
         if not folder.is_dir():
             self._save_checkpoint(cast(nn.Module, self.model), None)
 
-    def take_up(self, folder: Path) -> None:
-        """Weights and log of a checkpoint whose training is over."""
+    def take_up(self, folder: Path, state: TrainerState) -> None:
+        """Weights and state of a checkpoint whose training is over."""
         self._load_from_checkpoint(str(folder))
-        self.state = type(self.state).load_from_json(str(folder / "trainer_state.json"))
+        self.state = state
 
     @property
     def total_steps(self) -> int:

@@ -12,6 +12,7 @@ from dylo_moe.arguments import ModelArguments, build_parser
 from dylo_moe.config import DataConfig
 
 ORDER = [
+    "whole_file",
     "config",
     "base",
     "architectures",
@@ -39,8 +40,8 @@ ORDER = [
     "meter",
     "memory",
     "flags",
-    "tracking",
     "resume",
+    "tracking",
     "arguments",
     "look_arguments",
     "watch",

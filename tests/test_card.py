@@ -217,13 +217,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
 
-    def fails(self: Path, text: str, **kwargs: object) -> int:
-        with open(self, "w") as file:
-            file.write(text[:2])
+    def fails(self: Path, content: bytes) -> int:
+        with open(self, "wb") as file:
+            file.write(content[:2])
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", fails)
+        patch.setattr(Path, "write_bytes", fails)
         with pytest.raises(OSError):
             write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and [file.name for file in tmp_path.iterdir()] == ["run.json"]

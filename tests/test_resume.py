@@ -197,37 +197,23 @@ def test_an_older_checkpoint_needs_a_folder_of_its_own(whole, tmp_path):
     assert files_of(copy / "checkpoint") == files_of(whole / "checkpoint")
 
 
-def test_a_signal_saves_and_leaves(folder, whole, tmp_path, monkeypatch):
-    """At the end of the running step; the run then goes on to the same end."""
-    real = StopRequest.on_step_end
+@pytest.mark.parametrize(("where", "step"), [("on_step_end", 7), ("on_prediction_step", 8)])
+def test_a_signal_saves_and_leaves(where, step, folder, whole, tmp_path, monkeypatch):
+    """At the end of the running step, or at the next batch of an evaluation; the run then goes on to the same end."""
+    real = getattr(StopRequest, where)
 
     def heard(self, args, state, control, **kwargs):
-        if state.global_step == 7:
+        if state.global_step == step:
             signal.raise_signal(signal.SIGTERM)
         real(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(StopRequest, "on_step_end", heard)
+    monkeypatch.setattr(StopRequest, where, heard)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match=r"SIGTERM; saved .*checkpoint-7. Go on with: .*--resume_from_checkpoint") as stop:
+    message = rf"SIGTERM; saved .*checkpoint-{step}. Go on with: .*--resume_from_checkpoint"
+    with pytest.raises(Stopped, match=message) as stop:
         run(parse_train(flags(folder, tmp_path / "run", *SAVES)))
     assert stop.value.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    monkeypatch.undo()
-    run(parse_train(["--resume_from_checkpoint", str(tmp_path / "run")]))
-    assert files_of(tmp_path / "run" / "checkpoint") == files_of(whole / "checkpoint")
-
-
-def test_a_signal_during_an_evaluation_does_not_wait_for_it(folder, whole, tmp_path, monkeypatch):
-    real = StopRequest.on_prediction_step
-
-    def heard(self, args, state, control, **kwargs):
-        if state.global_step == 8:
-            signal.raise_signal(signal.SIGTERM)
-        real(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(StopRequest, "on_prediction_step", heard)
-    with pytest.raises(Stopped, match=r"saved .*checkpoint-8"):
-        run(parse_train(flags(folder, tmp_path / "run", *SAVES)))
     monkeypatch.undo()
     run(parse_train(["--resume_from_checkpoint", str(tmp_path / "run")]))
     assert files_of(tmp_path / "run" / "checkpoint") == files_of(whole / "checkpoint")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from reference.runs import tiny_run_folder
 from reference.tiny import (
     assert_same_gradients,
     base_tensors,
@@ -22,7 +23,6 @@ from reference.tiny import (
     tiny_moe,
     tokens,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from dylo_moe import DyLoRAMoE
@@ -34,29 +34,11 @@ from dylo_moe.meter import Meter
 from dylo_moe.train import run
 from dylo_moe.trainer import DyLoRATrainer
 
-WORDS = [f"w{index}" for index in range(90)]
-
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory) -> Path:
     """A base with its tokenizer in a folder, and two small datasets of different words."""
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    base = tiny_base("llama", eos_token_id=2)
-    base.save_pretrained(folder / "base")
-    wrapped.save_pretrained(folder / "base")
-    generator = torch.Generator().manual_seed(0)
-    for name, low in (("low", 0), ("high", 45)):
-        with open(folder / f"{name}.jsonl", "w") as file:
-            for _ in range(60):
-                picks = (torch.randint(0, 45, (30,), generator=generator) + low).tolist()
-                file.write(json.dumps({"text": " ".join(WORDS[pick] for pick in picks)}) + "\n")
-    return folder
+    return tiny_run_folder(tmp_path_factory.mktemp("tiny"), words=30)
 
 
 def flags(folder: Path, output: Path, *more: str) -> list[str]:

@@ -17,8 +17,12 @@ WORDS = [f"w{index}" for index in range(90)]
 TIMES = ("time", "runtime", "per_second", "total_flos")
 
 
-def tiny_run_folder(folder: Path) -> Path:
-    """A base with its tokenizer, and two small datasets of different words; texts of many lengths."""
+def tiny_run_folder(folder: Path, *, words: int | None = None) -> Path:
+    """A base with its tokenizer, and two small datasets of different words.
+
+    Args:
+        words: of each text; None: many lengths.
+    """
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,7 +35,7 @@ def tiny_run_folder(folder: Path) -> Path:
     for name, low in (("low", 0), ("high", 45)):
         with open(folder / f"{name}.jsonl", "w") as file:
             for _ in range(60):
-                length = int(torch.randint(8, 40, (1,), generator=generator))
+                length = words or int(torch.randint(8, 40, (1,), generator=generator))
                 picks = (torch.randint(0, 45, (length,), generator=generator) + low).tolist()
                 file.write(json.dumps({"text": " ".join(WORDS[pick] for pick in picks)}) + "\n")
     return folder
