@@ -27,7 +27,8 @@ from .config import (
     DataConfig,
     RouterConfig,
 )
-from .flags import Parser, UsageError, options, parse, plain_options, unknown
+from .flags import Parser, Refusal, UsageError, parse, plain_options
+from .recipe import as_words, last_value, with_recipe
 from .resume import CONFIG_FILE, Resumption, changes, find
 from .tracking import download_checkpoint
 
@@ -195,25 +196,45 @@ class Arguments(NamedTuple):
 
 def build_parser(prog: str, *, show_all: bool = False) -> HfArgumentParser:
     """The parser of `dylora train`; its help hides the Trainer's rarer flags unless `show_all`."""
+    return training_parser(
+        prog,
+        (ModelArguments, DataConfig, TrainArguments),
+        description="Train several LoRA experts and their router together on one frozen model.",
+        refusal=refusal_of,
+        show_all=show_all,
+    )
+
+
+def training_parser(
+    prog: str, kinds: tuple[type, ...], *, description: str, refusal: Refusal, show_all: bool
+) -> HfArgumentParser:
+    """The parser of a command that trains.
+
+    Args:
+        kinds: the dataclasses of its flags, the Trainer's last.
+        refusal: which of these flags are not offered.
+        show_all: --help shows the Trainer's rarer flags too.
+    """
     parser = Parser(
-        (ModelArguments, DataConfig, TrainArguments),  # type: ignore[arg-type]
+        kinds,  # type: ignore[arg-type]
         prog=prog,
         allow_abbrev=False,
         add_help=False,
         usage=f"{prog} [--config RECIPE.yaml] [--FLAG VALUE ...]",
-        description="Train several LoRA experts and their router together on one frozen model.",
+        description=description,
         epilog="Every other flag of transformers.TrainingArguments works too, under its own name: --help_all lists "
         "them. A recipe is a YAML file of `flag: value` lines; flags on the command line win over it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    ours = {item.name for kind in (ModelArguments, DataConfig) for item in fields(kind)}
+    ours = {item.name for kind in kinds[:-1] for item in fields(kind)}
     for action in parser._actions:
-        if action.dest not in ours | set(SHOWN) and (not show_all or _refusal(action.dest)):
+        if refusal(action.dest) or (action.dest not in ours | set(SHOWN) and not show_all):
             action.help = argparse.SUPPRESS
     return plain_options(parser)
 
 
-def _refusal(name: str) -> str | None:
+def refusal_of(name: str) -> str | None:
+    """Why `dylora train` does not offer a flag of that name; None where it does."""
     if name.startswith(REFUSED_PREFIXES):
         return "this command has no such destination"
     return REFUSED.get(name)
@@ -226,13 +247,12 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
         UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
     """
     parser = build_parser(prog)
-    recipe, rest = _split_config(list(argv))
-    words = (_recipe_words(Path(recipe), parser) if recipe else []) + rest
+    words = with_recipe(argv, parser, refusal_of)
     resumed = _resumption(words)
     if resumed is not None:
         own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
-        words = [*_as_words(resumed.settings), "--output_dir", str(own), *words]
-    model, data, train = parse(parser, words, _refusal)
+        words = [*as_words(resumed.settings), "--output_dir", str(own), *words]
+    model, data, train = parse(parser, words, refusal_of)
     model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
     arguments = Arguments(model, data, train, resumed)
     if resumed is None or resumed.checkpoint is None:
@@ -247,67 +267,12 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
 
 
 def _resumption(words: list[str]) -> Resumption | None:
-    wanted, artifact = _last(words, "--resume_from_checkpoint"), _last(words, "--wandb_checkpoint_artifact")
+    wanted, artifact = last_value(words, "--resume_from_checkpoint"), last_value(words, "--wandb_checkpoint_artifact")
     if wanted and artifact:
         raise UsageError("--resume_from_checkpoint and --wandb_checkpoint_artifact cannot both be given")
     if artifact:
         wanted = str(download_checkpoint(artifact, fresh_folder(Path("artifacts"), artifact.rpartition("/")[2])))
-    return find(wanted, _last(words, "--output_dir")) if wanted else None
-
-
-def _last(words: list[str], flag: str) -> str | None:
-    """The value of a flag as typed."""
-    value = None
-    for place, word in enumerate(words):
-        if word == flag and place + 1 < len(words):
-            value = words[place + 1]
-        elif word.startswith(flag + "="):
-            value = word[len(flag) + 1 :]
-    return value
-
-
-def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    recipe, rest = None, []
-    words = iter(argv)
-    for word in words:
-        if word == "--config" or word.startswith("--config="):
-            if recipe is not None:
-                raise UsageError("--config is given twice; a run has one recipe")
-            recipe = word[len("--config=") :] if "=" in word else next(words, None)
-            if not recipe:
-                raise UsageError("--config needs the path of a YAML recipe")
-        else:
-            rest.append(word)
-    return recipe, rest
-
-
-def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
-    """A recipe as the command line that means the same."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"recipe {path} must be `flag: value` lines; it is a {type(content).__name__}")
-    for key in content:
-        if f"--{key}" not in options(parser) or _refusal(str(key)):
-            raise UsageError(f"recipe {path}: " + unknown(f"--{key}", parser, _refusal).replace("--", ""))
-    return _as_words(content)
-
-
-def _as_words(settings: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for key, value in settings.items():
-        if value is None or value == []:
-            continue
-        words.append(f"--{key}")
-        if isinstance(value, list):
-            words += [str(item) for item in value]
-        else:
-            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
-    return words
+    return find(wanted, last_value(words, "--output_dir")) if wanted else None
 
 
 def new_output_dir(wanted: str) -> Path:
@@ -342,15 +307,20 @@ def save_config(arguments: Arguments, path: Path) -> None:
 
 
 def settings_of(arguments: Arguments) -> dict[str, Any]:
-    """What a run was resolved to, as plain values: ours in full; of the Trainer's what differs from its defaults or is
-    shown by --help. Without where it is written and what it goes on from."""
+    """What a run was resolved to. Without where it is written and what it goes on from."""
+    return plain_settings((arguments.model, arguments.data), arguments.train, refusal_of)
+
+
+def plain_settings(parts: Sequence[Any], train: TrainArguments, refusal: Refusal) -> dict[str, Any]:
+    """Flags as plain values: ours in full; of the Trainer's what differs from its defaults or is shown by --help."""
     values: dict[str, Any] = {}
-    for part in (arguments.model, arguments.data):
-        values |= {item.name: getattr(part, item.name) for item in fields(part) if getattr(part, item.name) != []}
-    saved = arguments.train.to_dict()
-    for item in fields(TrainArguments):
+    for part in parts:
+        offered = [item.name for item in fields(part) if not refusal(item.name) and item.name not in NOT_SETTINGS]
+        values |= {name: getattr(part, name) for name in offered if getattr(part, name) != []}
+    saved = train.to_dict()
+    for item in fields(train):
         value = saved.get(item.name)
-        if item.name in NOT_SETTINGS or not item.init or _refusal(item.name) or value in (None, []):
+        if item.name in NOT_SETTINGS or not item.init or refusal(item.name) or value in (None, []):
             continue
         if item.name in SHOWN or value != getattr(TrainingArguments, item.name, None):
             values[item.name] = value

@@ -3,6 +3,7 @@
     dylora.json                      format, base and its fingerprint, router, experts, sha256 of every other file
     experts/NAME/adapter_config.json, adapter_model.safetensors      what stock PEFT reads
     router.safetensors
+    skill_library.safetensors        of a model that knows its skills: their statistics, never their text
     README.md                        the model card
     optimizer.pt, scheduler.pt, ...  of a training checkpoint: what the Trainer needs to go on
 
@@ -31,11 +32,12 @@ from transformers import PreTrainedModel
 from .adapter_files import state_problems
 from .base import load_base
 from .card import model_card
-from .config import RouterConfig
+from .config import BASE, GrowthConfig, RouterConfig
 from .expert import Expert, check_name
 from .frozen import base_identity, check_base, compare_base, fingerprint, unpack_samples
 from .lora_config import listed
 from .routing_hooks import broken_weights
+from .skill_library import SkillLibrary
 
 if TYPE_CHECKING:
     from .model import DyLoRAMoE
@@ -43,8 +45,9 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "dylora.json"
 ROUTER_FILE = "router.safetensors"
+LIBRARY_FILE = "skill_library.safetensors"
 CARD = "README.md"
-OWN_ENTRIES = ("experts", ROUTER_FILE, MANIFEST)
+OWN_ENTRIES = ("experts", ROUTER_FILE, LIBRARY_FILE, MANIFEST)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 EXPERT_FIELDS = {field.name for field in fields(Expert)}
 TRAINER_FILES = ("trainer_state.json", "training_args.bin")
@@ -141,8 +144,10 @@ def _put_into(aside: Path, target: Path) -> None:
     """The manifest goes first and comes last: without it, what lies there is no checkpoint."""
     (target / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(target / "experts", ignore_errors=True)
+    (target / LIBRARY_FILE).unlink(missing_ok=True)
     for name in OWN_ENTRIES:
-        os.replace(aside / name, target / name)
+        if (aside / name).exists():
+            os.replace(aside / name, target / name)
     aside.rmdir()
 
 
@@ -172,6 +177,8 @@ def write_files(
         config.save_pretrained(str(folder / name))
         _sort_lists(folder / name / ADAPTER_FILES[0])
     _save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
+    if model.growth is not None:
+        _save_tensors(model.growth.library.tensors(), folder / LIBRARY_FILE)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base": {
@@ -183,7 +190,15 @@ def write_files(
         "balance_coefficient": model.balance_coefficient,
         "lora": _plain(model.experts.lora),
         "experts": [asdict(expert) for expert in model.experts],
+        "growth": None,
     }
+    if model.growth is not None:
+        manifest["growth"] = {
+            "allow_expert_growth": model.allow_expert_growth,
+            "config": asdict(model.growth.config),
+            "members": list(model.router.names),
+            "skills": model.growth.library.record(),
+        }
     if training is not None:
         manifest["training"] = training
     if with_card:
@@ -263,6 +278,13 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
             check_name(expert.name, taken=[other.name for other in experts[:index]])
         RouterConfig(**manifest["router"])
         LoraConfig(**manifest["lora"])
+        if manifest.get("growth") is not None:
+            wanted.add(LIBRARY_FILE)
+            GrowthConfig(**manifest["growth"]["config"])
+            members = {*manifest["growth"]["members"]} - {BASE}
+            if members != {expert.name for expert in experts}:
+                raise ValueError(f"its members are {sorted(members)}, which are not its experts")
+            manifest["growth"]["allow_expert_growth"], manifest["growth"]["skills"]
         float(manifest["balance_coefficient"])
         if not isinstance(manifest.get("training", {}), dict):
             raise TypeError("its record of the training is no mapping")
@@ -345,11 +367,13 @@ def load_into(model: DyLoRAMoE, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(differences))
     states = {name: _load_tensors(folder / "experts" / name / ADAPTER_FILES[1]) for name in there}
     router_state = _load_tensors(folder / ROUTER_FILE)
+    library = _load_library(folder, manifest)
     for entry in manifest["experts"]:
         _load_expert(model, entry, states[entry["name"]], folder)
     model.experts.pack()
     model.apply_trainable()
     _load_router(model, router_state, folder)
+    _load_growth(model, manifest, library)
     return manifest
 
 
@@ -379,7 +403,7 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
         files = [folder / "experts" / entry["name"] / file for file in ADAPTER_FILES]
         configs[entry["name"]] = PeftConfig.from_pretrained(str(files[0].parent))
         states[entry["name"]] = _load_tensors(files[1])
-    router_state = _load_tensors(folder / ROUTER_FILE)
+    router_state, library = _load_tensors(folder / ROUTER_FILE), _load_library(folder, manifest)
     first = entries[0]["name"]
     configs[first].inference_mode = False
     model = cls(
@@ -398,8 +422,10 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
     for entry in entries:
         _load_expert(model, entry, states[entry["name"]], folder)
     model.experts.pack()
-    model.apply_trainable()
+    if manifest.get("growth") is not None:
+        model.router.arrange(manifest["growth"]["members"])
     _load_router(model, router_state, folder)
+    _load_growth(model, manifest, library)
     model.base_id, model.base_revision = manifest["base"]["id"], manifest["base"]["revision"]
     return model.eval()
 
@@ -420,6 +446,22 @@ def _load_router(model: DyLoRAMoE, state: dict[str, Tensor], folder: Path) -> No
     if problems:
         raise CheckpointError(f"{folder / ROUTER_FILE}: " + "; ".join(problems[:5]))
     model.router.load_state_dict(state)
+
+
+def _load_library(folder: Path, manifest: dict[str, Any]) -> SkillLibrary | None:
+    if manifest.get("growth") is None:
+        return None
+    try:
+        return SkillLibrary.restore(_load_tensors(folder / LIBRARY_FILE), manifest["growth"]["skills"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / LIBRARY_FILE}: {error}") from error
+
+
+def _load_growth(model: DyLoRAMoE, manifest: dict[str, Any], library: SkillLibrary | None) -> None:
+    if library is not None:
+        growth = manifest["growth"]
+        model.restore_growth(GrowthConfig(**growth["config"]), library, grows=growth["allow_expert_growth"])
+    model.apply_trainable()
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

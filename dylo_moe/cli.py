@@ -6,14 +6,16 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "train": "train several experts and their router together on one frozen model",
+    "stream": "learn datasets one after another: what is new grows an expert, and nothing is forgotten",
     "plan": "parameters, steps, memory and checkpoint size of a training run, without running it",
     "data": "list datasets, show examples as the model sees them, check what training would be on",
+    "experts": "the experts of a checkpoint: list them, remove one, fit the gate anew",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
-    "report": "one page about a run: losses, routing, samples, settings; it needs no network",
+    "report": "one page about a run or a stream: losses, routing, matrix, settings; it needs no network",
 }
 
 DESCRIPTION = (
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PEFT reads a name that Transformers is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
-        return {"train": train, "plan": plan, "data": data, "generate": generate, "report": report}[name](rest)
+        return PROGRAMS[name](rest)
     except (ValueError, OSError) as error:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise
@@ -74,6 +76,24 @@ def train(words: list[str]) -> int:
         run(parse_train(words))
     except Stopped as stopped:
         print(f"dylora train: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0
+
+
+def stream(words: list[str]) -> int:
+    """`dylora stream`."""
+    from .stream_arguments import build_stream_parser, parse_stream
+
+    if any(word in ("-h", "--help", "--help_all") for word in words):
+        build_stream_parser(show_all="--help_all" in words).print_help()
+        return 0
+    from .continual import run
+    from .stopping import Stopped
+
+    try:
+        run(parse_stream(words))
+    except Stopped as stopped:
+        print(f"dylora stream: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     return 0
 
@@ -128,6 +148,40 @@ def data(words: list[str]) -> int:
     return 0
 
 
+EXPERTS_COMMANDS = {
+    "list": "the experts of a checkpoint in gate order, and the skills that each one knows",
+    "remove": "write the checkpoint without one expert, its gate row and its skills; the others stay bit for bit",
+    "refit": "fit all gate rows anew against the skill library: show what changes, and write it where --output says",
+}
+
+
+def experts(words: list[str]) -> int:
+    """`dylora experts list`, `remove` and `refit`."""
+    if not words or words[0] in ("-h", "--help"):
+        lines = ["usage: dylora experts COMMAND CHECKPOINT ...", ""]
+        lines += [f"  {name:7s} {text}" for name, text in EXPERTS_COMMANDS.items()]
+        print("\n".join([*lines, "", "`dylora experts COMMAND --help` explains a command."]))
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in EXPERTS_COMMANDS:
+        raise ValueError(f"there is no command experts {command!r}; there are {', '.join(EXPERTS_COMMANDS)}")
+    prog = f"dylora experts {command}"
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=EXPERTS_COMMANDS[command])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder (the one that holds dylora.json)")
+    if command == "remove":
+        parser.add_argument("name", metavar="EXPERT", help="the expert that goes")
+        parser.add_argument("--output", required=True, help="a new folder for the checkpoint without it")
+    if command == "refit":
+        parser.add_argument("--output", help="a new folder for the refitted checkpoint; without it nothing is written")
+        parser.add_argument("--seed", type=int, default=0, help="of the draws from the skills' statistics")
+    arguments = parser.parse_args(rest)
+    from .experts import list_experts, refit, remove_expert
+
+    call: Callable[..., None] = {"list": list_experts, "remove": remove_expert, "refit": refit}[command]
+    call(**vars(arguments))
+    return 0
+
+
 def generate(words: list[str]) -> int:
     """`dylora generate`."""
     parser = argparse.ArgumentParser(
@@ -153,7 +207,7 @@ def generate(words: list[str]) -> int:
 def report(words: list[str]) -> int:
     """`dylora report`."""
     parser = argparse.ArgumentParser(prog="dylora report", allow_abbrev=False, description=COMMANDS["report"])
-    parser.add_argument("run", metavar="RUN", help="the folder of a run, finished or not")
+    parser.add_argument("run", metavar="RUN", help="the folder of a run or a stream, finished or not")
     parser.add_argument("--output", help="the page to write; without it, report.html in that folder")
     arguments = parser.parse_args(words)
     from .report import run
@@ -161,6 +215,16 @@ def report(words: list[str]) -> int:
     print(run(arguments.run, arguments.output))
     return 0
 
+
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "stream": stream,
+    "plan": plan,
+    "data": data,
+    "experts": experts,
+    "generate": generate,
+    "report": report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,7 +34,7 @@ class Expert:
     mature: bool
     """False while it is nascent: one nascent expert makes routing dense."""
     trainable: bool
-    """Whether its adapter and its gate row receive gradients."""
+    """Whether its adapter receives gradients, and where the pool does not grow its gate row too."""
     parameters: int
     """Number of its adapter's parameters."""
     skill: str | None = None
@@ -111,6 +112,7 @@ class ExpertPool:
         rank = cast(LoraConfig, self._model.peft_config[name]).r
         self._experts[name] = Expert(name, rank, mature, True, 0, skill)
         self.refresh()
+        self._experts[name].parameters = sum(parameter.numel() for parameter in self.parameters(name))
         return self._experts[name]
 
     def add(self, name: str, config: LoraConfig, *, mature: bool, skill: str | None = None) -> Expert:
@@ -120,7 +122,12 @@ class ExpertPool:
         """
         check_name(name, taken=self._experts, modules=self.base_modules())
         try:
-            PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
+            with self._set_aside():
+                PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
+                if not self._experts:
+                    PeftModel.set_adapter(self._model, name)
+                    for placeholder in [other for other in self._model.peft_config if other != name]:
+                        del self._model.peft_config[placeholder]
         except BaseException:  # PEFT injects layer by layer
             for _, layer in routed_layers(self._model):
                 layer.delete_adapter(name)
@@ -164,9 +171,38 @@ class ExpertPool:
         self.pack()
         return expert
 
-    def base_modules(self) -> Iterator[str]:
-        paths = (path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules())
-        return (path for path in paths if ".lora_" not in path)
+    def copy(self, source: str, target: str) -> None:
+        """Give an expert the values of another; of different ranks, the leading components of the smaller."""
+        for layer in self.layers:
+            if source in layer.adapters and target in layer.adapters:
+                ours, theirs = layer.adapters[target], layer.adapters[source]
+                rank = min(ours.shape.rank, theirs.shape.rank)
+                cast(nn.Parameter, ours.down.weight)[:rank].copy_(theirs.down.weight[:rank])
+                cast(nn.Parameter, ours.up.weight)[:, :rank].copy_(theirs.up.weight[:, :rank])
+
+    def base_modules(self) -> list[str]:
+        """The module names of the base, adapted linears among them."""
+        with self._set_aside():
+            names = [path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules()]
+        return [path for path in names if ".lora_" not in path]
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Inside, no layer shows the adapters it has: PEFT walks over every module and every parameter of a model to
+        add one, and that must not take longer the more there are. What is added inside comes behind them."""
+        homes = [
+            getattr(layer, home)._modules for layer in self.layers for home in ("lora_A", "lora_B", "lora_dropout")
+        ]
+        hidden = [dict(modules) for modules in homes]
+        for modules in homes:
+            modules.clear()
+        try:
+            yield
+        finally:
+            for modules, before in zip(homes, hidden, strict=True):
+                added = dict(modules)
+                modules.clear()
+                modules.update({**before, **added})
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
         """Bring an expert's matrices to a dtype; to be packed again."""
@@ -183,9 +219,16 @@ class ExpertPool:
         self.refresh()
         self.pack()
 
+    def empty(self, placeholder: str) -> None:
+        """Delete the adapter that PEFT adapted the linears with; its config stays until the first expert comes."""
+        PeftModel.delete_adapter(self._model, placeholder)
+        self._model.peft_config[placeholder] = self.lora
+        self.refresh()
+
     def refresh(self) -> None:
         """After any change of the adapters: routed classes, shapes and trainability; `pack` follows for the storage."""
-        layers = [layer for _, layer in routed_layers(self._model)]
+        with self._set_aside():
+            layers = [layer for _, layer in routed_layers(self._model)]
         for layer in layers:
             routed = ROUTED_CLASSES.get(type(layer))
             if routed is not None:
@@ -193,18 +236,18 @@ class ExpertPool:
             layer.bind(self._slot, self._experts)
         self.layers = tuple(layers)
         self.layouts = frozenset(layer.expert_shapes for layer in layers)
-        for expert in self:
-            expert.parameters = sum(parameter.numel() for parameter in self.parameters(expert.name))
         self.apply_trainable()
 
     def compute_dtype(self) -> torch.dtype:
         """What the adapters are computed in at this moment: their dtype, or autocast's."""
-        return compute_dtype(next(self.parameters(self.names[0])))
+        first = next((parameter for name in self.names for parameter in self.parameters(name)), None)
+        return torch.float32 if first is None else compute_dtype(first)
 
     def apply_trainable(self) -> None:
         """PEFT resets `requires_grad` in many of its methods; this puts our policy back."""
-        for parameter in self._model.base_model.parameters():
-            parameter.requires_grad_(False)
+        with self._set_aside():
+            for parameter in self._model.base_model.parameters():
+                parameter.requires_grad_(False)
         for expert in self:
             for parameter in self.parameters(expert.name):
                 parameter.requires_grad_(expert.trainable)

@@ -91,5 +91,5 @@ def run(
             label="answer" if not raw else "text",
         )
     console = Console()
-    show_legend(console, model.experts.names)
-    show_sample(console, generated, tokenizer, model.experts.names)
+    show_legend(console, model.router.names)
+    show_sample(console, generated, tokenizer, model.router.names)

@@ -227,7 +227,7 @@ class Simulation:
         forward = self.model if self.autocast is None else convert_outputs_to_fp32(self.model.forward)
         with self._precision():
             out = forward(**inputs, num_items_in_batch=count, num_tokens_in_batch=count, **options)
-        names = self.model.experts.names
+        names = self.model.router.names
         domain = inputs["input_ids"] if batch.packed else torch.zeros(batch.rows, dtype=torch.int64, device=self.device)
         labels = inputs["labels"]
         Meter(["all"], names).add(logits=out.logits, labels=labels, routing=out.routing, domain=domain)

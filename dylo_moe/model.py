@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,16 +19,30 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapter_files import read_adapter
 from .base import load_base
-from .config import BALANCE_COEFFICIENT, LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS, RouterConfig
+from .config import (
+    BALANCE_COEFFICIENT,
+    BASE,
+    LORA_ALPHA,
+    LORA_DROPOUT,
+    LORA_R,
+    NUM_EXPERTS,
+    GrowthConfig,
+    RouterConfig,
+)
 from .config_view import ConfigView
-from .decoding import GenerateCall
+from .decoding import GenerateCall, write_texts
 from .dispatch import ContextSlot
 from .expert import Expert, ExpertPool, check_name
 from .frozen import base_identity, check_base, switch_off_dropout
+from .growth import Growth, SkillDecision
 from .lora_config import lora_problems, routed_lora_config
 from .router import Router, Routing
 from .routing_hooks import NotForced, RoutingHooks
+from .skill_library import SkillLibrary
 
+NO_EXPERT = "no-expert-yet"
+"""The adapter that PEFT needs to adapt the linears of a pool which begins empty. It goes at once; its config stays
+until the first expert comes, for PEFT asks it what kind of model this is."""
 ROUTER_INPUTS = ("position_ids", "labels", "prompt_lengths")
 """What the router reads of a batch besides its tokens and their mask."""
 
@@ -71,7 +86,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         base: the loaded base model. Its weights are frozen, its own dropout is switched off for good.
         lora: the experts' config, checked and narrowed to the routed layers by `from_base`.
         router: see `RouterConfig`.
-        names: the experts; all start mature and trainable.
+        names: the experts; all start mature and trainable. None at all: only for a pool that grows.
         balance_coefficient: weight of the balance loss.
     """
 
@@ -84,15 +99,21 @@ class DyLoRAMoE(PeftModelForCausalLM):
         names: Sequence[str],
         balance_coefficient: float,
     ) -> None:
-        first, *rest = names
+        first, *rest = names or [NO_EXPERT]
         switch_off_dropout(base)
         super().__init__(base, copy.deepcopy(lora), adapter_name=first)
         self._slot = ContextSlot()
         self.balance_coefficient = balance_coefficient
         self.router_config = router
         self.base_id, self.base_revision = base_identity(base)
+        self.growth: Growth | None = None
+        """The skill library and what follows from it; None where nothing is known of skills."""
+        self._grows = False
         self._pool = ExpertPool(self, self._slot, lora)
-        self._pool.register(first, mature=True)
+        if names:
+            self._pool.register(first, mature=True)
+        else:
+            self._pool.empty(first)
         for name in rest:
             self._pool.add(name, self._pool.config_for(None), mature=True)
         self._pool.pack()
@@ -105,23 +126,26 @@ class DyLoRAMoE(PeftModelForCausalLM):
         cls,
         base: PreTrainedModel | str,
         *,
-        num_experts: int = NUM_EXPERTS,
+        num_experts: int | None = None,
         lora: LoraConfig | None = None,
         router: RouterConfig | None = None,
         names: Sequence[str] | None = None,
         allow_expert_growth: bool = False,
+        growth: GrowthConfig | None = None,
         balance_coefficient: float = BALANCE_COEFFICIENT,
     ) -> DyLoRAMoE:
-        """A new model on a base: fresh experts (zero delta), a small random gate.
+        """A new model on a base: fresh experts (zero delta), a small random gate; or one that grows, and begins empty.
 
         Args:
             base: a hub id, a folder, "smollm2-135m", or a loaded causal language model.
-            num_experts: how many; all mature and trainable, routing is sparse top-k from the first step.
+            num_experts: how many, by default 4; all mature and trainable, routing is sparse top-k from the first step.
             lora: default r=16, alpha=32, dropout 0.05, all linears of the routed layers.
             router: default `RouterConfig()`.
             names: the experts' names; default expert_0, expert_1, ...
-            allow_expert_growth: must be False: growing from data needs novelty detection, which this
-                version does not have; `add_expert` grows by hand.
+            allow_expert_growth: the pool begins without experts, and `add_skill` grows one for each new kind of data.
+                `base` is a member: tokens of no known skill go to the unchanged base. Gate rows are fitted, never
+                trained by gradients.
+            growth: when to grow, and how; default `GrowthConfig()`.
             balance_coefficient: weight of the balance loss.
 
         Raises:
@@ -130,20 +154,29 @@ class DyLoRAMoE(PeftModelForCausalLM):
             BaseUnavailableError: when the base cannot be loaded.
         """
         router = RouterConfig() if router is None else router
-        problems = _pool_problems(names, num_experts, router.top_k, balance_coefficient, allow_expert_growth)
+        if not allow_expert_growth and num_experts is None:
+            num_experts = NUM_EXPERTS
+        problems = _pool_problems(names, num_experts, router.top_k, balance_coefficient)
+        if allow_expert_growth and (names is not None or num_experts):
+            problems = ["a pool that grows begins without experts: leave num_experts and names out"]
+        elif growth is not None and not allow_expert_growth:
+            problems.append("growth has no meaning with allow_expert_growth=False")
         if problems:
             raise ValueError("DyLoRAMoE.from_base: " + "; ".join(problems))
         if isinstance(base, str):
             base = load_base(base)
         check_base(base)
-        names = [f"expert_{index}" for index in range(num_experts)] if names is None else list(names)
+        names = [f"expert_{index}" for index in range(num_experts or 0)] if names is None else list(names)
         for name in names:
             check_name(name, modules=(path for path, _ in base.named_modules()))
         if lora is None:
             lora = LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules="all-linear")
         index = router.layer_index(base.config.get_text_config().num_hidden_layers)
         lora = routed_lora_config(base, lora, router_index=index)
-        return cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient)
+        model = cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient)
+        if allow_expert_growth:
+            model.enable_growth(growth)
+        return model
 
     # The experts.
 
@@ -197,9 +230,11 @@ class DyLoRAMoE(PeftModelForCausalLM):
         self._pool[name].mature = True
 
     def remove_expert(self, name: str) -> None:
-        """Delete an expert and its gate row; the others stay bit for bit."""
+        """Delete an expert, its gate row and its skills in the library; the others stay bit for bit."""
         self._pool.remove(name)
         self.router.remove_row(name)
+        if self.growth is not None:
+            self.growth.forget(name)
         self.apply_trainable()
 
     def freeze(self, *names: str) -> None:
@@ -219,8 +254,9 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """Put each expert's `trainable` onto its adapter and its gate row; PEFT resets it in many of its methods."""
         self._pool.apply_trainable()
         for expert in self._pool:
-            self.router.gate[expert.name].requires_grad_(expert.trainable)
-            self.router.gate_bias[expert.name].requires_grad_(expert.trainable)
+            learns = expert.trainable and not self._grows
+            self.router.gate[expert.name].requires_grad_(learns)
+            self.router.gate_bias[expert.name].requires_grad_(learns)
 
     # Routing.
 
@@ -272,6 +308,22 @@ class DyLoRAMoE(PeftModelForCausalLM):
             raise ValueError("an expert is merged into the base, so that the base alone cannot be read; unmerge it")
         return features
 
+    def text_features(self, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+        """What the gate reads of each text, padding left out: fp32 [tokens, hidden] each, on the model's device.
+
+        Args:
+            batches: each with input_ids [batch, seq] and, where padded, attention_mask; also position_ids, labels or
+                prompt_lengths, as in `forward`.
+        """
+        texts = []
+        for batch in batches:
+            ids = batch["input_ids"].to(self.device)
+            mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
+            given = {name: batch[name].to(self.device) for name in ROUTER_INPUTS if name in batch}
+            features = self.router_features(ids, mask, **given)
+            texts += [row[real] for row, real in zip(features, mask, strict=True) if real.any()]
+        return texts
+
     @torch.no_grad()
     def initialize_router(self, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> None:
         """Start the gate from text, before training: one cluster of the texts' features for each expert.
@@ -285,16 +337,160 @@ class DyLoRAMoE(PeftModelForCausalLM):
                 there are experts.
             seed: of the clustering.
         """
-        texts = []
-        for batch in batches:
-            ids = batch["input_ids"].to(self.device)
-            mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
-            given = {name: batch[name].to(self.device) for name in ROUTER_INPUTS if name in batch}
-            features = self.router_features(ids, mask, **given)
-            texts += [row[real] for row, real in zip(features, mask, strict=True) if real.any()]
+        texts = self.text_features(batches)
         if len(texts) < len(self._pool):
             raise ValueError(f"initialize_router was given {len(texts)} texts for {len(self._pool)} experts; give more")
         self.router.initialize(texts, seed=seed)
+
+    # Growth.
+
+    @property
+    def allow_expert_growth(self) -> bool:
+        """Whether `add_skill` may add experts; `enable_growth` and `fix_pool` change it."""
+        return self._grows
+
+    def enable_growth(self, config: GrowthConfig | None = None, *, seed: int = 0) -> None:
+        """From here on `add_skill` may grow the pool, gate rows are fitted, and `base` is a member.
+
+        Of a pool that was trained jointly the experts and their gate rows stay as they are.
+
+        Args:
+            config: default: as it was, or `GrowthConfig()`.
+            seed: of the draws that the base's own gate row is fitted with, where experts are there already.
+
+        Raises:
+            ValueError: for a pool whose skills are not known; tell it with `know_skill`, or all text is new to it.
+        """
+        if len(self._pool) and (self.growth is None or not self.growth.library.skills):
+            raise ValueError(
+                "this pool's skills are not known, so that all text would be new to it; know_skill() first"
+            )
+        growth = self._make_growth(config)
+        if not self.router.has_base:
+            self.router.add_base()
+            if len(self._pool):
+                self._know_base(seed)
+                growth.fit(BASE, seed=seed)
+        self._grows = True
+        self.apply_trainable()
+
+    def fix_pool(self, config: GrowthConfig | None = None) -> None:
+        """From here on `add_skill` adds no expert: what is new is reported. The library stays.
+
+        Args:
+            config: how to judge; default: as it was, or `GrowthConfig()`.
+        """
+        self._make_growth(config)
+        self._grows = False
+        self.apply_trainable()
+
+    def restore_growth(self, config: GrowthConfig, library: SkillLibrary, *, grows: bool) -> None:
+        """Put back what a checkpoint knows of the skills."""
+        self.growth = Growth(config, router=self.router, pool=self._pool, library=library)
+        self._grows = grows
+        self.apply_trainable()
+
+    def _make_growth(self, config: GrowthConfig | None) -> Growth:
+        library = SkillLibrary(self.router.hidden_size) if self.growth is None else self.growth.library
+        if self.growth is None or config is not None:
+            config = GrowthConfig() if config is None else config
+            self.growth = Growth(config, router=self.router, pool=self._pool, library=library)
+        return self.growth
+
+    @property
+    def library(self) -> SkillLibrary:
+        """What is known of each skill.
+
+        Raises:
+            ValueError: where nothing is: the pool was not grown, and was told nothing.
+        """
+        if self.growth is None:
+            raise ValueError("this model has no skill library; enable_growth() begins one")
+        return self.growth.library
+
+    def knows(self, skill: str) -> bool:
+        """Whether the library has a skill of that name."""
+        return self.growth is not None and skill in self.growth.library.skills
+
+    def add_skill(
+        self,
+        name: str,
+        batches: Iterable[dict[str, Tensor]],
+        *,
+        rank: int | None = None,
+        expert: str | None = None,
+        seed: int = 0,
+    ) -> SkillDecision:
+        """Look at data, and where it is new grow an expert for it; that expert alone is then trainable.
+
+        The library takes up the data's statistics and the new gate row is fitted at once, for they follow from the
+        frozen base alone. What is left to do: train, with `route_to(decision.expert)` around the forward so that all
+        tokens teach it, then `mature(decision.expert)`. Until then routing is dense.
+
+        Args:
+            name: of the skill and, where it is new, of its expert.
+            batches: a sample of it, as for `text_features`; 100 texts are plenty.
+            rank: of a new expert; default the pool's.
+            expert: an expert of the pool that is to learn this data whatever it is. The gate sends it there only
+                after its row was fitted again.
+            seed: of the draws and of the new expert's start.
+
+        Raises:
+            ValueError: for a name that cannot be an expert's, an unknown expert, or no text; nothing has changed then.
+        """
+        if self.growth is None:
+            raise ValueError("this model has no skill library, so that nothing can be said to be new; enable_growth()")
+        if expert is not None:
+            self._pool[expert]
+        if self._grows:
+            self._know_base(seed)
+        grow = partial(self._grow, name, rank=rank, seed=seed) if self._grows else None
+        decision = self.growth.take(name, self._some_features(name, batches), expert=expert, grow=grow, seed=seed)
+        if decision.expert is not None:
+            for other in self._pool:
+                other.trainable = other.name == decision.expert
+            self.apply_trainable()
+        return decision
+
+    def _know_base(self, seed: int) -> None:
+        """What the base itself is about, from texts that it writes: gate rows are fitted against it."""
+        assert self.growth is not None
+        if BASE in self.growth.library:
+            return
+        with self.route_to(None):
+            ids = write_texts(self, seed=seed)
+            self.growth.learn(BASE, self.text_features([{"input_ids": ids}]), expert=BASE, seed=seed)
+
+    @torch.no_grad()
+    def _grow(self, name: str, *, source: str | None, rank: int | None, seed: int) -> None:
+        check_name(name, taken=self._pool, modules=self._pool.base_modules())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.add_expert(name, rank=rank, skill=name)
+        if source is not None:
+            self._pool.copy(source, name)
+
+    def _some_features(self, skill: str, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+        texts = self.text_features(batches)
+        if not texts:
+            raise ValueError(f"skill {skill!r} was given no text; give at least one batch with a real token")
+        return texts
+
+    def know_skill(self, name: str, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> str:
+        """Tell the library of a skill that the pool has already, from a sample of it; no expert and no row changes.
+
+        Args:
+            name: of the skill.
+            batches: as for `add_skill`.
+
+        Returns:
+            The expert that most of its tokens choose, whose skill it counts as.
+        """
+        growth, texts = self._make_growth(None), self._some_features(name, batches)
+        shares = {expert: share for expert, share in growth.shares(texts).items() if expert != BASE}
+        expert = max(shares, key=shares.__getitem__)
+        growth.learn(name, texts, expert=expert, seed=seed)
+        return expert
 
     # Forward and generate.
 
@@ -539,11 +735,10 @@ class DyLoRAMoE(PeftModelForCausalLM):
         return load_checkpoint(cls, path, base, **kwargs)
 
 
-def _pool_problems(
-    names: Any, num_experts: Any, top_k: int, balance_coefficient: Any, allow_expert_growth: bool
-) -> list[str]:
+def _pool_problems(names: Any, num_experts: Any, top_k: int, balance_coefficient: Any) -> list[str]:
     problems = []
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
+    whole = isinstance(num_experts, int) and not isinstance(num_experts, bool)
+    if num_experts is not None and (not whole or num_experts < 1):
         problems.append(f"num_experts is {num_experts!r}; it must be a whole number of at least 1")
     if isinstance(names, str):
         problems.append(f"names is {names!r}; it must be a list of names")
@@ -562,11 +757,6 @@ def _pool_problems(
         problems.append(f"top_k is {top_k}, but there are only {count} experts")
     if not isinstance(balance_coefficient, (int, float)) or not 0 <= balance_coefficient < math.inf:
         problems.append(f"balance_coefficient is {balance_coefficient!r}; it must be a finite number of at least 0")
-    if allow_expert_growth:
-        problems.append(
-            "allow_expert_growth=True needs novelty detection, which this version does not have; "
-            "grow by hand with add_expert"
-        )
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 from .charts import STYLE
 from .record import finite
 
+REPORT = "report.html"
+"""The page of a folder."""
+
 PAGE_STYLE = (
     """
-:root{color-scheme:light dark;--surface:#fff;--page:#f4f6f7;--ink:#1b2126;--faint:#5d6870;--good:#00725c;--bad:#b34700}
+:root{color-scheme:light dark;--surface:#fff;--page:#f4f6f7;--ink:#1b2126;--faint:#5d6870;--good:#00725c;--bad:#b34700;
+--link:#0b5fa5}
 @media(prefers-color-scheme:dark){:root{--surface:#191e22;--page:#101417;--ink:#e8ecee;--faint:#9aa5ad;--good:#43cfa6;
---bad:#ff9a5c}}
+--bad:#ff9a5c;--link:#6cb8f2}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "DejaVu Sans",sans-serif}
@@ -45,6 +50,15 @@ background:color-mix(in srgb,var(--c) 20%,transparent)}
 .sample .prompt{opacity:.55} .sample .base{border-bottom:2px solid transparent}
 .scale{display:inline-block;width:90px;height:10px;border-radius:3px;vertical-align:middle;
 background:linear-gradient(90deg,var(--grid),var(--heat))}
+td.tint{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap;padding:4px 10px;
+border:2px solid var(--surface);background:color-mix(in srgb,var(--tone) var(--p),transparent)}
+.better{--tone:var(--c0)} .worse{--tone:var(--c1)} td.learned{outline:2px solid var(--ink);outline-offset:-3px}
+td.blank{color:var(--faint);
+font-size:.78rem;line-height:1.15;text-align:right} td.tint,td.blank{min-width:5.6em;max-width:6em} a{color:var(--link)}
+td.stage{white-space:nowrap;max-width:none;position:sticky;left:0;background:var(--surface)}
+@media(max-width:600px){td.stage{white-space:normal;max-width:9em;overflow-wrap:anywhere;min-width:7em}}
+.two{display:inline-block;width:150px;height:12px;border-radius:3px;vertical-align:middle;background:linear-gradient(90deg,
+color-mix(in srgb,var(--c0) 50%,transparent),transparent,color-mix(in srgb,var(--c1) 50%,transparent))}
 pre{overflow:auto;max-height:420px;background:var(--page);border-radius:8px;padding:10px;font-size:12px}
 summary{cursor:pointer;font-weight:600}
 """
@@ -85,6 +99,24 @@ def table(titles: Sequence[str], rows: Sequence[str], right: set[int]) -> str:
 def cell(text: str, kind: str = "") -> str:
     """A cell of plain text, with its CSS classes."""
     return f"<td{f' class={kind!r}' if kind else ''}>{escape(text)}</td>"
+
+
+def tinted(value: float, scale: float, text: str, *, told: str, kind: str = "") -> str:
+    """A cell with a ground: bluer the further `value` is below 0 (better, for a loss), more orange above.
+
+    Args:
+        scale: the size of `value` that has the full tint.
+        told: what its hover title says.
+    """
+    tone = "better" if value < 0 else "worse"
+    part = round(50 * min(abs(value) / scale, 1)) if math.isfinite(value) else 50
+    kinds = " ".join(filter(None, ("tint", tone, kind)))
+    return f"<td class='{kinds}' style='--p:{part}%' title='{escape(told)}'>{escape(text)}</td>"
+
+
+def tint_legend(scale: float, unit: str) -> str:
+    """What the grounds of `tinted` mean."""
+    return f"better, -{scale:.3g} <span class='two'></span> +{scale:.3g} {escape(unit)}, worse"
 
 
 def count(value: Any) -> str:

@@ -108,7 +108,7 @@ def routed_model(arguments: Arguments, *, dtype: torch.dtype | None = None) -> D
                 config, **{**options, "dtype": dtype or config.dtype or torch.float32}
             )
 
-    return build_model(arguments, load=without_weights)
+    return build_model(arguments.model, bf16=arguments.train.bf16, load=without_weights)
 
 
 def components(model: DyLoRAMoE) -> list[Component]:

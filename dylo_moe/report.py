@@ -1,4 +1,4 @@
-"""One page about a run: what it learned, where its tokens went, what it was made of. No network, no script."""
+"""One page about a run or a stream: what it learned, what it was made of. No network, no script."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ from pathlib import Path
 
 from .card import hardware_lines, open_settings, short_name, without_secrets
 from .charts import Series, colour_class, heatmap, legend, line_chart, mean
-from .page import cell, count, html_page, in_short, percent, side_by_side, table
+from .page import REPORT, cell, count, html_page, in_short, percent, side_by_side, table
 from .record import Points, Record, finite, read_record
+from .stream_page import stream_page
+from .stream_record import is_stream, read_stream
 from .whole_file import write_whole
 
-REPORT = "report.html"
 MAX_RAW_LINES = 400
 """Of metrics.jsonl, on the page."""
 
 
 def run(folder: str, output: str | None = None) -> Path:
-    """Write the page about the run in `folder`; returns where it lies, by default report.html in that folder.
+    """Write the page about the run or stream in `folder`; returns where it lies, by default report.html in there.
 
     Raises:
-        ValueError: for a folder that is no run's, or an output that is a folder.
+        ValueError: for a folder that is no run's and no stream's, or an output that is a folder.
     """
-    record = read_record(Path(folder))
     target = Path(folder) / REPORT if output is None else Path(output)
     if target.is_dir():
         raise ValueError(f"output {target} is a folder; name a file, such as {target / REPORT}")
+    text = stream_page(read_stream(Path(folder)), target.parent) if is_stream(Path(folder)) else run_page(Path(folder))
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, page(record).encode("utf-8", errors="replace"))  # a text may hold half a surrogate pair
+    write_whole(target, text.encode("utf-8", errors="replace"))  # a text may hold half a surrogate pair
     return target
 
 
-def page(record: Record) -> str:
-    """The whole page."""
+def run_page(folder: Path) -> str:
+    """The whole page about a run."""
+    record = read_record(folder)
     sections = [(identity, title, maker(record)) for identity, (title, maker) in SECTIONS.items()]
     return html_page(f"DyLoRA-MoE run {record.name}", sections)
 

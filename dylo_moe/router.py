@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, D hidden, E experts, K top-k.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clusters import kmeans
-from .config import RouterConfig
+from .config import BASE, RouterConfig
 from .dispatch import Dispatch, ExpertShape, Segment, dense_is_quicker, plan_sparse
 
 GATE_WIDTH = 64
@@ -64,6 +65,8 @@ class Router(nn.Module):
     arXiv:1308.3432; the probability as in Switch Transformers, Fedus et al. 2021, arXiv:2101.03961,
     eq. 2, which scales the output by it: we do not). Dense collaboration is a softmax over all experts.
 
+    `base` may be a member: its row sends tokens to the unchanged base, and is never trained by gradients.
+
     The rows start small and random, and mean and scale neutral, until `initialize` sets all of them from
     text. The features of all texts share a large common part that a gate would first have to learn to
     ignore, and rows that start at the clusters of the text give each expert its own kind of text from
@@ -84,6 +87,8 @@ class Router(nn.Module):
     def __init__(self, config: RouterConfig, *, hidden_size: int, names: Sequence[str]) -> None:
         super().__init__()
         self.config = config
+        self.temperature = config.temperature
+        """Of dense collaboration; training may anneal it."""
         self.hidden_size = hidden_size
         self.gate = nn.ParameterDict()
         self.gate_bias = nn.ParameterDict()
@@ -98,8 +103,20 @@ class Router(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts, in gate order."""
+        """The experts, in gate order; `base` among them where it is a member."""
         return tuple(self.gate.keys())
+
+    @property
+    def has_base(self) -> bool:
+        """Whether tokens can be sent to the unchanged base."""
+        return BASE in self.gate
+
+    def add_base(self) -> None:
+        """Make `base` a member, with a row of zeros: what the other rows are measured against."""
+        self.add_row(BASE)
+        self.set_row(BASE, torch.zeros(self.hidden_size), torch.zeros(()))
+        self.gate[BASE].requires_grad_(False)
+        self.gate_bias[BASE].requires_grad_(False)
 
     def add_row(self, name: str) -> None:
         """A new gate row, small and random. The old rows and their logits stay bit for bit."""
@@ -107,6 +124,19 @@ class Router(nn.Module):
         self.gate[name] = nn.Parameter(torch.randn(self.hidden_size, device=device) * GATE_INIT_STD)
         self.gate_bias[name] = nn.Parameter(torch.zeros((), device=device))
         self._reset_shares()
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Put the members into this order; `base` among them becomes one."""
+        if BASE in names and not self.has_base:
+            self.add_base()
+        self.gate = nn.ParameterDict(OrderedDict((name, self.gate[name]) for name in names))  # a dict would be sorted
+        self.gate_bias = nn.ParameterDict(OrderedDict((name, self.gate_bias[name]) for name in names))
+
+    @torch.no_grad()
+    def set_row(self, name: str, row: Tensor, bias: Tensor) -> None:
+        """Give a gate row its values, fp32 [hidden] and a scalar; the others stay bit for bit."""
+        self.gate[name].copy_(row)
+        self.gate_bias[name].copy_(bias)
 
     def remove_row(self, name: str) -> None:
         """Drop a gate row; the others stay bit for bit."""
@@ -182,7 +212,7 @@ class Router(nn.Module):
         names, top_k = self.names, self.config.top_k
         num_experts = len(names)
         if dense or top_k >= num_experts:
-            temperature = self.config.temperature if dense else 1.0
+            temperature = self.temperature if dense else 1.0
             weights_BSE = (logits_BSE / temperature).softmax(-1)
             selected_BSK = None
         else:
@@ -312,7 +342,7 @@ def force_routing(names: Sequence[str], experts: Sequence[str | None], *, mask: 
     """The routing that `route_to` asks for: one expert a row, or None for the base alone.
 
     Args:
-        names: the experts, in gate order.
+        names: the members of the pool, in gate order.
         experts: one entry per row of the batch.
         mask: bool [batch, seq].
     """
@@ -321,8 +351,8 @@ def force_routing(names: Sequence[str], experts: Sequence[str | None], *, mask: 
     weights_BSE = torch.zeros(batch, seq, len(names), device=mask.device)
     segments: list[Segment] = []
     for row, name in enumerate(experts):
-        if name is not None:
-            weights_BSE[row, :, names.index(name)] = 1.0
+        if name is not None or BASE in names:
+            weights_BSE[row, :, names.index(name or BASE)] = 1.0
         if segments and segments[-1].expert == name:
             segments[-1] = Segment(name, segments[-1].length + seq)
         else:

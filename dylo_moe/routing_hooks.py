@@ -199,7 +199,7 @@ class RoutingHooks:
             )
         else:
             experts = one_per_row(forced, mask.shape[0], expandable=self.prompt is not None)
-            context.routing, context.dispatch = force_routing(self.pool.names, experts, mask=mask)
+            context.routing, context.dispatch = force_routing(self.router.names, experts, mask=mask)
         if context.ends_at_router:
             raise _RouterReached(context)
 

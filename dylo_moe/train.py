@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .arguments import Arguments, new_output_dir, save_config, settings_of
+from .arguments import Arguments, ModelArguments, new_output_dir, save_config, settings_of
 from .base import load_base, load_tokenizer
 from .checkpoint import save_checkpoint
-from .config import RouterConfig, parse_router_layer
+from .config import GrowthConfig, RouterConfig, parse_router_layer
 from .data import Collator, LoadedData, PackedTexts, check_texts_kept_apart, epoch_of, load_data, padding_share
 from .facts import run_facts, write_json
 from .generate import end_ids, sample
@@ -46,13 +46,20 @@ ROUTER_START_BATCH = 16
 SAMPLE_TOKENS = 32
 
 
-def build_model(arguments: Arguments, *, load: Callable[..., PreTrainedModel] = load_base) -> DyLoRAMoE:
+def build_model(
+    flags: ModelArguments,
+    *,
+    bf16: bool,
+    growth: GrowthConfig | None = None,
+    load: Callable[..., PreTrainedModel] = load_base,
+) -> DyLoRAMoE:
     """The base with fresh experts and router, as the flags say; every problem of the flags is raised here.
 
     Args:
+        bf16: whether the base is loaded in bfloat16.
+        growth: for a pool that begins empty and grows.
         load: makes the base, as `load_base` does.
     """
-    flags = arguments.model
     router = RouterConfig(
         top_k=flags.top_k,
         router_layer=parse_router_layer(flags.router_layer),
@@ -70,14 +77,21 @@ def build_model(arguments: Arguments, *, load: Callable[..., PreTrainedModel] = 
         lora_dropout=flags.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
-    attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
     return DyLoRAMoE.from_base(
-        load(flags.model, dtype=torch.bfloat16 if arguments.train.bf16 else "auto", **attention),
-        num_experts=flags.num_experts,
+        load(flags.model, **base_options(flags, bf16=bf16)),
+        num_experts=flags.num_experts if growth is None else None,
         lora=lora,
         router=router,
+        allow_expert_growth=growth is not None,
+        growth=growth,
         balance_coefficient=flags.balance_coefficient,
     )
+
+
+def base_options(flags: ModelArguments, *, bf16: bool) -> dict[str, Any]:
+    """How a base is loaded, as `load_base` takes it."""
+    attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
+    return {"dtype": torch.bfloat16 if bf16 else "auto", **attention}
 
 
 def run(arguments: Arguments) -> Path:
@@ -103,7 +117,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     check_same_data(arguments.resumed, data)
     train_rows = epoch_of(data.train, arguments.data)
     show_packing(console, train_rows, batch_size=arguments.train.per_device_train_batch_size)
-    model = build_model(arguments)
+    model = build_model(arguments.model, bf16=arguments.train.bf16)
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
     show_model(console, model)
@@ -331,9 +345,9 @@ def finish(
     for target in (console, recorder):
         show_losses(target, before, after)
         show_shares(target, after)
-        show_legend(target, model.experts.names)
+        show_legend(target, model.router.names)
         for item in samples:
-            show_sample(target, item, tokenizer, model.experts.names)
+            show_sample(target, item, tokenizer, model.router.names)
     recorder.save_svg(str(folder / "result.svg"), title="dylora train")
     recorder.file.close()
     checkpoint = folder / "checkpoint"

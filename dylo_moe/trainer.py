@@ -57,7 +57,7 @@ class DyLoRATrainer(Trainer):
         self.add_callback(SavePoints)
         self.training = {} if training is None else training
         self.label_smoother = None  # it would take the labels out of the model's sight; the model smooths itself
-        experts = cast(DyLoRAMoE, self.model).experts.names
+        experts = cast(DyLoRAMoE, self.model).router.names
         self.domains = domains
         self.train_meter = Meter(domains, experts)
         self.eval_meter = Meter(domains, experts)

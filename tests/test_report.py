@@ -6,7 +6,6 @@ import html
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.browser import find_browser, open_page, screenshot
+from reference.pages import HOSTILE, KNOWN_TAGS, Reader, read
 from reference.runs import flags, tiny_run_folder
 
 from dylo_moe.arguments import parse_train
@@ -39,7 +39,6 @@ from dylo_moe.cli import main
 from dylo_moe.report import SECTIONS, run
 from dylo_moe.train import run as train
 
-HOSTILE = "<script>document.title='ran'</script><img src='http://outside.invalid/x.png' onerror=\"alert('&amp;')\">"
 EXPERTS = ["expert_0", f"b{HOSTILE}"]
 DOMAINS = ["data/a_b.jsonl", f"c {HOSTILE}"]
 
@@ -83,31 +82,6 @@ def write_run(folder: Path, *, num_logs: int = 12) -> Path:
     return folder
 
 
-class Reader(HTMLParser):
-    """Tags, attributes, and the text inside elements of a class."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str]] = []
-        self.opened: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.opened.append((tag, dict(attrs)))
-        self.attributes += attrs
-        self.texts.append("")
-
-    def handle_data(self, data):
-        if self.texts:
-            self.texts[-1] += data
-
-    def of(self, tag: str) -> list[tuple[dict[str, str], str]]:
-        return [(attrs, text) for (name, attrs), text in zip(self.opened, self.texts, strict=True) if name == tag]
-
-
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("hostile") / "out")
@@ -118,10 +92,6 @@ def finished(tmp_path_factory) -> Path:
     folder = tiny_run_folder(tmp_path_factory.mktemp("tiny"))
     train(parse_train(flags(folder, folder / "out", "--eval_strategy", "steps", "--eval_steps", "6")))
     return folder / "out"
-
-
-def read(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
 
 
 # What it tells.
@@ -279,13 +249,6 @@ def test_experts_beyond_the_colours_have_another_kind_of_line():
 
 
 # What it must not do.
-
-
-KNOWN_TAGS = {
-    *("html", "head", "meta", "title", "link", "style", "body", "main", "section", "h1", "h2", "p", "div", "span", "b"),
-    *("i", "ul", "li", "table", "tr", "th", "td", "figure", "figcaption", "details", "summary", "pre"),
-    *("svg", "g", "path", "text", "circle", "rect"),
-}
 
 
 def test_hostile_text_stays_text(hostile):

@@ -1,0 +1,390 @@
+"""The life of a skill, over a stream: novel or known, growth, training, maturity, evaluation, checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers.utils import logging as transformers_logging
+
+from .arguments import new_output_dir
+from .base import load_tokenizer
+from .checkpoint import read_manifest
+from .config import BASE
+from .data import Collator, LoadedData, check_texts_kept_apart, epoch_of, load_data
+from .facts import run_facts, write_json
+from .growth import GROWN, SkillDecision
+from .matrix import Matrix, Stage
+from .matrix_table import MatrixTable, show_matrix
+from .model import DyLoRAMoE
+from .progress import MetricsFile, ProgressBar
+from .report import run as write_report
+from .resume import CONFIG_FILE, checkpoints_in, data_changes
+from .stage_trainer import StageTrainer
+from .stopping import Stopped, StopRequest
+from .stream_arguments import StreamRequest
+from .stream_state import (
+    StreamState,
+    clear_leftovers,
+    finish_stream,
+    last_checkpoint,
+    read_state,
+    save_stage,
+    stage_folder,
+    write_view,
+)
+from .summary import show_data
+from .train import base_options, build_model, command, train_on
+from .trainer import DyLoRATrainer
+
+SKILL_BATCH = 16
+
+
+class Piece(NamedTuple):
+    """The data of one stage."""
+
+    name: str
+    """Of the dataset, or of the chunk."""
+    rows: Dataset
+    rank: int | None
+
+
+class Course(NamedTuple):
+    """What a whole stream works with."""
+
+    request: StreamRequest
+    data: LoadedData
+    collator: Collator
+    folder: Path
+    console: Console
+    stop: StopRequest
+    record: dict[str, Any]
+    """What every checkpoint's manifest holds: settings, the rows' fingerprint, facts."""
+
+
+def run(request: StreamRequest) -> Path:
+    """Learn as the flags say and show the result; returns the folder of the final checkpoint.
+
+    Raises:
+        Stopped: when SIGTERM or SIGINT ended it; the message says how to go on.
+    """
+    folder: list[Path] = []
+    with StopRequest() as stop:
+        try:
+            return _run(request, stop, folder)
+        except Stopped as stopped:
+            if not folder:
+                raise
+            text = f"go on with: {command()} stream --resume_from_checkpoint {folder[0]}"
+            raise Stopped(stopped.signal, text) from stopped
+
+
+def _run(request: StreamRequest, stop: StopRequest, found: list[Path]) -> Path:
+    started = time.time()
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    set_seed(request.train.seed)
+    tokenizer = tokenizer_of(request)
+    names = [*request.data.datasets, *request.stream.eval_datasets, *request.stream.known_datasets]
+    data = load_data(replace(request.data, datasets=names), tokenizer, seed=request.train.seed)
+    show_data(console, data)
+    folder, checkpoint = open_folder(request)
+    found.append(folder)
+    state, model = begin(request, data, Collator(tokenizer), checkpoint)
+    if request.data.packing:
+        check_texts_kept_apart(model, model.base)
+    record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
+    course = Course(request, data, Collator(tokenizer), folder, console, stop, record)
+    show_where(course, state, checkpoint)
+    if not state.matrix.base:
+        measure_base(course, model, state)
+    write_view(folder, state, is_finished=False)
+    for place, piece in enumerate(pieces(course)):
+        if place >= state.num_done:
+            live(course, model, state, place, piece)
+    final = finish_stream(folder, state)
+    show_end(course, state, final, time.time() - started)
+    return final
+
+
+# Where it begins.
+
+
+def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:
+    """The base's, which a --checkpoint names."""
+    if request.stream.checkpoint is None:
+        return load_tokenizer(request.model.model)
+    base = read_manifest(request.stream.checkpoint)["base"]
+    return load_tokenizer(base["id"], revision=base["revision"])
+
+
+def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
+    """The stream's folder, with its settings in it, and the checkpoint of the last stage that is over."""
+    if request.resumed is not None:
+        clear_leftovers(request.resumed)
+        return request.resumed, last_checkpoint(request.resumed)
+    folder = new_output_dir(request.train.output_dir)
+    save_settings(request, folder)
+    return folder, None
+
+
+def save_settings(request: StreamRequest, folder: Path) -> None:
+    """Write what the stream was resolved to, as a recipe that `--config` reads."""
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(request.settings, sort_keys=False), encoding="utf-8")
+
+
+def begin(
+    request: StreamRequest, data: LoadedData, collator: Collator, checkpoint: Path | None
+) -> tuple[StreamState, DyLoRAMoE]:
+    """State and model to go on from: a new pool, --checkpoint's, or that of the last stage that is over.
+
+    Raises:
+        ValueError: where the rows are not those of the stream that goes on, or it is not known what a checkpoint knows.
+    """
+    num_learned, num_measured = len(request.data.datasets), len(request.stream.eval_datasets)
+    learned, measured = data.names[:num_learned], data.names[num_learned : num_learned + num_measured]
+    options = base_options(request.model, bf16=request.train.bf16)
+    if checkpoint is not None:
+        state, record = read_state(checkpoint)
+        differences = data_changes(record["data"], data.fingerprint, data.names)
+        if differences:
+            raise ValueError(f"cannot go on from {checkpoint} with other data: {'; '.join(differences)}")
+        return state, DyLoRAMoE.from_pretrained(str(checkpoint), **options)
+    stream = request.stream
+    if stream.checkpoint is None:
+        model = build_model(request.model, bf16=request.train.bf16, growth=request.stream.growth)
+    else:
+        model = DyLoRAMoE.from_pretrained(stream.checkpoint, **options)
+        for name in data.names[num_learned + num_measured :]:
+            model.know_skill(
+                name, sample_of(rows_of(data, name), collator, stream.skill_examples), seed=request.train.seed
+            )
+        if model.growth is None:
+            raise ValueError(
+                f"{stream.checkpoint} does not say what its experts know, so that all data would be new to it; give "
+                "what it was trained on as --known_datasets"
+            )
+        if stream.allow_expert_growth:
+            model.enable_growth(stream.growth, seed=request.train.seed)
+        else:
+            model.fix_pool(stream.growth)
+    known = [name for name in measured if model.knows(name)]
+    matrix = Matrix([*learned, *known], [name for name in measured if name not in known])
+    return StreamState(matrix, {name: {model.library[name].expert: 0} for name in known}), model
+
+
+def rows_of(data: LoadedData, name: str) -> Dataset:
+    """The training rows of one dataset, in the order of the epoch."""
+    return data.train.select(np.flatnonzero(np.asarray(data.train["domain"]) == data.names.index(name)))
+
+
+def sample_of(rows: Dataset, collator: Collator, most: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of the first rows, for the detector and the library."""
+    count = min(most, len(rows))
+    for start in range(0, count, SKILL_BATCH):
+        yield collator([rows[row] for row in range(start, min(start + SKILL_BATCH, count))])
+
+
+def pieces(course: Course) -> Sequence[Piece]:
+    """The data of each stage: a dataset, or a chunk of all of them behind one another."""
+    request, data = course.request, course.data
+    names = data.names[: len(request.data.datasets)]
+    size = request.stream.chunk_examples
+    if size is None:
+        ranks: Sequence[int | None] = request.stream.ranks or [None] * len(names)
+        return [Piece(name, rows_of(data, name), rank) for name, rank in zip(names, ranks, strict=True)]
+    rows = concatenate_datasets([rows_of(data, name) for name in names])
+    starts = range(0, len(rows) - len(rows) % size, size) or [0]
+    return [
+        Piece(f"chunk_{place + 1}", rows.select(range(start, len(rows) if start == starts[-1] else start + size)), None)
+        for place, start in enumerate(starts)
+    ]
+
+
+# A stage.
+
+
+def live(course: Course, model: DyLoRAMoE, state: StreamState, place: int, piece: Piece) -> None:
+    """One stage: novelty, growth, library, gate row, training, maturity, evaluation, checkpoint.
+
+    All of it follows from the state before and the stage's seed, so that a stage which was killed is done again, from
+    the last checkpoint of its training, and ends as if it had not been.
+    """
+    started, stream = time.time(), course.request.stream
+    seed = course.request.train.seed + place
+    set_seed(seed)
+    folder = stage_folder(course.folder, place, piece.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    course.console.rule(Text(f"stage {place + 1}: {piece.name}, {len(piece.rows):,} rows"), align="left", style="dim")
+    name = free_name(model, piece.name if stream.chunk_examples is None else f"skill_{len(model.experts) + 1}")
+    decision = model.add_skill(
+        name,
+        sample_of(piece.rows, course.collator, stream.skill_examples),
+        rank=piece.rank,
+        expert=stream.learn_with,
+        seed=seed,
+    )
+    show_decision(course, piece, decision)
+    num_tokens = 0
+    if decision.expert is not None:
+        is_new = decision.action == GROWN
+        num_tokens = train_stage(course, model, folder, piece, expert=decision.expert, is_new=is_new, seed=seed)
+        if is_new:
+            model.mature(decision.expert)
+        domains, counts = np.unique(np.asarray(piece.rows["domain"]), return_counts=True)
+        for domain, count in zip(domains, counts, strict=True):
+            state.note_training(course.data.names[domain], decision.expert, int(count))
+    stage = Stage(piece.name, {}, tokens=num_tokens, decision=decision._asdict())
+    state.matrix.stages.append(stage)
+    measure(course, model, state, stage, decision)
+    stage.seconds = round(time.time() - started, 1)
+    save_stage(model, course.folder, folder, state, course.record, keep=stream.keep_stages)
+    show_matrix(course.console, state.matrix)
+
+
+def free_name(model: DyLoRAMoE, wanted: str) -> str:
+    """The name of a new expert: as wanted, or numbered where that is taken."""
+    plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "-" for letter in wanted)
+    plain = plain.strip("-_")[:60] or "skill"
+    taken = {*model.experts.names, *(model.library.names if model.growth is not None else ())}
+    return next(name for name in (plain, *(f"{plain}_{n}" for n in range(2, 10_000))) if name not in taken)
+
+
+def train_stage(
+    course: Course, model: DyLoRAMoE, folder: Path, piece: Piece, *, expert: str, is_new: bool, seed: int
+) -> int:
+    """Train the expert of a stage, from the last checkpoint that lies in its folder; returns on how many tokens."""
+    stream = course.request.stream
+    arguments = copy.copy(course.request.train)
+    arguments.output_dir, arguments.seed = str(folder), seed
+    arguments.learning_rate = stream.seeding_learning_rate
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=epoch_of(piece.rows, course.request.data),
+        data_collator=course.collator,
+        domains=course.data.names,
+        training=dict(course.record),
+        callbacks=[metrics, ProgressBar(course.console), course.stop],
+        expert=expert,
+        stream=stream,
+        is_new=is_new,
+    )
+    trainer.remove_callback(PrinterCallback)
+    newest = checkpoints_in(folder)
+    checkpoint, state = (newest[-1][1], None) if newest else (None, None)
+    if checkpoint is None:
+        metrics.path.unlink(missing_ok=True)
+    else:
+        course.console.print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        metrics.rewind(state.log_history)
+    save_settings(course.request, folder)
+    write_json(folder / "run.json", run_facts(model, course.data))
+    train_on(trainer, course.stop, checkpoint, state)
+    write_report(str(folder))
+    model.eval()
+    return trainer.num_tokens
+
+
+# Evaluation.
+
+
+def evaluator(course: Course, model: DyLoRAMoE) -> DyLoRATrainer:
+    """What reads held-out losses and routing."""
+    arguments = copy.copy(course.request.train)
+    arguments.output_dir = str(course.folder)
+    trainer = DyLoRATrainer(
+        model=model, args=arguments, data_collator=course.collator, domains=course.data.names, callbacks=[course.stop]
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def measure_base(course: Course, model: DyLoRAMoE, state: StreamState) -> None:
+    """The first row of the matrix: the base alone."""
+    reader = evaluator(course, model)
+    with course.console.status("evaluating the base"), model.route_to(None):
+        for name in (*state.matrix.skills, *state.matrix.unlearned):
+            reader.evaluate({name: course.data.evaluation[name]})
+            state.matrix.base[name] = reader.readings[name].loss
+
+
+def measure(course: Course, model: DyLoRAMoE, state: StreamState, stage: Stage, decision: SkillDecision) -> None:
+    """A row of the matrix; on a terminal it fills as it is measured."""
+    reader = evaluator(course, model)
+    with Live(MatrixTable(state.matrix), console=course.console, transient=True) as screen:
+        for name in (*state.matrix.skills, *state.matrix.unlearned):
+            rows = {name: course.data.evaluation[name]}
+            reader.evaluate(rows)
+            reading, owner = reader.readings[name], state.owner(name)
+            stage.losses[name] = reading.loss
+            if name in state.matrix.unlearned:
+                owner = BASE
+            if owner in reading.shares:
+                stage.accuracy[name] = reading.shares[owner]
+            if owner is not None and owner == decision.expert:
+                with model.route_to(owner):
+                    reader.evaluate(rows)
+                stage.alone[name] = reader.readings[name].loss
+            screen.refresh()
+
+
+# What is told.
+
+
+def show_where(course: Course, state: StreamState, checkpoint: Path | None) -> None:
+    """What the stream goes on from."""
+    names = pieces(course)
+    console = course.console
+    if checkpoint is not None:
+        console.print(f"going on from {checkpoint}: {state.num_done} of {len(names)} stages are over", highlight=False)
+    elif course.request.stream.checkpoint is not None:
+        console.print(f"learning on with {course.request.stream.checkpoint}", highlight=False)
+    console.print(f"{len(names)} stages, in {course.folder}", highlight=False, soft_wrap=True)
+
+
+def show_decision(course: Course, piece: Piece, decision: SkillDecision) -> None:
+    """Why this data is new or known, and what follows."""
+    seen = min(len(piece.rows), course.request.stream.skill_examples)
+    what = "new" if decision.novel else "known"
+    why = "nothing is known yet"
+    if decision.nearest is not None:
+        why = f"score {decision.score:.4g}, threshold {decision.threshold:.4g}, nearest skill {decision.nearest}"
+    text = (
+        f"{piece.name} is {what}: {why}, router entropy {decision.entropy:.2f} nats, from {seen:,} of "
+        f"{len(piece.rows):,} rows. "
+    )
+    follows = {
+        "grown": f"It grows the expert {decision.expert}.",
+        "consolidated": f"Its data consolidates the expert {decision.expert}.",
+        "skipped": "It is skipped: nothing is trained.",
+        "reported": "The pool is fixed, so nothing is trained; --learn_with EXPERT says who shall learn it.",
+    }
+    style = "yellow" if decision.expert is None else ""
+    course.console.print(Text(text + follows[decision.action], style=style), soft_wrap=True)
+
+
+def show_end(course: Course, state: StreamState, final: Path, seconds: float) -> None:
+    """The matrix, where things lie, and what to type next."""
+    page = write_report(str(course.folder))
+    course.console.rule(style="dim")
+    for label, path in (("checkpoint", final), ("matrix", course.folder / "matrix.json"), ("page", page)):
+        course.console.print(f"{label:11s} {path}", highlight=False, soft_wrap=True)
+    course.console.print(f"The whole stream took {seconds:.0f} s.\n\nTeach it more:\n", highlight=False)
+    course.console.print(
+        f"  {command()} stream --checkpoint {final} --datasets NAME\n", highlight=False, soft_wrap=True, markup=False
+    )

@@ -1,0 +1,40 @@
+"""Two-phase learning rate: a new expert is seeded at a high rate, then consolidated at a low one."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class TwoPhaseLR(LambdaLR):
+    """Seeding at each parameter group's own rate, consolidation at a part of it.
+
+        rate(t) = high * min(1, (t + 1) / warmup)                   for t < switch
+        rate(t) = high * low_ratio                                  from there on
+
+    With switch = 0 all is consolidation, after the same warm-up: rate(t) = high * low_ratio * min(1, (t + 1) / warmup).
+
+    Args:
+        optimizer: its groups' rates are the high one.
+        low_ratio: the low rate over the high one, above 0 and at most 1.
+        switch_step: the first step of consolidation.
+        warmup_steps: steps over which the rate rises to its first level.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, low_ratio: float, switch_step: int, warmup_steps: int = 0) -> None:
+        if not 0 < low_ratio <= 1:
+            raise ValueError(f"low_ratio is {low_ratio:g}; it must be above 0 and at most 1")
+        for name, value in (("switch_step", switch_step), ("warmup_steps", warmup_steps)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+            if switch_step == 0:
+                return low_ratio * warm
+            return warm if step < switch_step else low_ratio
+
+        super().__init__(optimizer, factor)

@@ -1,0 +1,43 @@
+"""A page taken apart, and a text that would run if it were written into one as it is."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+HOSTILE = "<script>document.title='ran'</script><img src='http://outside.invalid/x.png' onerror=\"alert('&amp;')\">"
+KNOWN_TAGS = {
+    *("html", "head", "meta", "title", "link", "style", "body", "main", "section", "h1", "h2", "p", "div", "span", "b"),
+    *("i", "ul", "li", "table", "tr", "th", "td", "figure", "figcaption", "details", "summary", "pre"),
+    *("svg", "g", "path", "text", "circle", "rect", "a"),
+}
+"""All that a page of ours is made of."""
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+class Reader(HTMLParser):
+    """Tags, attributes, and the text inside elements of a class."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.opened: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.opened.append((tag, dict(attrs)))
+        self.attributes += attrs
+        self.texts.append("")
+
+    def handle_data(self, data):
+        if self.texts:
+            self.texts[-1] += data
+
+    def of(self, tag: str) -> list[tuple[dict[str, str], str]]:
+        return [(attrs, text) for (name, attrs), text in zip(self.opened, self.texts, strict=True) if name == tag]
