@@ -106,15 +106,19 @@ class Stream:
             found.append(routing.weights.argmax(-1) == routing.names.index(expert))
         return torch.cat(found), rows.attention_mask.bool()
 
-    def after_switch(self) -> float:
-        """Share of the tokens sent right soon after a long text of another skill, over all pairs of skills."""
-        right: list[Tensor] = []
+    def after_switch(self) -> dict[str, float]:
+        """Share of the tokens that are sent right soon after a long text of another skill, over all pairs of skills,
+        and of the same tokens without that text."""
+        switched: list[Tensor] = []
+        alone: list[Tensor] = []
         for before, after in itertools.permutations(self.setting.skills, 2):
-            head = self.setting.skills[before].held_out.input_ids.flatten()[: 2 * SWITCH_AFTER].view(2, SWITCH_AFTER)
-            ids = torch.cat([head, self.setting.skills[after].held_out.input_ids[:2, :READ_ON]], 1)
-            is_own, _ = self.is_own(Rows(ids, ids, torch.ones_like(ids)), self.owner[after])
-            right.append(is_own[:, SWITCH_AFTER + SETTLED :].flatten())
-        return share(right)
+            head = self.setting.skills[before].held_out.input_ids.flatten()
+            head = head[: len(head) // SWITCH_AFTER * SWITCH_AFTER].view(-1, SWITCH_AFTER)
+            text = self.setting.skills[after].held_out.input_ids[: len(head), :READ_ON]
+            for ids, found in ((torch.cat([head, text], 1), switched), (text, alone)):
+                is_own, _ = self.is_own(Rows(ids, ids, torch.ones_like(ids)), self.owner[after])
+                found.append(is_own[:, SETTLED - READ_ON :].flatten())
+        return {"switched": share(switched), "alone": share(alone)}
 
 
 def learned_stream(setting: Setting, order: Sequence[str], seed: int) -> Stream:
@@ -145,7 +149,7 @@ def saved_ours(setting: Setting, order: Sequence[str], seed: int, *, top_k: int)
     model = DyLoRAMoE.from_pretrained(str(model_folder(setting, order, seed)), base=base)
     model.router_config = model.router.config = replace(model.router.config, top_k=top_k)
     stream = Stream(setting, seed, model)
-    return {"losses": losses_of(model, setting.held_out()), **stream.routing()}
+    return {"losses": losses_of(model, setting.held_out()), **stream.routing(), "after_switch": stream.after_switch()}
 
 
 def pair(setting: Setting, order: Sequence[str], seed: int) -> dict[str, Any]:

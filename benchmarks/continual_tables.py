@@ -114,8 +114,9 @@ class Comparison:
         print("\nThe same by the token's place in its text, all skills:\n")
         spans: dict[str, float] = next((record["spans"] for record in self.methods.get("ours", [])), {})
         print(self.table_by_skill(lambda record: record.get("spans"), list(spans)))
-        switched = [record["after_switch"] for record in self.methods.get("ours", [])]
-        print(f"\nTokens 32-160 of a skill after 768 of another one, sent right by ours: {shown(switched)}")
+        found = [record["after_switch"] for record in self.methods.get("ours", [])]
+        values = [shown(record[kind] for record in found) for kind in ("switched", "alone")]
+        print(f"\nTokens 32-160 of a skill sent right by ours: after 768 of another {values[0]}, alone {values[1]}")
 
     def summary(self) -> dict[str, Any]:
         """The main table as values."""

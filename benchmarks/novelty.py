@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -85,10 +86,11 @@ def share(router: Router, texts: Texts, name: str, start: int = 0, stop: int | N
 
 
 def routing_row(router: Router, held_out: dict[str, Texts], switched: dict[str, Texts]) -> str:
-    """Mean accuracy by position and after a change of subject, worst skill, what is lost to the base, and what it gets."""
+    """Mean accuracy by position and after a change of subject; the worst skill; what the base takes, and gets."""
     skills = [name for name in router.names if name != BASE]
     cells = [sum(share(router, held_out[name], name, *span) for name in skills) / len(skills) for span in SPANS]
-    cells.append(sum(share(router, switched[name], name) for name in skills) / len(skills))
+    is_switched = all(name in switched for name in skills)
+    cells.append(sum(share(router, switched[name], name) for name in skills) / len(skills) if is_switched else math.nan)
     cells.append(min(share(router, held_out[name], name) for name in skills))
     cells.append(sum(share(router, held_out[name], BASE) for name in skills) / len(skills))
     cells += [share(router, held_out[name], BASE) for name in OTHERS if name in held_out]
@@ -96,15 +98,20 @@ def routing_row(router: Router, held_out: dict[str, Texts], switched: dict[str, 
 
 
 def print_routing(
-    train: dict[str, Texts], held_out: dict[str, Texts], switched: dict[str, Texts], bases: dict[str, Texts | None]
+    skills: Sequence[str],
+    train: dict[str, Texts],
+    held_out: dict[str, Texts],
+    switched: dict[str, Texts],
+    bases: dict[str, Texts | None],
 ) -> None:
     """Token routing of both orders, rows fitted in turn and refitted together."""
     others = [name for name in OTHERS if name in held_out]
+    print(f"\n{', '.join(skills)}")
     head = [*(f"{start}-{stop}" for start, stop in SPANS), "switch", "worst skill", "lost to base"]
     print("| base's text | rows | " + " | ".join([*head, *(f"{name} to base" for name in others)]) + " |")
     print("|---" * (len(head) + len(others) + 2) + "|")
     for name, base in bases.items():
-        for order in (LANGUAGES, LANGUAGES[::-1]):
+        for order in (skills, skills[::-1]):
             router, library = grown(order, train, base)
             print(f"| {name} | in turn, {order[0]} first | {routing_row(router, held_out, switched)} |", flush=True)
         for expert, row in refit_rows(router, library, seed=0).items():
@@ -130,6 +137,8 @@ def print_novelty(train: dict[str, Texts], held_out: dict[str, Texts], skills: S
     rng = random.Random(0)
     subsets = [known for size in range(1, len(skills)) for known in itertools.combinations(skills, size)]
     per_subset = -(-NUM_BATCHES // len(subsets))
+    # Only a text's mean is looked at, so texts of one token that is it are judged alike, and sooner.
+    held_out = {name: [text.mean(0, keepdim=True) for text in held_out[name]] for name in skills}
     libraries = [grown_library(known, train) for known in subsets]
     low, high = binomial_interval(per_subset * len(subsets), RATE)
     print(f"\n{', '.join(skills)}: {len(subsets)} subsets known, {per_subset} known and new batches each")
@@ -204,6 +213,19 @@ def print_cost(texts: Texts, count: int) -> None:
     print(f"| {count} skills, {len(texts)} texts, median of three | {second:.2f} | {last:.2f} | {last / second:.2f} |")
 
 
+def read_switched(read: Callable[[Tensor, Tensor], Texts], rows: dict[str, Tensor]) -> dict[str, Texts]:
+    """For each language, the tokens of `SWITCH_SPAN` of its held-out rows after rows of every other language."""
+    switched: dict[str, Texts] = {name: [] for name in LANGUAGES}
+    for first, second in itertools.permutations(LANGUAGES, 2):
+        count = len(rows[first]) // SWITCH_AFTER
+        head = rows[first][: count * SWITCH_AFTER].reshape(count, -1)
+        ids = torch.cat([head, rows[second][::SWITCH_AFTER][:count]], 1)
+        start = head.shape[1]
+        found = read(ids, torch.ones_like(ids))
+        switched[second] += [text[start + SWITCH_SPAN[0] : start + SWITCH_SPAN[1]] for text in found]
+    return switched
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -226,21 +248,15 @@ def main() -> None:
         train[name] = read(skill.train.input_ids, skill.train.attention_mask)
         held_out[name] = read(skill.held_out.input_ids, skill.held_out.attention_mask)
         rows[name] = skill.held_out.input_ids
-    switched: dict[str, Texts] = {name: [] for name in LANGUAGES}
-    for first, second in itertools.permutations(LANGUAGES, 2):
-        start = SWITCH_AFTER * rows[first].shape[1]
-        head = rows[first][: len(rows[first]) // SWITCH_AFTER * SWITCH_AFTER].reshape(-1, start)[:8]
-        ids = torch.cat([head, rows[second][: len(head)]], 1)
-        found = read(ids, torch.ones_like(ids))
-        switched[second] += [text[start + SWITCH_SPAN[0] : start + SWITCH_SPAN[1]] for text in found]
+    switched = read_switched(read, rows)
     own = sampled(model, 64, 128)[:, 1:]
     bases: dict[str, Texts | None] = {"none": None, "sampled": read(own, torch.ones_like(own))}
     if "english" in train:
         bases["english"] = train["english"]
-    print_routing(train, held_out, switched, bases)
-    print_novelty(train, held_out, LANGUAGES)
-    if all(name in train for name in PAIR):
-        print_novelty(train, held_out, PAIR)
+    for skills in (LANGUAGES, PAIR):
+        if all(name in train for name in skills):
+            print_routing(skills, train, held_out, switched, bases)
+            print_novelty(train, held_out, skills)
     print_cost(train[LANGUAGES[0]], arguments.skills)
 
 

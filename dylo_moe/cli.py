@@ -177,8 +177,8 @@ def experts(words: list[str]) -> int:
     arguments = parser.parse_args(rest)
     from .experts import list_experts, refit, remove_expert
 
-    call: Callable[..., None] = {"list": list_experts, "remove": remove_expert, "refit": refit}[command]
-    call(**vars(arguments))
+    calls: dict[str, Callable[..., None]] = {"list": list_experts, "remove": remove_expert, "refit": refit}
+    calls[command](**vars(arguments))
     return 0
 
 

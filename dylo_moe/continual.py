@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -97,7 +98,8 @@ def _run(request: StreamRequest, stop: StopRequest, found: list[Path]) -> Path:
     console = Console()
     set_seed(request.train.seed)
     tokenizer = tokenizer_of(request)
-    names = [*request.data.datasets, *request.stream.eval_datasets, *request.stream.known_datasets]
+    stream = request.stream
+    names = [*request.data.datasets, *stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
     data = load_data(replace(request.data, datasets=names), tokenizer, seed=request.train.seed)
     show_data(console, data)
     folder, checkpoint = open_folder(request)
@@ -145,6 +147,22 @@ def save_settings(request: StreamRequest, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(request.settings, sort_keys=False), encoding="utf-8")
 
 
+class Roles(NamedTuple):
+    """The names of the datasets, by what they are for."""
+
+    learned: list[str]
+    measured: list[str]
+    known: list[str]
+    base: list[str]
+
+
+def roles_of(request: StreamRequest, data: LoadedData) -> Roles:
+    """As the data calls them, which was read in this order."""
+    stream, names = request.stream, iter(data.names)
+    groups = (request.data.datasets, stream.eval_datasets, stream.known_datasets, stream.base_datasets)
+    return Roles(*([next(names) for _ in group] for group in groups))
+
+
 def begin(
     request: StreamRequest, data: LoadedData, collator: Collator, checkpoint: Path | None
 ) -> tuple[StreamState, DyLoRAMoE]:
@@ -153,36 +171,46 @@ def begin(
     Raises:
         ValueError: where the rows are not those of the stream that goes on, or it is not known what a checkpoint knows.
     """
-    num_learned, num_measured = len(request.data.datasets), len(request.stream.eval_datasets)
-    learned, measured = data.names[:num_learned], data.names[num_learned : num_learned + num_measured]
-    options = base_options(request.model, bf16=request.train.bf16)
     if checkpoint is not None:
         state, record = read_state(checkpoint)
         differences = data_changes(record["data"], data.fingerprint, data.names)
         if differences:
             raise ValueError(f"cannot go on from {checkpoint} with other data: {'; '.join(differences)}")
+        options = base_options(request.model, bf16=request.train.bf16)
         return state, DyLoRAMoE.from_pretrained(str(checkpoint), **options)
-    stream = request.stream
+    roles = roles_of(request, data)
+    model = begin_pool(request, data, collator, roles)
+    known = [name for name in roles.measured if model.knows(name)]
+    matrix = Matrix([*roles.learned, *known], [name for name in roles.measured if name not in known])
+    return StreamState(matrix, {name: {model.library[name].expert: 0} for name in known}), model
+
+
+def begin_pool(request: StreamRequest, data: LoadedData, collator: Collator, roles: Roles) -> DyLoRAMoE:
+    """A new pool, empty but for the base, or --checkpoint's with what is told of its skills."""
+    stream, seed = request.stream, request.train.seed
+
+    def some(name: str) -> Iterator[dict[str, Tensor]]:
+        return sample_of(rows_of(data, name), collator, stream.skill_examples)
+
     if stream.checkpoint is None:
-        model = build_model(request.model, bf16=request.train.bf16, growth=request.stream.growth)
+        model = build_model(request.model, bf16=request.train.bf16, growth=stream.growth)
     else:
+        options = base_options(request.model, bf16=request.train.bf16)
         model = DyLoRAMoE.from_pretrained(stream.checkpoint, **options)
-        for name in data.names[num_learned + num_measured :]:
-            model.know_skill(
-                name, sample_of(rows_of(data, name), collator, stream.skill_examples), seed=request.train.seed
-            )
+        for name in roles.known:
+            model.know_skill(name, some(name), seed=seed)
         if model.growth is None:
             raise ValueError(
                 f"{stream.checkpoint} does not say what its experts know, so that all data would be new to it; give "
                 "what it was trained on as --known_datasets"
             )
-        if stream.allow_expert_growth:
-            model.enable_growth(stream.growth, seed=request.train.seed)
-        else:
-            model.fix_pool(stream.growth)
-    known = [name for name in measured if model.knows(name)]
-    matrix = Matrix([*learned, *known], [name for name in measured if name not in known])
-    return StreamState(matrix, {name: {model.library[name].expert: 0} for name in known}), model
+    if roles.base:
+        model.know_base(itertools.chain.from_iterable(map(some, roles.base)), seed=seed)
+    if not stream.allow_expert_growth:
+        model.fix_pool(stream.growth)
+    elif stream.checkpoint is not None:
+        model.enable_growth(stream.growth, seed=seed)
+    return model
 
 
 def rows_of(data: LoadedData, name: str) -> Dataset:
@@ -200,7 +228,7 @@ def sample_of(rows: Dataset, collator: Collator, most: int) -> Iterator[dict[str
 def pieces(course: Course) -> Sequence[Piece]:
     """The data of each stage: a dataset, or a chunk of all of them behind one another."""
     request, data = course.request, course.data
-    names = data.names[: len(request.data.datasets)]
+    names = roles_of(request, data).learned
     size = request.stream.chunk_examples
     if size is None:
         ranks: Sequence[int | None] = request.stream.ranks or [None] * len(names)

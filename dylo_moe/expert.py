@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -111,7 +111,7 @@ class ExpertPool:
         """Take an adapter that the PeftModel already has into the pool, as its last expert."""
         rank = cast(LoraConfig, self._model.peft_config[name]).r
         self._experts[name] = Expert(name, rank, mature, True, 0, skill)
-        self.refresh()
+        self.refresh([name])
         self._experts[name].parameters = sum(parameter.numel() for parameter in self.parameters(name))
         return self._experts[name]
 
@@ -225,8 +225,12 @@ class ExpertPool:
         self._model.peft_config[placeholder] = self.lora
         self.refresh()
 
-    def refresh(self) -> None:
-        """After any change of the adapters: routed classes, shapes and trainability; `pack` follows for the storage."""
+    def refresh(self, changed: Sequence[str] | None = None) -> None:
+        """After any change of the adapters: routed classes, shapes and trainability; `pack` follows for the storage.
+
+        Args:
+            changed: as of `apply_trainable`.
+        """
         with self._set_aside():
             layers = [layer for _, layer in routed_layers(self._model)]
         for layer in layers:
@@ -236,21 +240,25 @@ class ExpertPool:
             layer.bind(self._slot, self._experts)
         self.layers = tuple(layers)
         self.layouts = frozenset(layer.expert_shapes for layer in layers)
-        self.apply_trainable()
+        self.apply_trainable(changed)
 
     def compute_dtype(self) -> torch.dtype:
         """What the adapters are computed in at this moment: their dtype, or autocast's."""
         first = next((parameter for name in self.names for parameter in self.parameters(name)), None)
         return torch.float32 if first is None else compute_dtype(first)
 
-    def apply_trainable(self) -> None:
-        """PEFT resets `requires_grad` in many of its methods; this puts our policy back."""
+    def apply_trainable(self, changed: Sequence[str] | None = None) -> None:
+        """PEFT resets `requires_grad` in many of its methods; this puts our policy back.
+
+        Args:
+            changed: the experts whose adapters it may have reset, or whose `trainable` is another; None: all.
+        """
         with self._set_aside():
             for parameter in self._model.base_model.parameters():
                 parameter.requires_grad_(False)
-        for expert in self:
-            for parameter in self.parameters(expert.name):
-                parameter.requires_grad_(expert.trainable)
+        for name in self.names if changed is None else changed:
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(self._experts[name].trainable)
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The A and B matrices of one expert, layer by layer."""

@@ -213,6 +213,11 @@ def _adjacent(weights: Sequence[Tensor], transposed: bool) -> bool:
     return expected <= storage.data_ptr() + storage.nbytes() and start >= storage.data_ptr()
 
 
+MOVED_EXPERTS = 16
+"""Up to so many experts move together when one more comes. Moving more would make growth dearer the larger the pool is,
+and so large a pool is hardly ever computed densely."""
+
+
 @torch.no_grad()
 def pack(layer: RoutedLayer) -> list[str]:
     """Lay the experts of one routed linear behind one another in memory, each matrix a view of one block.
@@ -220,6 +225,7 @@ def pack(layer: RoutedLayer) -> list[str]:
     A's rows and B's columns: both products of the dense path then need no copy, and an expert costs no
     more memory than its own matrices. Values, names and identities of the parameters stay as they are; those
     still on the meta device get their memory here: in the dtype of the others, or where there are none in their own.
+    Where more than `MOVED_EXPERTS` have theirs, those that come get blocks of their own.
 
     Returns:
         The experts that were on the meta device: their values are still to be set.
@@ -233,6 +239,9 @@ def pack(layer: RoutedLayer) -> list[str]:
             continue
         if len({(weight.dtype, weight.device) for weight in real}) > 1:
             continue
+        if fresh and len(real) > MOVED_EXPERTS:
+            modules = [module for module in modules if module.weight.is_meta]
+            weights = [module.weight for module in modules]
         dtype = (real or weights)[0].dtype
         device = real[0].device if real else cast(Tensor, layer.base_layer.weight).device
         whole = sum(weight.numel() for weight in weights) * dtype.itemsize

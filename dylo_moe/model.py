@@ -250,9 +250,13 @@ class DyLoRAMoE(PeftModelForCausalLM):
             expert.trainable = trainable
         self.apply_trainable()
 
-    def apply_trainable(self) -> None:
-        """Put each expert's `trainable` onto its adapter and its gate row; PEFT resets it in many of its methods."""
-        self._pool.apply_trainable()
+    def apply_trainable(self, changed: Sequence[str] | None = None) -> None:
+        """Put each expert's `trainable` onto its adapter and its gate row; PEFT resets it in many of its methods.
+
+        Args:
+            changed: the experts whose `trainable` is another; None: anything may be.
+        """
+        self._pool.apply_trainable(changed)
         for expert in self._pool:
             learns = expert.trainable and not self._grows
             self.router.gate[expert.name].requires_grad_(learns)
@@ -369,7 +373,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         if not self.router.has_base:
             self.router.add_base()
             if len(self._pool):
-                self._know_base(seed)
+                self._write_base(seed)
                 growth.fit(BASE, seed=seed)
         self._grows = True
         self.apply_trainable()
@@ -443,23 +447,35 @@ class DyLoRAMoE(PeftModelForCausalLM):
         if expert is not None:
             self._pool[expert]
         if self._grows:
-            self._know_base(seed)
+            self._write_base(seed)
         grow = partial(self._grow, name, rank=rank, seed=seed) if self._grows else None
         decision = self.growth.take(name, self._some_features(name, batches), expert=expert, grow=grow, seed=seed)
         if decision.expert is not None:
-            for other in self._pool:
-                other.trainable = other.name == decision.expert
-            self.apply_trainable()
+            changed = [other for other in self._pool if other.trainable != (other.name == decision.expert)]
+            for other in changed:
+                other.trainable = not other.trainable
+            self.apply_trainable([other.name for other in changed])
         return decision
 
-    def _know_base(self, seed: int) -> None:
-        """What the base itself is about, from texts that it writes: gate rows are fitted against it."""
-        assert self.growth is not None
-        if BASE in self.growth.library:
-            return
-        with self.route_to(None):
-            ids = write_texts(self, seed=seed)
-            self.growth.learn(BASE, self.text_features([{"input_ids": ids}]), expert=BASE, seed=seed)
+    def know_base(self, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> None:
+        """Tell the library what should stay with the unchanged base, from a sample of general text; no row changes.
+
+        Gate rows that are fitted from here on are fitted against it, and no more against what was told before. Where
+        nothing was told when the first one is fitted, texts that the base itself writes stand in.
+
+        Args:
+            batches: as for `add_skill`.
+        """
+        growth = self._make_growth(None)
+        if BASE in growth.library:
+            growth.library.forget(BASE)
+        growth.learn(BASE, self._some_features(BASE, batches), expert=BASE, seed=seed)
+
+    def _write_base(self, seed: int) -> None:
+        """What the base writes by itself stands for general text, unless there is some."""
+        if self.growth is not None and BASE not in self.growth.library:
+            with self.route_to(None):
+                self.know_base([{"input_ids": write_texts(self, seed=seed)}], seed=seed)
 
     @torch.no_grad()
     def _grow(self, name: str, *, source: str | None, rank: int | None, seed: int) -> None:

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from .skill_library import BATCH_SIZES, SkillLibrary
 
+LOWEST_LEVEL = 0.7
+"""How far the level falls for batches larger than those that it was calibrated on. The documents of new data differ
+from those of the sample, and that does not average out."""
+
 METHODS = ("mahalanobis", "cosine")
 
 
@@ -72,16 +76,22 @@ def judge(
 def level(scores: Tensor, num_texts: int, rate: float) -> float:
     """What a batch of known text exceeds with a small probability.
 
-    The scores of smaller batches spread more, so between two sizes those of the smaller are used, and beyond the last
-    size those of the last: a false alarm is then only less likely.
+    The level of the largest calibrated size that is not larger than the batch; for a larger batch less, as a mean's
+    spread falls with the square root of its size, but not below `LOWEST_LEVEL` times that.
 
     Args:
         scores: fp32 [sizes, scores], see `Skill.scores`.
         num_texts: of the batch.
         rate: the probability.
     """
-    usable = [row for row, size in zip(scores, BATCH_SIZES, strict=True) if size <= num_texts and not row.isnan().any()]
-    return float(usable[-1].double().quantile(1 - rate))
+    usable = [
+        (size, row)
+        for size, row in zip(BATCH_SIZES, scores, strict=True)
+        if size <= num_texts and not row.isnan().any()
+    ]
+    size, row = usable[-1]
+    shrinks = 1.0 if size == 1 else max((size / num_texts) ** 0.5, LOWEST_LEVEL)  # one text's is another statistic
+    return float(row.double().quantile(1 - rate)) * shrinks
 
 
 def _judge_cosine(library: SkillLibrary, texts: Sequence[Tensor], similarity_threshold: float) -> Novelty:

@@ -6,7 +6,7 @@ Shapes: N tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ METRIC_SHRINKAGE = 1.0
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Calibration scores are kept for batches of so many texts, as far as a skill's sample goes."""
+
+MIN_SAMPLE_PER_BATCH = 4
+"""How many times a batch's texts each half of a sample must hold for that size to be calibrated on it."""
 
 SCORES_PER_SIZE = 256
 """Calibration scores kept of one skill for each size: in the first half of a sample as in the second."""
@@ -121,20 +124,9 @@ class SkillLibrary:
         scores = torch.full((len(BATCH_SIZES), SCORES_PER_SIZE), torch.nan)
         if name != BASE:
             self._pool(texts, sums_ND.sum(0) / counts_N.sum(), old)
-            vectors_ND = sums_ND / counts_N[:, None]
-            is_first = torch.arange(len(texts)) * 2 < len(texts)
-            for half, chosen in enumerate((is_first, ~is_first)):
-                other_mean_D = (old_sum_D + sums_ND[~chosen].sum(0)) / (old_count + counts_N[~chosen].sum())
-                whitening_DD = self._whitening
-                if whitening_DD is None:
-                    others = [text for text, is_chosen in zip(texts, chosen, strict=True) if not is_chosen]
-                    whitening_DD = _whitening(_scatter(others, other_mean_D), int(counts_N[~chosen].sum()))
-                whitened_ND = (vectors_ND[chosen] - other_mean_D) @ whitening_DD.double()
-                scores[:, half::2] = _batch_scores(whitened_ND, SCORES_PER_SIZE // 2, seed)
+            scores = self._calibrate(texts, sums_ND, counts_N, old, seed)
             if self._whitening is None:
                 self._whitening = _whitening(self._scatter, self._num_pooled)
-            if old is not None:
-                scores = _merge_scores(old.scores, scores)
         self._skills[name] = Skill(
             name=name,
             expert=expert,
@@ -170,6 +162,26 @@ class SkillLibrary:
             self._scatter = self._scatter + weight * torch.outer(shift_D, shift_D)
         self._num_pooled += count
         self._root = None
+
+    def _calibrate(
+        self, texts: Sequence[Tensor], sums_ND: Tensor, counts_N: Tensor, old: Skill | None, seed: int
+    ) -> Tensor:
+        """Batches of each half of a sample against the mean of the other half and of what was known."""
+        scores = torch.empty(len(BATCH_SIZES), SCORES_PER_SIZE)
+        is_first = torch.arange(len(texts)) * 2 < len(texts)
+        for half, chosen in enumerate((is_first, ~is_first)):
+            sum_D, count = sums_ND[~chosen].sum(0), int(counts_N[~chosen].sum())
+            if old is not None:
+                sum_D, count = sum_D + old.mean.double() * old.num_tokens, count + old.num_tokens
+            mean_D = sum_D / count
+            whitening_DD = self._whitening
+            if whitening_DD is None:
+                others = [text for text, is_chosen in zip(texts, chosen, strict=True) if not is_chosen]
+                whitening_DD = _whitening(_scatter(others, mean_D), count)
+            vectors_ND = sums_ND[chosen] / counts_N[chosen, None]
+            whitened_ND = (vectors_ND - mean_D) @ whitening_DD.double()
+            scores[:, half::2] = _batch_scores(whitened_ND, SCORES_PER_SIZE // 2, seed)
+        return scores if old is None else _merge_scores(old.scores, scores)
 
     def forget(self, name: str) -> None:
         """Drop an entry; the pooled covariance stays, and so does every other entry."""
@@ -219,9 +231,11 @@ class SkillLibrary:
         if self._whitening is None:
             return {}
         whitening_DD = self._whitening.double()
+        whitened_ND = vectors_ND @ whitening_DD
+        means_SD = torch.stack([self[name].mean for name in self.skills]).double() @ whitening_DD
         return {
-            name: float(spread_from_zero((vectors_ND - self[name].mean.double()) @ whitening_DD))
-            for name in self.skills
+            name: float(spread_from_zero(whitened_ND - mean_D))
+            for name, mean_D in zip(self.skills, means_SD, strict=True)
         }
 
     # Keeping
@@ -269,6 +283,8 @@ class SkillLibrary:
                 f"the skill library's tensors are not those of its record: missing {sorted(expected - set(tensors))}, "
                 f"unexpected {sorted(set(tensors) - expected)}"
             )
+        # Tensors of a file lie anywhere in memory, and sums over them may then be taken in another order.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         library._scatter, library._whitening = tensors["scatter"], tensors.get("whitening")
         library._num_pooled = record["num_pooled"]
         for entry in record["skills"]:
@@ -276,17 +292,14 @@ class SkillLibrary:
             library._skills[name] = Skill(**entry, mean=tensors[f"mean.{name}"], scores=tensors[f"scores.{name}"])
         return library
 
-    def rename_expert(self, name: str, expert: str) -> None:
-        """Give a skill to another expert."""
-        self._skills[name] = replace(self[name], expert=expert)
-
 
 def _batch_scores(whitened_ND: Tensor, count: int, seed: int) -> Tensor:
     """What random batches of some texts score, for each size: fp32 [sizes, count]; NaN where there are too few."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.full((len(BATCH_SIZES), count), torch.nan)
     for row, size in enumerate(BATCH_SIZES):
-        if size <= len(whitened_ND):
+        # A batch that is a large part of the sample varies less than one of new texts would.
+        if size * MIN_SAMPLE_PER_BATCH <= len(whitened_ND) or size == 1:
             chosen = torch.rand(count, len(whitened_ND), generator=generator).argsort(1)[:, :size]
             scores[row] = torch.stack([spread_from_zero(whitened_ND[indices]) for indices in chosen]).float()
     return scores
@@ -300,7 +313,8 @@ def _scatter(texts: Sequence[Tensor], mean_D: Tensor) -> Tensor:
 
 def _whitening(scatter_DD: Tensor, count: int) -> Tensor:
     """What makes the covariance of a scatter, shrunk, the identity when differences are multiplied by it; fp32."""
-    return torch.linalg.cholesky(torch.linalg.inv(_shrunk(scatter_DD, count, METRIC_SHRINKAGE))).float()
+    inverse_DD = torch.linalg.inv(_shrunk(scatter_DD, count, METRIC_SHRINKAGE))
+    return torch.linalg.cholesky(inverse_DD).float().contiguous()
 
 
 def spread_from_zero(vectors_ND: Tensor) -> Tensor:

@@ -69,6 +69,13 @@ class StreamArguments:
             "what its experts know. They are not trained again."
         },
     )
+    base_datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "General text that should stay with the unchanged base: gate rows are fitted against its "
+            "statistics. Default: texts that the base itself writes. They are not trained."
+        },
+    )
     chunk_examples: int | None = field(
         default=None,
         metadata={
@@ -143,7 +150,7 @@ class StreamArguments:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("eval_datasets", "known_datasets"):
+        for name in ("eval_datasets", "known_datasets", "base_datasets"):
             split = [part.strip() for item in getattr(self, name) for part in item.split(",") if part.strip()]
             setattr(self, name, split)
         if self.chunk_examples is not None and self.chunk_examples < 2:
@@ -164,6 +171,8 @@ class StreamArguments:
             problems.append(f"skill_examples is {self.skill_examples}; it must be at least 2")
         if self.known_datasets and self.checkpoint is None:
             problems.append("known_datasets tells what a checkpoint knows; give --checkpoint too")
+        if self.base_datasets and not self.allow_expert_growth:
+            problems.append("base_datasets is for rows that are fitted, and with a fixed pool none is")
         if not self.allow_expert_growth and self.checkpoint is None:
             problems.append("allow_expert_growth False leaves a new pool empty; give --checkpoint too")
         if problems:
@@ -265,11 +274,10 @@ def _check(request: StreamRequest, given: set[str]) -> None:
     stream, data, problems = request.stream, request.data, []
     if stream.ranks and len(stream.ranks) != len(data.datasets):
         problems.append(f"ranks has {len(stream.ranks)} values for {len(data.datasets)} datasets; give one each")
-    twice = sorted({*stream.eval_datasets, *stream.known_datasets} & {*data.datasets})
+    others = [*stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
+    twice = sorted({*others} & {*data.datasets}) + sorted({name for name in others if others.count(name) > 1})
     if twice:
-        problems.append(
-            f"{', '.join(twice)} would be trained and not; datasets, eval_datasets and known_datasets differ"
-        )
+        problems.append(f"{', '.join(twice)} is named for two purposes; a dataset has one")
     if stream.checkpoint is not None and request.resumed is None:
         made = [f"--{name}" for name in CHECKPOINT_DECIDES if f"--{name}" in given]
         if made:

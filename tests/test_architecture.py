@@ -10,6 +10,7 @@ import pytest
 import dylo_moe
 from dylo_moe.arguments import ModelArguments, build_parser
 from dylo_moe.config import DataConfig
+from dylo_moe.stream_arguments import StreamArguments
 
 ORDER = [
     "whole_file",
@@ -178,3 +179,11 @@ def test_the_readme_shows_the_flags_of_the_command_with_their_defaults():
         if field.default not in (dataclasses.MISSING, None):  # the README says what None means
             value = shown[field.name]
             assert str(field.default) == value or float(field.default) == float(value), field.name
+
+
+def test_docs_have_every_flag_of_a_stream_with_its_default():
+    lines = (PACKAGE.parent / "docs" / "continual.md").read_text().splitlines()
+    rows = {line.split("`")[1].removeprefix("--"): line.split("|")[2].strip(" `") for line in lines if "| `--" in line}
+    defaults = {item.name: getattr(StreamArguments(), item.name) for item in dataclasses.fields(StreamArguments)}
+    shown = {name: "none" if value in (None, []) else str(value) for name, value in defaults.items()}
+    assert rows == shown

@@ -290,7 +290,7 @@ def test_a_stream_does_not_go_on_under_other_settings(done, tmp_path, capsys):
 def test_a_dataset_is_not_both_learned_and_measured(done, tmp_path, capsys):
     same = str(done / "sea.jsonl")
     assert main(stream(done, tmp_path / "run", "--eval_datasets", same)) == 2
-    assert "would be trained and not" in capsys.readouterr().err
+    assert "is named for two purposes" in capsys.readouterr().err
 
 
 # --- dylora experts
