@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from continual_baselines import BATCH_ROWS, LOW_RATE, RANK, Setting, lora_config, loss_of, losses_of, train
-from skills import Rows
+from skills import NUM_TOKENS, Rows
 from torch import Tensor
 
 from dylo_moe import DyLoRAMoE
@@ -112,9 +112,10 @@ class Stream:
         switched: list[Tensor] = []
         alone: list[Tensor] = []
         for before, after in itertools.permutations(self.setting.skills, 2):
-            head = self.setting.skills[before].held_out.input_ids.flatten()
-            head = head[: len(head) // SWITCH_AFTER * SWITCH_AFTER].view(-1, SWITCH_AFTER)
-            text = self.setting.skills[after].held_out.input_ids[: len(head), :READ_ON]
+            text = self.setting.skills[after].held_out.input_ids[:, :READ_ON]
+            rows = -(-SWITCH_AFTER // NUM_TOKENS)  # of the other skill, before each text
+            heads = self.setting.skills[before].held_out.input_ids.repeat(rows, 1).view(len(text), -1)
+            head = heads[:, -SWITCH_AFTER:]
             for ids, found in ((torch.cat([head, text], 1), switched), (text, alone)):
                 is_own, _ = self.is_own(Rows(ids, ids, torch.ones_like(ids)), self.owner[after])
                 found.append(is_own[:, SETTLED - READ_ON :].flatten())

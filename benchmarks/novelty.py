@@ -94,7 +94,7 @@ def routing_row(router: Router, held_out: dict[str, Texts], switched: dict[str, 
     cells.append(min(share(router, held_out[name], name) for name in skills))
     cells.append(sum(share(router, held_out[name], BASE) for name in skills) / len(skills))
     cells += [share(router, held_out[name], BASE) for name in OTHERS if name in held_out]
-    return " | ".join(f"{cell:.3f}" for cell in cells)
+    return " | ".join("-" if math.isnan(cell) else f"{cell:.3f}" for cell in cells)
 
 
 def print_routing(
@@ -193,7 +193,7 @@ def binomial_interval(count: int, rate: float) -> tuple[int, int]:
 
 
 def print_cost(texts: Texts, count: int) -> None:
-    """Seconds of judging, learning and fitting, as the library grows with one sample moved to and fro."""
+    """CPU seconds of judging, learning and fitting, as the library grows with one sample moved to and fro."""
     size = texts[0].shape[1]
     router, library = Router(RouterConfig(), hidden_size=size, names=()), SkillLibrary(size)
     router.add_base()
@@ -202,14 +202,14 @@ def print_cost(texts: Texts, count: int) -> None:
     for index in range(count):
         shift = torch.randn(size, generator=generator) * 0.1
         moved = [text + shift for text in texts]
-        started = time.perf_counter()
+        started = time.process_time()
         judge(library, moved[:32])
         library.learn(str(index), moved, expert=str(index))
         router.add_row(str(index))
         router.set_row(str(index), *fit_row(router, library, str(index), seed=0))
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     second, last = sorted(seconds[1:4])[1], sorted(seconds[-3:])[1]
-    print("\n| judge, learn and fit, seconds | skills 2-4 | the last three | ratio |\n|---|---|---|---|")
+    print("\n| judge, learn and fit, CPU seconds | skills 2-4 | the last three | ratio |\n|---|---|---|---|")
     print(f"| {count} skills, {len(texts)} texts, median of three | {second:.2f} | {last:.2f} | {last / second:.2f} |")
 
 

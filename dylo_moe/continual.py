@@ -138,6 +138,7 @@ def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
         clear_leftovers(request.resumed)
         return request.resumed, last_checkpoint(request.resumed)
     folder = new_output_dir(request.train.output_dir)
+    write_view(folder, StreamState(Matrix([])), is_finished=False)  # a kill from here on leaves a stream that goes on
     save_settings(request, folder)
     return folder, None
 

@@ -440,7 +440,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
             seed: of the draws and of the new expert's start.
 
         Raises:
-            ValueError: for a name that cannot be an expert's, an unknown expert, or no text; nothing has changed then.
+            ValueError: for a name that cannot be an expert's, an unknown expert, or fewer than two texts; nothing has
+                changed then.
         """
         if self.growth is None:
             raise ValueError("this model has no skill library, so that nothing can be said to be new; enable_growth()")
@@ -488,8 +489,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
 
     def _some_features(self, skill: str, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
         texts = self.text_features(batches)
-        if not texts:
-            raise ValueError(f"skill {skill!r} was given no text; give at least one batch with a real token")
+        if len(texts) < 2:
+            raise ValueError(f"skill {skill!r} was given {len(texts)} texts; give at least two, better a hundred")
         return texts
 
     def know_skill(self, name: str, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> str:

@@ -16,6 +16,8 @@ from .flags import UsageError, parse
 from .recipe import as_words, last_value, with_recipe
 from .resume import CONFIG_FILE, LOCATIONS
 
+STREAM = "stream.json"
+"""What tells a stream's folder from a run's."""
 OWN = "own"
 DENSE = "dense"
 NOT_OFFERED = {
@@ -297,8 +299,8 @@ CHECKPOINT_DECIDES = (  # noqa: SIM905
 
 
 def _settings_in(run: Path) -> dict[str, Any]:
-    if not (run / CONFIG_FILE).is_file() or not (run / "stream.json").is_file():
-        raise UsageError(f"{run} is no stream that could go on: it needs {CONFIG_FILE} and stream.json")
+    if not (run / CONFIG_FILE).is_file() or not (run / STREAM).is_file():
+        raise UsageError(f"{run} is no stream that could go on: it needs {CONFIG_FILE} and {STREAM}")
     return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
 
 

@@ -9,8 +9,7 @@ import yaml
 
 from .matrix import MATRIX, Matrix, read_matrix
 from .page import REPORT
-
-STREAM = "stream.json"
+from .stream_arguments import STREAM
 
 
 class StreamRecord(NamedTuple):

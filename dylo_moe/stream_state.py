@@ -13,8 +13,8 @@ from .facts import write_json
 from .matrix import MATRIX, Matrix, Stage, write_matrix
 from .model import DyLoRAMoE
 from .resume import clear_unfinished
+from .stream_arguments import STREAM
 
-STREAM = "stream.json"
 STAGES = "stages"
 CHECKPOINT = "checkpoint"
 
@@ -67,8 +67,15 @@ def last_checkpoint(run: Path) -> Path | None:
     final = run / CHECKPOINT
     if final.is_dir():
         return final
-    stages = sorted((run / STAGES).iterdir(), reverse=True) if (run / STAGES).is_dir() else []
-    return next((stage / CHECKPOINT for stage in stages if (stage / CHECKPOINT).is_dir()), None)
+    found = [stage for stage in stage_folders(run) if (stage / CHECKPOINT).is_dir()]
+    return found[-1] / CHECKPOINT if found else None
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """Those that are there, in the stages' order."""
+    found = (run / STAGES).iterdir() if (run / STAGES).is_dir() else ()
+    numbered = [(path.name.partition("_")[0], path) for path in found]
+    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]
 
 
 def read_state(checkpoint: Path) -> tuple[StreamState, dict[str, Any]]:
@@ -141,7 +148,7 @@ def write_view(run: Path, state: StreamState, *, is_finished: bool) -> None:
 def clear_leftovers(run: Path) -> list[str]:
     """Delete what a kill left behind in the stages' folders; returns the names."""
     names = []
-    for stage in sorted((run / STAGES).iterdir()) if (run / STAGES).is_dir() else []:
+    for stage in stage_folders(run):
         names += clear_unfinished(stage)
         for path in stage.glob(f".{CHECKPOINT}.*"):
             names.append(path.name)

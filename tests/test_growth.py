@@ -309,8 +309,10 @@ def test_add_skill_changes_nothing_where_the_name_cannot_be(name, message):
 
 def test_add_skill_needs_text_and_a_known_expert():
     model = grown("ant")
-    with pytest.raises(ValueError, match="no text"):
-        model.add_skill("bee", [])
+    for few in ([], sample("bee", rows=1)):
+        with pytest.raises(ValueError, match=f"was given {len(few)} texts"):
+            model.add_skill("bee", few)
+    assert model.router.names == (BASE, "ant")
     with pytest.raises(ValueError, match="there is no expert 'nobody'"):
         model.add_skill("bee", sample("bee"), expert="nobody")
 

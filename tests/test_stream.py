@@ -19,6 +19,7 @@ from dylo_moe import DyLoRAMoE
 from dylo_moe.checkpoint import read_manifest
 from dylo_moe.cli import main
 from dylo_moe.matrix import read_matrix
+from dylo_moe.stream_state import last_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SKILLS = ("sea", "sky", "soil")
@@ -251,6 +252,19 @@ def test_a_killed_stream_goes_on_and_ends_as_if_it_had_not_been(done, tmp_path):
         )  # fmt: skip
         assert one.tokens == other.tokens
     assert main(again) == 0  # a stream that is over only shows what it has
+
+
+def test_a_stream_killed_before_its_first_stage_begins_again(done, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "said"
+    kill_when(stream(done, run, datasets=SKILLS[:1]), log, lambda: (run / "config.yaml").exists())
+    assert main(["stream", "--resume_from_checkpoint", str(run)]) == 0
+    assert files_of(run / "checkpoint") == files_of(stage_checkpoints(done / "run")[0])
+
+
+def test_stages_are_in_the_order_of_their_numbers(tmp_path):
+    for number in ("01", "02", "99", "100", "101"):
+        (tmp_path / "stages" / f"{number}_chunk" / "checkpoint").mkdir(parents=True)
+    assert last_checkpoint(tmp_path) == tmp_path / "stages" / "101_chunk" / "checkpoint"
 
 
 # --- what is refused
