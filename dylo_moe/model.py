@@ -157,8 +157,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         if not allow_expert_growth and num_experts is None:
             num_experts = NUM_EXPERTS
         problems = _pool_problems(names, num_experts, router.top_k, balance_coefficient)
-        if allow_expert_growth and (names is not None or num_experts):
-            problems = ["a pool that grows begins without experts: leave num_experts and names out"]
+        if allow_expert_growth and (names is not None or num_experts is not None):
+            problems.append("with allow_expert_growth a pool begins without experts: leave num_experts and names out")
         elif growth is not None and not allow_expert_growth:
             problems.append("growth has no meaning with allow_expert_growth=False")
         if problems:

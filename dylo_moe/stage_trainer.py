@@ -12,8 +12,9 @@ from .scheduler import TwoPhaseLR
 from .stream_arguments import OWN, StreamArguments
 from .trainer import DyLoRATrainer
 
-SEEDING_TEMPERATURES = (4.0, 0.1)
-"""Of dense seeding, at its first and its last step; falls geometrically between them."""
+SEEDING_TEMPERATURES = (100.0, 1.0)
+"""Of dense seeding, at its first and its last step; falls geometrically between them. Fitted rows are many nats apart
+on their own tokens, so that weights are near uniform only at a high one."""
 
 
 class StageTrainer(DyLoRATrainer):
