@@ -68,7 +68,8 @@ class RoutedLayer:
             )
         self.expert_dropout = next(iter(probabilities.values()), 0.0)
         for name in names[1:]:  # one module for all: less memory for each expert
-            dropout[name] = dropout[names[0]]
+            if dropout[name] is not dropout[names[0]]:
+                dropout[name] = dropout[names[0]]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., D] -> [..., O], in the dtype of the base's linear."""
