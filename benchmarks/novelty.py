@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dylo_moe.base import load_base, load_tokenizer
 from dylo_moe.config import BASE, RouterConfig
+from dylo_moe.decoding import write_texts
 from dylo_moe.features import causal_exponential_mean
 from dylo_moe.gate_fit import fit_row, refit_rows
 from dylo_moe.novelty_detector import judge
@@ -48,20 +49,6 @@ def features(embedding: Tensor, ids: Tensor, mask: Tensor) -> Texts:
         rows = causal_exponential_mean(embedding[some_ids], mask=some_mask, half_life=HALF_LIFE)[0]
         texts += [row[real] for row, real in zip(rows, some_mask, strict=True)]
     return texts
-
-
-@torch.no_grad()
-def sampled(model, count: int, length: int) -> Tensor:
-    """Texts of the base's own, each begun with a token drawn as if by Zipf's law: int64 [count, length]."""
-    size = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    first = torch.multinomial(1 / (torch.arange(size) + 50.0), count, generator=generator)[:, None]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model.generate(
-            first, attention_mask=torch.ones_like(first), max_new_tokens=length, do_sample=True, top_k=0,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
 
 
 def grown(order: Sequence[str], train: dict[str, Texts], base: Texts | None) -> tuple[Router, SkillLibrary]:
@@ -249,7 +236,7 @@ def main() -> None:
         held_out[name] = read(skill.held_out.input_ids, skill.held_out.attention_mask)
         rows[name] = skill.held_out.input_ids
     switched = read_switched(read, rows)
-    own = sampled(model, 64, 128)[:, 1:]
+    own = write_texts(model, seed=0)
     bases: dict[str, Texts | None] = {"none": None, "sampled": read(own, torch.ones_like(own))}
     if "english" in train:
         bases["english"] = train["english"]

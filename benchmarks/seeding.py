@@ -28,7 +28,6 @@ from transformers import PrinterCallback
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base import load_base, load_tokenizer
 from dylo_moe.config import GrowthConfig
-from dylo_moe.growth import Growth
 from dylo_moe.stage_trainer import StageTrainer
 from dylo_moe.stream_arguments import StageArguments, StreamArguments
 
@@ -43,9 +42,7 @@ def learn(model: DyLoRAMoE, name: str, skill: Skill, *, start_from: str, seeding
     """Grow an expert, train it as a stage does, and measure it."""
     rows = skill.train
     assert model.growth is not None
-    model.growth = Growth(
-        GrowthConfig(start_from=start_from), router=model.router, pool=model.experts, library=model.library
-    )
+    model.growth.config = GrowthConfig(start_from=start_from)
     batches = [{"input_ids": part} for part in rows.input_ids.split(16)]
     decision = model.add_skill(name, batches)
     assert decision.expert == name, decision

@@ -301,9 +301,9 @@ def fresh_folder(parent: Path, name: str) -> Path:
     )
 
 
-def save_config(arguments: Arguments, path: Path) -> None:
-    """Write what the run was resolved to, as a recipe that `--config` reads."""
-    path.write_text(yaml.safe_dump(settings_of(arguments), sort_keys=False), encoding="utf-8")
+def save_config(settings: dict[str, Any], path: Path) -> None:
+    """Write what a run was resolved to, as a recipe that `--config` reads."""
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def settings_of(arguments: Arguments) -> dict[str, Any]:

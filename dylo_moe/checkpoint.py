@@ -371,7 +371,6 @@ def load_into(model: DyLoRAMoE, path: str | os.PathLike[str]) -> dict[str, Any]:
     for entry in manifest["experts"]:
         _load_expert(model, entry, states[entry["name"]], folder)
     model.experts.pack()
-    model.apply_trainable()
     _load_router(model, router_state, folder)
     _load_growth(model, manifest, library)
     return manifest
@@ -458,10 +457,12 @@ def _load_library(folder: Path, manifest: dict[str, Any]) -> SkillLibrary | None
 
 
 def _load_growth(model: DyLoRAMoE, manifest: dict[str, Any], library: SkillLibrary | None) -> None:
-    if library is not None:
+    """Also makes each expert as trainable as it was saved."""
+    if library is None:
+        model.apply_trainable()
+    else:
         growth = manifest["growth"]
         model.restore_growth(GrowthConfig(**growth["config"]), library, grows=growth["allow_expert_growth"])
-    model.apply_trainable()
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

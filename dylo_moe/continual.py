@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .arguments import new_output_dir
+from .arguments import new_output_dir, save_config
 from .base import load_tokenizer
 from .checkpoint import read_manifest
 from .config import BASE
@@ -47,7 +46,7 @@ from .stream_state import (
     write_view,
 )
 from .summary import show_data
-from .train import base_options, build_model, command, train_on
+from .train import base_options, build_model, command, take_up_log, train_on
 from .trainer import DyLoRATrainer
 
 SKILL_BATCH = 16
@@ -81,44 +80,41 @@ def run(request: StreamRequest) -> Path:
     Raises:
         Stopped: when SIGTERM or SIGINT ended it; the message says how to go on.
     """
-    folder: list[Path] = []
-    with StopRequest() as stop:
-        try:
-            return _run(request, stop, folder)
-        except Stopped as stopped:
-            if not folder:
-                raise
-            text = f"go on with: {command()} stream --resume_from_checkpoint {folder[0]}"
-            raise Stopped(stopped.signal, text) from stopped
-
-
-def _run(request: StreamRequest, stop: StopRequest, found: list[Path]) -> Path:
     started = time.time()
     transformers_logging.disable_progress_bar()
     console = Console()
-    set_seed(request.train.seed)
-    tokenizer = tokenizer_of(request)
-    stream = request.stream
-    names = [*request.data.datasets, *stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
-    data = load_data(replace(request.data, datasets=names), tokenizer, seed=request.train.seed)
-    show_data(console, data)
-    folder, checkpoint = open_folder(request)
-    found.append(folder)
-    state, model = begin(request, data, Collator(tokenizer), checkpoint)
-    if request.data.packing:
+    with StopRequest() as stop:
+        set_seed(request.train.seed)
+        tokenizer = tokenizer_of(request)
+        data = read_data(request, tokenizer)
+        show_data(console, data)
+        folder, checkpoint = open_folder(request)
+        try:
+            collator = Collator(tokenizer)
+            state, model = begin(request, data, collator, checkpoint)
+            record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
+            course = Course(request, data, collator, folder, console, stop, record)
+            final = learn_all(course, model, state, checkpoint)
+        except Stopped as stopped:
+            text = f"go on with: {command()} stream --resume_from_checkpoint {folder}"
+            raise Stopped(stopped.signal, text) from stopped
+    show_end(course, final, time.time() - started)
+    return final
+
+
+def learn_all(course: Course, model: DyLoRAMoE, state: StreamState, checkpoint: Path | None) -> Path:
+    """The stages that are not over yet, one after another; returns the folder of the final checkpoint."""
+    if course.request.data.packing:
         check_texts_kept_apart(model, model.base)
-    record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
-    course = Course(request, data, Collator(tokenizer), folder, console, stop, record)
-    show_where(course, state, checkpoint)
+    stages = pieces(course)
+    show_where(course, state, checkpoint, num_stages=len(stages))
     if not state.matrix.base:
         measure_base(course, model, state)
-    write_view(folder, state, is_finished=False)
-    for place, piece in enumerate(pieces(course)):
+    write_view(course.folder, state, is_finished=False)
+    for place, piece in enumerate(stages):
         if place >= state.num_done:
             live(course, model, state, place, piece)
-    final = finish_stream(folder, state)
-    show_end(course, state, final, time.time() - started)
-    return final
+    return finish_stream(course.folder, state)
 
 
 # Where it begins.
@@ -132,6 +128,13 @@ def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:
     return load_tokenizer(base["id"], revision=base["revision"])
 
 
+def read_data(request: StreamRequest, tokenizer: PreTrainedTokenizerBase) -> LoadedData:
+    """All datasets at once, in the order of `Roles`, so that no row of one repeats another's."""
+    stream = request.stream
+    names = [*request.data.datasets, *stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
+    return load_data(replace(request.data, datasets=names), tokenizer, seed=request.train.seed)
+
+
 def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
     """The stream's folder, with its settings in it, and the checkpoint of the last stage that is over."""
     if request.resumed is not None:
@@ -139,13 +142,8 @@ def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
         return request.resumed, last_checkpoint(request.resumed)
     folder = new_output_dir(request.train.output_dir)
     write_view(folder, StreamState(Matrix([])), is_finished=False)  # a kill from here on leaves a stream that goes on
-    save_settings(request, folder)
+    save_config(request.settings, folder / CONFIG_FILE)
     return folder, None
-
-
-def save_settings(request: StreamRequest, folder: Path) -> None:
-    """Write what the stream was resolved to, as a recipe that `--config` reads."""
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(request.settings, sort_keys=False), encoding="utf-8")
 
 
 class Roles(NamedTuple):
@@ -313,15 +311,12 @@ def train_stage(
         is_new=is_new,
     )
     trainer.remove_callback(PrinterCallback)
-    newest = checkpoints_in(folder)
-    checkpoint, state = (newest[-1][1], None) if newest else (None, None)
-    if checkpoint is None:
-        metrics.path.unlink(missing_ok=True)
-    else:
+    found = checkpoints_in(folder)
+    checkpoint = found[-1][1] if found else None
+    if checkpoint is not None:
         course.console.print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        metrics.rewind(state.log_history)
-    save_settings(course.request, folder)
+    state = take_up_log(course.console, metrics, checkpoint)
+    save_config(course.request.settings, folder / CONFIG_FILE)
     write_json(folder / "run.json", run_facts(model, course.data))
     train_on(trainer, course.stop, checkpoint, state)
     write_report(str(folder))
@@ -375,15 +370,14 @@ def measure(course: Course, model: DyLoRAMoE, state: StreamState, stage: Stage, 
 # What is told.
 
 
-def show_where(course: Course, state: StreamState, checkpoint: Path | None) -> None:
+def show_where(course: Course, state: StreamState, checkpoint: Path | None, *, num_stages: int) -> None:
     """What the stream goes on from."""
-    names = pieces(course)
     console = course.console
     if checkpoint is not None:
-        console.print(f"going on from {checkpoint}: {state.num_done} of {len(names)} stages are over", highlight=False)
+        console.print(f"going on from {checkpoint}: {state.num_done} of {num_stages} stages are over", highlight=False)
     elif course.request.stream.checkpoint is not None:
         console.print(f"learning on with {course.request.stream.checkpoint}", highlight=False)
-    console.print(f"{len(names)} stages, in {course.folder}", highlight=False, soft_wrap=True)
+    console.print(f"{num_stages} stages, in {course.folder}", highlight=False, soft_wrap=True)
 
 
 def show_decision(course: Course, piece: Piece, decision: SkillDecision) -> None:
@@ -407,7 +401,7 @@ def show_decision(course: Course, piece: Piece, decision: SkillDecision) -> None
     course.console.print(Text(text + follows[decision.action], style=style), soft_wrap=True)
 
 
-def show_end(course: Course, state: StreamState, final: Path, seconds: float) -> None:
+def show_end(course: Course, final: Path, seconds: float) -> None:
     """The matrix, where things lie, and what to type next."""
     page = write_report(str(course.folder))
     course.console.rule(style="dim")

@@ -151,13 +151,13 @@ def write_texts(model: Any, *, seed: int) -> Tensor:
     1 / (id + 50)), half evenly.
 
     Args:
-        model: with `generate`; random state and mode stay as they were.
+        model: any causal language model; random state and mode stay as they were.
         seed: of the first tokens and of the sampling.
 
     Returns:
         int64 [64, 96].
     """
-    size = model.base.get_input_embeddings().num_embeddings
+    size = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
     by_rank = torch.multinomial(1.0 / (torch.arange(size) + 50.0), WRITTEN_TEXTS // 2, True, generator=generator)
     first = torch.cat([by_rank, torch.randint(size, (WRITTEN_TEXTS // 2,), generator=generator)])[:, None]

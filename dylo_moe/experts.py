@@ -48,10 +48,7 @@ def remove_expert(checkpoint: str, name: str, output: str) -> None:
     """Write a checkpoint without one expert, its gate row and its skills; the others stay bit for bit."""
     check_output(output)
     model = DyLoRAMoE.from_pretrained(checkpoint)
-    forgotten = [] if model.growth is None else list(model.library.skills)
-    model.remove_expert(name)
-    left = [] if model.growth is None else list(model.library.names)
-    gone = [skill for skill in forgotten if skill not in left]
+    gone = model.remove_expert(name)
     save_checkpoint(model, output)
     known = f" with what is known of {', '.join(gone)}" if gone else ""
     Console().print(Text(f"{name} is removed{known}; {', '.join(model.experts.names)} are left, in {output}"))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .config import GROW, NEAREST, SKIP, GrowthConfig
-from .expert import ExpertPool
 from .gate_fit import fit_row, refit_rows
 from .novelty_detector import Novelty, judge
 from .router import Router
@@ -52,15 +51,13 @@ class Growth:
     Args:
         config: when to grow, and how.
         router: whose gate rows are fitted.
-        pool: the experts.
         library: what is known already.
     """
 
-    def __init__(self, config: GrowthConfig, *, router: Router, pool: ExpertPool, library: SkillLibrary) -> None:
+    def __init__(self, config: GrowthConfig, *, router: Router, library: SkillLibrary) -> None:
         self.config = config
         self.library = library
         self._router = router
-        self._pool = pool
 
     def judge(self, texts: Sequence[Tensor]) -> Novelty:
         """How new a sample is.
@@ -107,9 +104,11 @@ class Growth:
             nearest = novelty.nearest if self.config.start_from == NEAREST else None
             grow(source=None if nearest is None else self.library[nearest].expert)
         if learner is not None:
-            self.learn(skill, texts, expert=learner, seed=seed)
+            self.library.learn(skill, texts, expert=learner, seed=seed)
         if action == GROWN:
             self.fit(name, seed=seed)
+        if learner is not None:
+            self.library.note_shares(skill, self.shares(texts))
         score, threshold = (None, None) if novelty.nearest is None else (novelty.score, novelty.threshold)
         return SkillDecision(skill, novelty.novel, score, threshold, novelty.nearest, entropy, action, learner)
 
@@ -125,10 +124,6 @@ class Growth:
         if known == SKIP:
             return SKIPPED, nearest, None
         return CONSOLIDATED, nearest, self.library[nearest].expert
-
-    def learn(self, skill: str, texts: Sequence[Tensor], *, expert: str, seed: int) -> None:
-        """Take a sample into the library, as a new skill or as more of a known one; no gate row moves."""
-        self.library.learn(skill, texts, expert=expert, shares=self.shares(texts), seed=seed)
 
     def fit(self, expert: str, *, seed: int) -> None:
         """Fit one gate row against the library; all others stay bit for bit."""

@@ -229,13 +229,16 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """An expert is done learning beside the others; with no nascent one left, routing is sparse."""
         self._pool[name].mature = True
 
-    def remove_expert(self, name: str) -> None:
-        """Delete an expert, its gate row and its skills in the library; the others stay bit for bit."""
+    def remove_expert(self, name: str) -> list[str]:
+        """Delete an expert, its gate row and its skills in the library; the others stay bit for bit.
+
+        Returns:
+            The names of these skills.
+        """
         self._pool.remove(name)
         self.router.remove_row(name)
-        if self.growth is not None:
-            self.growth.forget(name)
         self.apply_trainable()
+        return [] if self.growth is None else self.growth.forget(name)
 
     def freeze(self, *names: str) -> None:
         """Stop training these experts and their gate rows. `unfreeze` undoes it."""
@@ -390,15 +393,15 @@ class DyLoRAMoE(PeftModelForCausalLM):
 
     def restore_growth(self, config: GrowthConfig, library: SkillLibrary, *, grows: bool) -> None:
         """Put back what a checkpoint knows of the skills."""
-        self.growth = Growth(config, router=self.router, pool=self._pool, library=library)
+        self._make_growth(config).library = library
         self._grows = grows
         self.apply_trainable()
 
-    def _make_growth(self, config: GrowthConfig | None) -> Growth:
-        library = SkillLibrary(self.router.hidden_size) if self.growth is None else self.growth.library
-        if self.growth is None or config is not None:
-            config = GrowthConfig() if config is None else config
-            self.growth = Growth(config, router=self.router, pool=self._pool, library=library)
+    def _make_growth(self, config: GrowthConfig | None = None) -> Growth:
+        if self.growth is None:
+            self.growth = Growth(GrowthConfig(), router=self.router, library=SkillLibrary(self.router.hidden_size))
+        if config is not None:
+            self.growth.config = config
         return self.growth
 
     @property
@@ -447,10 +450,11 @@ class DyLoRAMoE(PeftModelForCausalLM):
             raise ValueError("this model has no skill library, so that nothing can be said to be new; enable_growth()")
         if expert is not None:
             self._pool[expert]
+        texts, grow = self._some_features(name, batches), None
         if self._grows:
             self._write_base(seed)
-        grow = partial(self._grow, name, rank=rank, seed=seed) if self._grows else None
-        decision = self.growth.take(name, self._some_features(name, batches), expert=expert, grow=grow, seed=seed)
+            grow = partial(self._grow, name, rank=rank, seed=seed)
+        decision = self.growth.take(name, texts, expert=expert, grow=grow, seed=seed)
         if decision.expert is not None:
             changed = [other for other in self._pool if other.trainable != (other.name == decision.expert)]
             for other in changed:
@@ -467,10 +471,10 @@ class DyLoRAMoE(PeftModelForCausalLM):
         Args:
             batches: as for `add_skill`.
         """
-        growth = self._make_growth(None)
+        growth = self._make_growth()
         if BASE in growth.library:
             growth.library.forget(BASE)
-        growth.learn(BASE, self._some_features(BASE, batches), expert=BASE, seed=seed)
+        growth.library.learn(BASE, self._some_features(BASE, batches), expert=BASE, seed=seed)
 
     def _write_base(self, seed: int) -> None:
         """What the base writes by itself stands for general text, unless there is some."""
@@ -503,10 +507,11 @@ class DyLoRAMoE(PeftModelForCausalLM):
         Returns:
             The expert that most of its tokens choose, whose skill it counts as.
         """
-        growth, texts = self._make_growth(None), self._some_features(name, batches)
-        shares = {expert: share for expert, share in growth.shares(texts).items() if expert != BASE}
-        expert = max(shares, key=shares.__getitem__)
-        growth.learn(name, texts, expert=expert, seed=seed)
+        growth, texts = self._make_growth(), self._some_features(name, batches)
+        shares = growth.shares(texts)
+        expert = max(shares.keys() - {BASE}, key=shares.__getitem__)
+        growth.library.learn(name, texts, expert=expert, seed=seed)
+        growth.library.note_shares(name, shares)
         return expert
 
     # Forward and generate.

@@ -6,7 +6,7 @@ Shapes: N tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,9 +94,7 @@ class SkillLibrary:
     # Learning
 
     @torch.no_grad()
-    def learn(
-        self, name: str, texts: Sequence[Tensor], *, expert: str, shares: dict[str, float] | None = None, seed: int = 0
-    ) -> None:
+    def learn(self, name: str, texts: Sequence[Tensor], *, expert: str, seed: int = 0) -> None:
         """Take up a sample of a skill; of a known one, together with what is known of it.
 
         The texts are cut into a first and a second half, and batches of each are scored against the mean of the other.
@@ -106,7 +104,6 @@ class SkillLibrary:
             name: of the skill.
             texts: router features of each text, fp32 [tokens, hidden], at least two.
             expert: who learns it.
-            shares: which members of the pool its tokens choose, as fractions.
             seed: of the batches that are scored for calibration.
 
         Raises:
@@ -134,8 +131,12 @@ class SkillLibrary:
             num_texts=len(texts) + (0 if old is None else old.num_texts),
             num_tokens=count,
             scores=scores,
-            shares=dict(shares or {}),
+            shares={} if old is None else old.shares,
         )
+
+    def note_shares(self, name: str, shares: dict[str, float]) -> None:
+        """Which members of the pool the tokens of a skill chose, as fractions; known once its gate row is fitted."""
+        self._skills[name] = replace(self[name], shares=dict(shares))
 
     def _check(self, name: str, texts: Sequence[Tensor]) -> None:
         problems = []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from transformers import HfArgumentParser
 
-from .arguments import NEW_RUN, ModelArguments, TrainArguments, plain_settings, refusal_of, training_parser
+from .arguments import ModelArguments, TrainArguments, plain_settings, refusal_of, training_parser
 from .config import CONSOLIDATE, COSINE, FRESH, GROW, MAHALANOBIS, NEAREST, SKIP, DataConfig, GrowthConfig
 from .flags import UsageError, parse
 from .recipe import as_words, last_value, with_recipe
@@ -44,6 +44,10 @@ NOT_OFFERED = {
     "wandb_checkpoint_artifact": "a stream goes on from its folder: --resume_from_checkpoint",
 }
 """Flags of `dylora train` that would do nothing, or something wrong, here; each with the reason."""
+CHECKPOINT_DECIDES = (  # noqa: SIM905
+    "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life"
+).split()
+"""Flags that describe a new model."""
 MAY_CHANGE = (*LOCATIONS, "per_device_eval_batch_size", "save_steps", "save_total_limit", "dataloader_num_workers")
 MAY_CHANGE_PREFIXES = ("logging_", "log_")
 """Settings that may be others when a stream goes on."""
@@ -177,6 +181,10 @@ class StreamArguments:
             problems.append("base_datasets is for rows that are fitted, and with a fixed pool none is")
         if not self.allow_expert_growth and self.checkpoint is None:
             problems.append("allow_expert_growth False leaves a new pool empty; give --checkpoint too")
+        try:
+            _ = self.growth
+        except ValueError as error:
+            problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -240,7 +248,7 @@ def parse_stream(argv: Sequence[str], *, prog: str = "dylora stream") -> StreamR
             that is to go on.
     """
     parser = build_stream_parser(prog)
-    words = with_recipe(split_ranks(argv), parser, stream_refusal)
+    words = with_recipe(_split_ranks(argv), parser, stream_refusal)
     wanted = last_value(words, "--resume_from_checkpoint")
     resumed, saved = None, {}
     if wanted:
@@ -258,7 +266,7 @@ def parse_stream(argv: Sequence[str], *, prog: str = "dylora stream") -> StreamR
     return request
 
 
-def split_ranks(argv: Sequence[str]) -> list[str]:
+def _split_ranks(argv: Sequence[str]) -> list[str]:
     """`--ranks 8,16,32` as the parser reads lists of numbers."""
     words, is_rank = [], False
     for word in argv:
@@ -284,18 +292,8 @@ def _check(request: StreamRequest, given: set[str]) -> None:
         made = [f"--{name}" for name in CHECKPOINT_DECIDES if f"--{name}" in given]
         if made:
             problems.append(f"{', '.join(made)} cannot apply: the checkpoint says what its model is made of")
-    try:
-        stream.growth  # noqa: B018
-    except ValueError as error:
-        problems.append(str(error))
     if problems:
         raise UsageError("; ".join(problems))
-
-
-CHECKPOINT_DECIDES = (  # noqa: SIM905
-    "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life"
-).split()
-"""Flags that describe a new model."""
 
 
 def _settings_in(run: Path) -> dict[str, Any]:
@@ -312,6 +310,3 @@ def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
     ]
     if changed:
         raise UsageError(f"cannot go on with {run} under other settings: {'; '.join(changed)}. Leave them out")
-
-
-__all__ = ["NEW_RUN", "StageArguments", "StreamArguments", "StreamRequest", "build_stream_parser", "parse_stream"]

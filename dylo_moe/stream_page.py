@@ -184,7 +184,7 @@ SHOWN = {
     "score": ("score", "n"),
     "threshold": ("threshold", "n"),
     "nearest": ("nearest skill", ""),
-    "entropy": ("router entropy", "n"),
+    "entropy": ("entropy", "n"),
     "action": ("action", ""),
     "expert": ("expert", ""),
     "skill": ("learned as", ""),

@@ -12,7 +12,7 @@ from .checkpoint import read_manifest, save_checkpoint
 from .facts import write_json
 from .matrix import MATRIX, Matrix, Stage, write_matrix
 from .model import DyLoRAMoE
-from .resume import clear_unfinished
+from .resume import checkpoints_in, clear_unfinished, discard
 from .stream_arguments import STREAM
 
 STAGES = "stages"
@@ -26,8 +26,6 @@ class StreamState:
     matrix: Matrix
     trained: dict[str, dict[str, int]] = field(default_factory=dict)
     """Of each dataset the rows that each expert was trained on."""
-    rows_seen: int = 0
-    """Of a stream in chunks."""
 
     @property
     def num_done(self) -> int:
@@ -107,11 +105,9 @@ def save_stage(
     save_checkpoint(model, folder / CHECKPOINT, training=training, losses=losses)
     write_view(run, state, is_finished=False)
     if older is not None and not keep:
-        hidden = older.with_name(f".{CHECKPOINT}.old")
-        older.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-    for spare in folder.glob("checkpoint-*"):
-        shutil.rmtree(spare, ignore_errors=True)
+        discard(older)
+    for _, spare in checkpoints_in(folder):
+        discard(spare)
 
 
 def finish_stream(run: Path, state: StreamState) -> Path:

@@ -156,16 +156,11 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    state = None
+    state = take_up_log(console, metrics, checkpoint)
     if checkpoint is None:
-        metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
     else:
         before = arguments.resumed.record["losses_before"]  # type: ignore[union-attr]
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        dropped = metrics.rewind(state.log_history)
-        if dropped:
-            console.print(f"{dropped} lines of metrics.jsonl came after it; they are logged again", highlight=False)
     training["losses_before"] = before
     train_on(trainer, stop, checkpoint, state)
     final = folder / "checkpoint"
@@ -230,7 +225,7 @@ def run_folder(console: Console, arguments: Arguments) -> Path:
     else:
         folder = new_output_dir(arguments.train.output_dir)
     arguments.train.output_dir = str(folder)
-    save_config(arguments, folder / CONFIG_FILE)
+    save_config(settings_of(arguments), folder / CONFIG_FILE)
     return folder
 
 
@@ -245,6 +240,18 @@ def start_router(model: DyLoRAMoE, data: LoadedData, collator: Collator, *, seed
 
 
 # Training.
+
+
+def take_up_log(console: Console, metrics: MetricsFile, checkpoint: Path | None) -> TrainerState | None:
+    """Bring metrics.jsonl to where training begins; returns the Trainer's state there, None at the very beginning."""
+    if checkpoint is None:
+        metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        return None
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    dropped = metrics.rewind(state.log_history)
+    if dropped:
+        console.print(f"{dropped} lines of metrics.jsonl came after it; they are logged again", highlight=False)
+    return state
 
 
 def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None, state: TrainerState | None) -> None:

@@ -87,6 +87,13 @@ def test_the_first_skill_is_new_and_trains_nothing_but_its_expert():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_library_notes_where_a_new_skills_tokens_go_once_its_row_is_fitted():
+    model = grown("ant", "bee")
+    for skill in ("ant", "bee"):
+        assert model.library[skill].shares[skill] > 0.85
+        assert abs(sum(model.library[skill].shares.values()) - 1) < 1e-9
+
+
 def test_all_of_it_follows_from_the_seed():
     one, other = grown("ant", "bee"), grown("ant", "bee")
     one_state, other_state = one.state_dict(), other.state_dict()

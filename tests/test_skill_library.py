@@ -26,7 +26,8 @@ def texts(seed, count=40, *, shift=0.0, tokens=30):
 @pytest.fixture
 def library():
     found = SkillLibrary(SIZE)
-    found.learn("a", texts(1), expert="a", shares=SHARES, seed=3)
+    found.learn("a", texts(1), expert="a", seed=3)
+    found.note_shares("a", SHARES)
     found.learn("b", texts(2), expert="b", seed=3)
     return found
 

@@ -9,12 +9,18 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 NAMES = ("chromium-headless-shell", "chromium", "google-chrome", "chrome", "chromium-browser")
 
 
 def find_browser() -> str | None:
     """The first that is on PATH."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+BROWSER = find_browser()
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH; `make browser` installs one")
 
 
 class Opened(NamedTuple):

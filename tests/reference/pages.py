@@ -5,6 +5,8 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+from .browser import BROWSER, open_page
+
 HOSTILE = "<script>document.title='ran'</script><img src='http://outside.invalid/x.png' onerror=\"alert('&amp;')\">"
 KNOWN_TAGS = {
     *("html", "head", "meta", "title", "link", "style", "body", "main", "section", "h1", "h2", "p", "div", "span", "b"),
@@ -41,3 +43,12 @@ class Reader(HTMLParser):
 
     def of(self, tag: str) -> list[tuple[dict[str, str], str]]:
         return [(attrs, text) for (name, attrs), text in zip(self.opened, self.texts, strict=True) if name == tag]
+
+
+def shown_and_written(page: Path, folder: Path) -> tuple[Reader, Reader]:
+    """What a real browser makes of a page, and what was written; it asked the network for nothing and ran nothing."""
+    opened = open_page(BROWSER, page, folder)
+    assert opened.requests == [] and opened.console == []
+    shown = Reader(opened.dom)
+    assert "script" not in shown.tags and "img" not in shown.tags
+    return shown, Reader(read(page))
