@@ -270,15 +270,20 @@ def live(course: Course, model: DyLoRAMoE, state: StreamState, place: int, piece
         num_tokens = train_stage(course, model, folder, piece, expert=decision.expert, is_new=is_new, seed=seed)
         if is_new:
             model.mature(decision.expert)
-        domains, counts = np.unique(np.asarray(piece.rows["domain"]), return_counts=True)
-        for domain, count in zip(domains, counts, strict=True):
-            state.note_training(course.data.names[domain], decision.expert, int(count))
+        for dataset, count in rows_by_dataset(course, piece).items():
+            state.note_training(dataset, decision.expert, count)
     stage = Stage(piece.name, {}, tokens=num_tokens, decision=decision._asdict())
     state.matrix.stages.append(stage)
     measure(course, model, state, stage, decision)
     stage.seconds = round(time.time() - started, 1)
     save_stage(model, course.folder, folder, state, course.record, keep=stream.keep_stages)
     show_matrix(course.console, state.matrix)
+
+
+def rows_by_dataset(course: Course, piece: Piece) -> dict[str, int]:
+    """How many rows of a stage each dataset gave."""
+    domains, counts = np.unique(np.asarray(piece.rows["domain"]), return_counts=True)
+    return {course.data.names[domain]: int(count) for domain, count in zip(domains, counts, strict=True)}
 
 
 def free_name(model: DyLoRAMoE, wanted: str) -> str:
@@ -317,8 +322,10 @@ def train_stage(
         course.console.print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
     state = take_up_log(course.console, metrics, checkpoint)
     save_config(course.request.settings, folder / CONFIG_FILE)
-    write_json(folder / "run.json", run_facts(model, course.data))
+    facts, own = run_facts(model, course.data), rows_by_dataset(course, piece)
+    write_json(folder / "run.json", {**facts, "data": [item for item in facts["data"] if item["name"] in own]})
     train_on(trainer, course.stop, checkpoint, state)
+    write_json(folder / "samples.json", [])  # a run that has it has ended; a stage generates none
     write_report(str(folder))
     model.eval()
     return trainer.num_tokens

@@ -19,6 +19,7 @@ from dylo_moe import DyLoRAMoE
 from dylo_moe.checkpoint import read_manifest
 from dylo_moe.cli import main
 from dylo_moe.matrix import read_matrix
+from dylo_moe.record import read_record
 from dylo_moe.stream_state import last_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,9 @@ def test_each_skill_grows_an_expert_and_is_learned(done):
         assert stage.losses[skill] < matrix.base[skill] - 0.05, skill
         assert stage.accuracy[skill] > 0.8, skill
     assert json.loads((done / "run" / "stream.json").read_text())["state"] == "finished"
+    for skill, folder in zip(matrix.skills, sorted((done / "run" / "stages").iterdir()), strict=True):
+        record = read_record(folder)
+        assert record.is_finished and record.missing == [] and record.domains == [skill]
     assert all(skill in (done / "run" / "report.html").read_text() for skill in (*matrix.skills, "forgetting"))
 
 
