@@ -1,152 +1,261 @@
-"""What routing costs: forward, training step and cached generation against the plain base.
+"""What routing costs by number of experts: forward, training step, cached generation, memory, against the plain base.
 
-    python benchmarks/speed.py [--model smollm2-135m] [--num_experts 4] [--lora_dropout 0.05] [--rounds 9]
+    python benchmarks/speed.py [--num_experts 1 4 16 64 256] [--rounds 7] [--json speed.json] [--out speed.png]
+    python benchmarks/speed.py --device cuda --shape codegemma-2b --dtype bfloat16 --batch 8 --seq 1024 --decode 1 8 64
 
-Every variant does the same work on the same real text, in turns in one process, one thread, as CPU
-time; the table gives the median ratio to the plain base of the same round, with the least and the most.
-Adapters (all linears of all layers, r 16) have random non-zero B, so that nothing is skipped.
+One table on stdout, one chart, one JSON file with the seconds of every round; cost_chart.py puts together the parts of
+a run that was split with --num_experts, --variants or --work. The base and a stock PEFT adapter stay in memory, and
+every variant joins them in turn (peers.py builds it): each round runs all three on the same tokens, and a ratio is that
+of one round. Seconds are CPU time of one thread; on a GPU, those between two events of the device. Adapters are on all
+linears of all layers, rank 16, with random B. Up to 16 experts all train, of more the first one. Rounds are fewer, but
+at least two, where they would take longer than --cell_seconds; where the first, a warm-up, does so alone, it counts.
+
+Top-1 is measured as the router routes: started from other texts of this machine, on rows of two kinds. The worst case,
+every token to an expert at random, is measured apart, at more and more tokens. On a shape tokens, weights and gate are
+random. Memory is that of a fresh process for each: the bytes of all the model's tensors, and what a training step (the
+second one) adds at its peak to the resident set, on a GPU to the memory allocated; one expert trains whatever N is, and
+the bytes of frozen experts are taken off. While seconds are measured, freed memory is kept instead of going back to the
+system, whose page faults cost the plain base up to 90 ms of a training step.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import pydoc
-import statistics
-import textwrap
+import json
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
+import transformers
+from cost_chart import MEMORY, RANDOM, Cell, chart, ratios, spread, table
+from measured_work import (
+    BATCH,
+    NEW_TOKENS,
+    PROMPT,
+    SEQ,
+    Work,
+    forward,
+    gate_text,
+    generate,
+    give_back,
+    keep_memory,
+    measure,
+    memory_of_step,
+    random_routes,
+    real_text,
+    training_step,
+)
+from peers import BASE, BUILD, DENSE, ONE, SPARSE, Pool, cannot, make_base, make_variant, remark
+from torch import Tensor, nn
 
 from dylo_moe import DyLoRAMoE
-from dylo_moe.base import load_base, load_tokenizer
 
-BATCH, SEQ = 2, 128
-PROMPT, NEW_TOKENS = 32, 16
-
-
-def lora_config(dropout: float = 0.05) -> LoraConfig:
-    """The same targets, rank and dropout for every variant."""
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+ALL_TRAIN = 16
+"""Up to so many experts all train while a training step is timed."""
+WORST_SHAPES = ((2, 128), (2, 512), (8, 512))
 
 
-def randomise(model: nn.Module) -> nn.Module:
-    """Non-zero B, so that every expert changes the result."""
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.01)
-    return model
+class Run:
+    """What was asked for, and what was measured so far."""
 
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.dtype = getattr(torch, arguments.dtype)
+        self.cells: list[Cell] = []
+        self.started = time.monotonic()
+        self.shape = f"{arguments.batch}x{arguments.seq}"
+        self.ids = self.tokens(arguments.batch, arguments.seq)
+        self.routed_to: dict[int, int] = {}
+        """By N, how many experts the measured text goes to."""
 
-def real_text(model_name: str) -> torch.Tensor:
-    """[2, 128] tokens: a row of Python source and a row of English prose, so that routing has a choice."""
-    tokenizer = load_tokenizer(model_name)
-    texts = [inspect.getsource(textwrap), pydoc.getdoc(argparse) * 20]
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:SEQ] for text in texts]
-    return torch.tensor(rows)
+    def tokens(self, batch: int, seq: int) -> Tensor:
+        """The text that is measured."""
+        arguments = self.arguments
+        if arguments.shape is None:
+            return real_text(arguments.model, batch, seq).to(arguments.device)
+        return torch.randint(10, 1000, (batch, seq), generator=torch.Generator().manual_seed(0)).to(arguments.device)
 
+    def build(self, variant: str, num_experts: int, num_trained: int) -> nn.Module:
+        """A variant on a base of its own, its gate started."""
+        arguments = self.arguments
+        torch.manual_seed(0)
+        base = make_base(arguments.model, shape=arguments.shape, device=arguments.device, dtype=self.dtype)
+        model = make_variant(variant, base, Pool(num_experts, num_trained, arguments.lora_dropout))
+        if isinstance(model, DyLoRAMoE):
+            if arguments.shape is None:
+                model.initialize_router(gate_text(arguments.model, max(64, 4 * num_experts)))
+            if variant == SPARSE:
+                self.routed_to[num_experts] = int((model.route(self.ids).weights > 0).flatten(0, 1).any(0).sum())
+        return model
 
-def build_variants(model_name: str, num_experts: int, dropout: float, ids: torch.Tensor) -> dict[str, nn.Module]:
-    """The plain base, stock PEFT with one adapter, ours routed top-1, and ours dense over all."""
-    peft = randomise(get_peft_model(load_base(model_name, dtype=torch.float32), lora_config(dropout)))
-    variants: dict[str, nn.Module] = {
-        "base": load_base(model_name, dtype=torch.float32).requires_grad_(False),
-        "PEFT, 1 adapter": peft,
-    }
-    for label, dense in (("top-1 of", False), ("dense", True)):
-        ours = DyLoRAMoE.from_base(
-            load_base(model_name, dtype=torch.float32), num_experts=num_experts, lora=lora_config(dropout)
+    def works(self) -> dict[str, tuple[str, Work]]:
+        """By label: the kind of work, and how it is done."""
+        found: dict[str, tuple[str, Work]] = {
+            f"forward {self.shape}": ("forward", forward),
+            f"training step {self.shape}": ("training", training_step),
+        }
+        for batch in self.arguments.decode:
+            label = f"generate {NEW_TOKENS} from {PROMPT}, batch {batch}"
+            found[label] = ("generate", partial(generate, batch=batch))
+        return {label: entry for label, entry in found.items() if entry[0] in self.arguments.work}
+
+    def note(self, cell: Cell, text: str) -> None:
+        """Keep a cell and say so; what was measured before a run stopped is in its file."""
+        self.cells.append(cell)
+        minutes = (time.monotonic() - self.started) / 60
+        what = f"{cell['variant']}, N {cell['num_experts']}, {cell['work']}"
+        print(f"{minutes:6.1f} min  {what}: {text}", file=sys.stderr, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """The JSON file."""
+        content = {"header": self.header(), "title": self.title(), "routed_to": self.routed_to}
+        content |= {"arguments": {**vars(self.arguments), "out": None, "json": None}, "cells": self.cells}
+        self.arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    def title(self) -> str:
+        """Of the chart."""
+        arguments = self.arguments
+        where = torch.cuda.get_device_name() if arguments.device == "cuda" else "one thread, CPU time"
+        return f"{arguments.shape or arguments.model}, {arguments.dtype}, all linears, rank 16, {where}"
+
+    def header(self) -> str:
+        """What a reader of the table must know."""
+        arguments = self.arguments
+        text = "random weights, tokens and gate" if arguments.shape else "real text, rows of two kinds"
+        texts = ", ".join(f"{chosen} of {count}" for count, chosen in sorted(self.routed_to.items()))
+        return (
+            f"{self.title()}, torch {torch.__version__}, transformers {transformers.__version__}; {text}; "
+            f"lora_dropout {arguments.lora_dropout}; {arguments.rounds} rounds, fewer where one is long. "
+            "Median (least–most)." + (f" Top-1 sends the {self.shape} tokens to {texts} experts." if texts else "")
         )
-        randomise(ours)
-        ours.initialize_router([{"input_ids": ids.view(2 * num_experts, -1)}])
-        for expert in ours.experts:
-            expert.mature = not dense
-        variants[f"ours, {label} {num_experts}"] = ours
-    return variants
+
+    # Memory
+
+    def measure_memory(self) -> None:
+        """Each variant in a process of its own."""
+        rows = [(BASE, 1), (ONE, 1)]
+        rows += [(variant, count) for count in self.arguments.num_experts for variant in self.arguments.variants]
+        for variant, count in rows:
+            cell: Cell = {"variant": variant, "num_experts": count, "work": MEMORY}
+            cell["remark"] = cannot(variant, "memory") or remark(variant, "memory", Pool(count, 1, 0.0))
+            if cannot(variant, "memory") is None:
+                words = [sys.executable, __file__, *sys.argv[1:], "--hold", variant, str(count)]
+                done = subprocess.run(words, capture_output=True, text=True)
+                if done.returncode == 0:
+                    cell["bytes"] = json.loads(done.stdout.splitlines()[-1])
+                else:
+                    cell["remark"] = self.failed(variant, done.stderr.strip().splitlines()[-1])
+            self.note(cell, str(cell.get("bytes", cell["remark"])))
+
+    def failed(self, variant: str, error: str) -> str:
+        """What a cell says of a peer that broke off; what is a fault of ours is raised."""
+        if "allocate memory" in error or "OutOfMemory" in error or "MemoryError" in error:
+            return (
+                f"not within {self.arguments.memory_gib:g} GiB" if self.arguments.device == "cpu" else "out of memory"
+            )
+        if variant in (DENSE, SPARSE, BASE, ONE) or not error.startswith(("RuntimeError", "ValueError")):
+            raise RuntimeError(f"{variant}: {error}")
+        return f"not done: {error[:120]}"
+
+    # Time
+
+    def measure_time(self) -> None:
+        """Each variant and N beside the base and one adapter."""
+        works = self.works()
+        beside = {name: self.build(name, 1, 1) for name in (BASE, ONE)} if works else {}
+        for count in self.arguments.num_experts if works else []:
+            for variant in self.arguments.variants:
+                self.time_variant(variant, count, works, beside)
+                give_back()
+        if "random" in self.arguments.work:
+            self.time_worst(beside.get(BASE) or self.build(BASE, 1, 1))
+
+    def time_variant(
+        self, variant: str, count: int, works: dict[str, tuple[str, Work]], beside: dict[str, nn.Module]
+    ) -> None:
+        """One variant at one N, all kinds of work."""
+        pool = Pool(count, count if count <= ALL_TRAIN else 1, self.arguments.lora_dropout)
+        model: nn.Module | None = None
+        for label, (kind, work) in works.items():
+            cell: Cell = {"variant": variant, "num_experts": count, "work": label}
+            cell["remark"] = cannot(variant, kind) or remark(variant, kind, pool)
+            if cannot(variant, kind) is None:
+                try:
+                    model = model or self.build(variant, count, pool.num_trained)
+                    models = {**beside, variant: model}
+                    cell["seconds"] = measure(
+                        models, work, self.ids, self.arguments.rounds, self.arguments.cell_seconds
+                    )
+                except (RuntimeError, MemoryError) as error:
+                    cell["remark"] = self.failed(variant, f"{type(error).__name__}: {error}")
+                    for each in (*beside.values(), *([model] if model else [])):
+                        each.zero_grad(set_to_none=True)
+            self.note(cell, spread(ratios(cell, BASE)) if "seconds" in cell else cell["remark"])
+
+    def time_worst(self, base: nn.Module) -> None:
+        """Every token to an expert at random, at more and more tokens."""
+        count = self.arguments.worst_experts
+        model = self.build(SPARSE, count, 1)
+        assert isinstance(model, DyLoRAMoE)
+        for batch, seq in WORST_SHAPES:
+            cell: Cell = {"variant": SPARSE, "num_experts": count, "work": f"{RANDOM} {batch}x{seq}", "remark": ""}
+            ids, rounds = self.tokens(batch, seq), self.arguments.rounds
+            with random_routes(model):
+                cell["seconds"] = measure(
+                    {BASE: base, SPARSE: model}, forward, ids, rounds, self.arguments.cell_seconds
+                )
+            self.note(cell, spread(ratios(cell, BASE)))
 
 
-def forward(model: nn.Module, ids: torch.Tensor) -> None:
-    """One forward in evaluation, logits of every token."""
-    model.eval()
-    with torch.no_grad():
-        model(input_ids=ids)
-
-
-def training_step(model: nn.Module, ids: torch.Tensor) -> None:
-    """Forward with loss and backward; the plain base differentiates its activations only."""
-    model.train()
-    if any(parameter.requires_grad for parameter in model.parameters()):
-        model(input_ids=ids, labels=ids).loss.backward()
-        model.zero_grad(set_to_none=True)
-    else:
-        embedded = model.get_input_embeddings()(ids).requires_grad_()
-        model(inputs_embeds=embedded, labels=ids).loss.backward()
-
-
-def generate(model: nn.Module, ids: torch.Tensor) -> None:
-    """Greedy, cached, batch 1: 16 tokens from 32."""
-    model.eval()
-    prompt = ids[:1, :PROMPT]
-    tokens = NEW_TOKENS
-    mask = torch.ones_like(prompt)
-    model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-
-
-def generate_batch(model: nn.Module, ids: torch.Tensor) -> None:
-    """Greedy, cached, batch 8 of both kinds of text: 16 tokens from 32."""
-    model.eval()
-    prompt = ids[:, :PROMPT].repeat(4, 1)
-    tokens = NEW_TOKENS
-    mask = torch.ones_like(prompt)
-    model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-
-
-WORK: dict[str, Callable[[nn.Module, torch.Tensor], None]] = {
-    f"forward {BATCH}x{SEQ}": forward,
-    f"training step {BATCH}x{SEQ}": training_step,
-    f"generate {NEW_TOKENS} from {PROMPT}, batch 1": generate,
-    f"generate {NEW_TOKENS} from {PROMPT}, batch 8": generate_batch,
-}
-
-
-def measure(variants: dict[str, nn.Module], work: Callable, ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each variant in each round; every round runs all variants in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_index in range(rounds + 1):
-        for name, model in variants.items():
-            start = time.process_time()
-            work(model, ids)
-            if round_index > 0:  # the first round warms up
-                seconds[name].append(time.process_time() - start)
-    return seconds
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ["memory", "forward", "training", "generate", "random"]
+    variants = [name for name in BUILD if name not in (BASE, ONE)]
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", choices=["codegemma-2b", "tiny"], help="random weights of this shape, not a model")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of base and adapters")
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--seq", type=int, default=SEQ)
+    parser.add_argument("--decode", type=int, nargs="+", default=[1, 8], help="batch sizes")
+    parser.add_argument("--num_experts", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--worst_experts", type=int, default=64, help="N of the worst case")
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
+    parser.add_argument("--work", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--lora_dropout", type=float, default=0.0, help="0 leaves out masks, which cost all the same")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cell_seconds", type=float, default=120.0)
+    parser.add_argument("--memory_gib", type=float, default=12.0, help="what one process may allocate, on the CPU")
+    parser.add_argument("--out", type=Path, default=Path("speed.png"))
+    parser.add_argument("--json", type=Path, default=Path("speed.json"))
+    parser.add_argument("--hold", nargs=2, metavar=("VARIANT", "N"), help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--num_experts", type=int, default=4)
-    parser.add_argument("--lora_dropout", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
+    arguments = parse()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    ids = real_text(arguments.model)
-    variants = build_variants(arguments.model, arguments.num_experts, arguments.lora_dropout, ids)
-    print(
-        f"{arguments.model}, torch {torch.__version__}, one thread, "
-        f"lora_dropout {arguments.lora_dropout}, {arguments.rounds} rounds"
-    )
-    print(f"{'':34s}" + "".join(f"{name:>26s}" for name in variants))
-    for label, work in WORK.items():
-        seconds = measure(variants, work, ids, arguments.rounds)
-        cells = []
-        for name in variants:
-            ratios = [own / plain for own, plain in zip(seconds[name], seconds["base"], strict=True)]
-            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        print(f"{label:34s}" + "".join(f"{cell:>26s}" for cell in cells), flush=True)
+    if arguments.device == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (int(arguments.memory_gib * 2**30), resource.RLIM_INFINITY))
+    run = Run(arguments)
+    if arguments.hold:
+        variant, count = arguments.hold
+        print(json.dumps(memory_of_step(run.build(variant, int(count), 1), run.ids)))
+        return
+    if "memory" in arguments.work:
+        run.measure_memory()
+    keep_memory()
+    run.measure_time()
+    run.write()
+    print(f"{run.header()}\n\n{table(run.cells)}")
+    chart(run.cells, arguments.out, title=run.title())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import tracemalloc
 from collections.abc import Callable
 
 import torch
-from speed import lora_config, randomise, real_text
+from measured_work import real_text
+from peers import lora_config, randomise
 from transformers import DynamicCache
 
 from dylo_moe import DyLoRAMoE

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
-from .base import DEFAULT_BASE
+from .base import DEFAULT_BASE, NEEDS_BITSANDBYTES
 from .config import (
     BALANCE_COEFFICIENT,
     LORA_ALPHA,
@@ -50,7 +52,6 @@ REFUSED = {
     "torch_compile": "not tested with routing yet",
     "torch_compile_backend": "not tested with routing yet",
     "torch_compile_mode": "not tested with routing yet",
-    "use_liger_kernel": "not tested with routing yet",
     "fsdp": "not tested with routing yet",
     "fsdp_config": "not tested with routing yet",
     "deepspeed": "not tested with routing yet",
@@ -115,6 +116,20 @@ class ModelArguments:
         default=None,
         metadata={"help": "Attention of the base: eager, sdpa, flash_attention_2, ...; default: Transformers' choice."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold the base's linears in 4 bits (QLoRA's NormalFloat with double quantisation); products are "
+            "computed in the base's dtype, with --bf16 in bf16. Needs bitsandbytes."
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose logits exist at once where the loss is computed; 0: all. Default: all of a small "
+            "vocabulary, of a large one (100,000 entries) as many as take 256 MiB."
+        },
+    )
     balance_coefficient: float = field(
         default=BALANCE_COEFFICIENT, metadata={"help": "Weight of the loss that keeps the experts evenly used."}
     )
@@ -125,6 +140,10 @@ class ModelArguments:
         default=RouterConfig.entropy_coefficient,
         metadata={"help": "Weight of the entropy of a token's routing; above 0 makes the router surer."},
     )
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
+            raise ValueError(f"loss_chunk_size is {self.loss_chunk_size}; it must be at least 0")
 
 
 @dataclass
@@ -180,6 +199,10 @@ class TrainArguments(TrainingArguments):
         if patience is not None and (patience < 1 or not has_evaluations):
             rule = "it must be at least 1" if patience < 1 else "but eval_strategy is no, so nothing is evaluated"
             raise ValueError(f"early_stopping_patience is {patience}; {rule}")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel needs Liger's kernels: pip install liger-kernel")
+        if self.use_liger_kernel and self.device.type == "cpu":
+            raise ValueError("use_liger_kernel needs a GPU, for which its kernels are written; leave it out")
 
 
 class Arguments(NamedTuple):
@@ -253,17 +276,34 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
         own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
         words = [*as_words(resumed.settings), "--output_dir", str(own), *words]
     model, data, train = parse(parser, words, refusal_of)
+    check_four_bit(model, train)
     model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
     arguments = Arguments(model, data, train, resumed)
     if resumed is None or resumed.checkpoint is None:
         return arguments
-    refused, allowed = changes(resumed.settings, settings_of(arguments))
+    saved = in_full(resumed.settings, (ModelArguments, DataConfig))
+    refused, allowed = changes(saved, settings_of(arguments))
     if refused:
         raise UsageError(
             f"cannot go on from {resumed.checkpoint} with other settings: {'; '.join(refused)}. Leave them out, or "
             "start a new run"
         )
     return arguments._replace(changed=tuple(allowed))
+
+
+def in_full(saved: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
+    """The settings of a run, whose version may not have had every flag of today's: those were at their default."""
+    return {item.name: item.default for kind in kinds for item in fields(kind) if item.default is not MISSING} | saved
+
+
+def check_four_bit(model: ModelArguments, train: TrainArguments) -> None:
+    """Raises UsageError where load_in_4bit cannot apply."""
+    if not model.load_in_4bit:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"load_in_4bit cannot apply here: {NEEDS_BITSANDBYTES}")
+    if train.fp16:
+        raise UsageError("load_in_4bit was not tested with fp16; leave fp16 out, or use bf16")
 
 
 def _resumption(words: list[str]) -> Resumption | None:

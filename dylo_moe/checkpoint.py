@@ -34,7 +34,7 @@ from .base import load_base
 from .card import model_card
 from .config import BASE, GrowthConfig, RouterConfig
 from .expert import Expert, check_name
-from .frozen import base_identity, check_base, compare_base, fingerprint, unpack_samples
+from .frozen import base_identity, check_base, compare_base, fingerprint, quantization, unpack_samples
 from .lora_config import listed
 from .routing_hooks import broken_weights
 from .skill_library import SkillLibrary
@@ -184,6 +184,7 @@ def write_files(
         "base": {
             "id": model.base_id,
             "revision": model.base_revision,
+            "quantization": quantization(model.base),
             "fingerprint": fingerprint(model.base),
         },
         "router": asdict(model.router_config),
@@ -329,6 +330,8 @@ def load_checkpoint(
         if not base:
             raise CheckpointError(f"checkpoint {folder} does not name its base; pass base=")
         kwargs.setdefault("revision", manifest["base"]["revision"])
+        if manifest["base"].get("quantization") is not None:
+            kwargs.setdefault("quantization_config", manifest["base"]["quantization"])
     if isinstance(base, str):
         base = load_base(base, **kwargs)
     elif kwargs:

@@ -46,7 +46,7 @@ from .stream_state import (
     write_view,
 )
 from .summary import show_data
-from .train import base_options, build_model, command, take_up_log, train_on
+from .train import base_options, build_model, command, show_loss, take_up_log, train_on
 from .trainer import DyLoRATrainer
 
 SKILL_BATCH = 16
@@ -92,6 +92,7 @@ def run(request: StreamRequest) -> Path:
         try:
             collator = Collator(tokenizer)
             state, model = begin(request, data, collator, checkpoint)
+            show_loss(console, model, request.model.loss_chunk_size)
             record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
             course = Course(request, data, collator, folder, console, stop, record)
             final = learn_all(course, model, state, checkpoint)

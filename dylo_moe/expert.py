@@ -17,8 +17,12 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from .adapter_files import state_problems
-from .dispatch import ContextSlot, ExpertShape
-from .layer import ROUTED_CLASSES, RoutedLayer, compute_dtype, pack
+from .context import ContextSlot
+from .dispatch import ExpertShape, Layout
+from .layer import RoutedLayer, compute_dtype
+from .lora_config import ROUTABLE, listed
+from .quantized import routed_class
+from .storage import pack
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED_NAMES = {"base", "default", "base_model", "lora_A", "lora_B"}
@@ -58,8 +62,8 @@ class ExpertPool:
         self._experts: dict[str, Expert] = {}
         self.layers: tuple[RoutedLayer, ...] = ()
         """The routed linears, in the model's order."""
-        self.layouts: frozenset[tuple[ExpertShape, ...]] = frozenset()
-        """The distinct `expert_shapes` of the routed linears."""
+        self.layouts: tuple[Layout, ...] = ()
+        """Of the routed linears."""
 
     def __iter__(self) -> Iterator[Expert]:
         return iter(self._experts.values())
@@ -122,7 +126,7 @@ class ExpertPool:
         """
         check_name(name, taken=self._experts, modules=self.base_modules())
         try:
-            with self._set_aside():
+            with self.set_aside():
                 PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
                 if not self._experts:
                     PeftModel.set_adapter(self._model, name)
@@ -182,12 +186,12 @@ class ExpertPool:
 
     def base_modules(self) -> list[str]:
         """The module names of the base, adapted linears among them."""
-        with self._set_aside():
+        with self.set_aside():
             names = [path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules()]
         return [path for path in names if ".lora_" not in path]
 
     @contextmanager
-    def _set_aside(self) -> Iterator[None]:
+    def set_aside(self) -> Iterator[None]:
         """Inside, no layer shows the adapters it has: PEFT walks over every module and every parameter of a model to
         add one, and that must not take longer the more there are. What is added inside comes behind them."""
         homes = [
@@ -230,16 +234,27 @@ class ExpertPool:
 
         Args:
             changed: as of `apply_trainable`.
+
+        Raises:
+            ValueError: naming the layers that cannot be routed.
         """
-        with self._set_aside():
-            layers = [layer for _, layer in routed_layers(self._model)]
-        for layer in layers:
-            routed = ROUTED_CLASSES.get(type(layer))
-            if routed is not None:
-                layer.__class__ = routed
+        with self.set_aside():
+            found = list(routed_layers(self._model))
+        classes = [routed_class(type(layer)) for _, layer in found]
+        refused = [
+            f"{name} ({type(layer).__name__})" for (name, layer), kind in zip(found, classes, strict=True) if not kind
+        ]
+        if refused:
+            raise ValueError(f"PEFT's layers {listed(refused)} cannot be routed; {ROUTABLE}")
+        layers = [layer for _, layer in found]
+        for layer, kind in zip(layers, classes, strict=True):
+            layer.__class__ = kind
             layer.bind(self._slot, self._experts)
         self.layers = tuple(layers)
-        self.layouts = frozenset(layer.expert_shapes for layer in layers)
+        layouts: dict[tuple[ExpertShape, ...], Layout] = {}
+        for layer in layers:
+            layer.layout = layouts.setdefault(layer.layout.shapes, layer.layout)
+        self.layouts = tuple(layouts.values())
         self.apply_trainable(changed)
 
     def compute_dtype(self) -> torch.dtype:
@@ -253,7 +268,7 @@ class ExpertPool:
         Args:
             changed: the experts whose adapters it may have reset, or whose `trainable` is another; None: all.
         """
-        with self._set_aside():
+        with self.set_aside():
             for parameter in self._model.base_model.parameters():
                 parameter.requires_grad_(False)
         for name in self.names if changed is None else changed:
@@ -266,6 +281,12 @@ class ExpertPool:
             if name in layer.adapters:
                 yield cast(nn.Parameter, layer.adapters[name].down.weight)
                 yield cast(nn.Parameter, layer.adapters[name].up.weight)
+
+    def learning(self) -> Iterator[nn.Parameter]:
+        """The matrices of the experts that are trained; a walk that does not grow with the frozen ones."""
+        for expert in self:
+            if expert.trainable:
+                yield from self.parameters(expert.name)
 
     def non_finite(self) -> Iterator[tuple[str, str]]:
         """The experts with NaN or infinity in some matrix, each with the name of the first such parameter."""

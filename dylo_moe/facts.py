@@ -18,10 +18,11 @@ import torch
 from . import __version__
 from .card import without_secrets
 from .data import LoadedData
+from .frozen import count_parameters, quantization
 from .model import DyLoRAMoE
 from .whole_file import write_whole
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "numpy")
 
 
 def run_facts(model: DyLoRAMoE, data: LoadedData) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def run_facts(model: DyLoRAMoE, data: LoadedData) -> dict[str, Any]:
     The names of datasets are kept as they were given, for the metrics are called by them.
     """
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_parameters(model.parameters())
     router = sum(parameter.numel() for parameter in model.router.parameters())
     experts = [
         {"name": expert.name, "rank": expert.rank, "parameters": expert.parameters, "skill": expert.skill}
@@ -43,6 +44,7 @@ def run_facts(model: DyLoRAMoE, data: LoadedData) -> dict[str, Any]:
         "base": {
             "id": _without_home(without_secrets(model.base_id)),
             "revision": model.base_revision,
+            "quantization": quantization(model.base),
             "class": type(model.base).__name__,
             "parameters": total - router - sum(expert.parameters for expert in model.experts),
         },

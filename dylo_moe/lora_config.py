@@ -32,6 +32,8 @@ WHY_NOT = {
     "modules_to_save": "a trained copy of a base module would change the base for every expert",
 }
 
+ROUTABLE = "experts go on nn.Linear, Conv1D, and bitsandbytes' 4-bit and 8-bit linears"
+
 
 def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> LoraConfig:
     """A copy of `config` that adapts linears of the routed layers only, checked before anything changes.
@@ -47,6 +49,10 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         config.target_modules = sorted({name.rsplit(".", 1)[1] for name in _layer_linears(base)})
+        if not config.target_modules:
+            raise ValueError(
+                f"all-linear finds nothing to adapt: {ROUTABLE}, and here are {listed(_layer_leaves(base))}"
+            )
     if router_index > 0 and config.layers_to_transform is None and not isinstance(config.target_modules, str):
         prefix, layers = decoder_layers(base)
         config.layers_to_transform = list(range(router_index, len(layers)))
@@ -73,13 +79,18 @@ def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: in
         targeted = [name for name in names if check_target_module_exists(config, name)]
     except (TypeError, re.error) as error:  # none at all, or a pattern that is none
         return [*problems, f"target_modules {config.target_modules!r} cannot be read: {error}"]
-    outside = [name for name in targeted if name not in inside]
+    prefix, _ = decoder_layers(base)
+    strange = [name for name in targeted if name not in inside and name.startswith(f"{prefix}.")]
+    outside = [name for name in targeted if name not in inside and name not in strange]
     below = [name for name in targeted if inside.get(name, router_index) < router_index]
     if outside:
         problems.append(
             f"target_modules reaches {listed(outside)}: only linears inside the decoder layers can be routed, "
             "not embeddings or the head"
         )
+    if strange:
+        kinds = [f"{name} ({type(base.get_submodule(name)).__name__})" for name in strange]
+        problems.append(f"target_modules reaches {listed(kinds)}, which cannot be routed: {ROUTABLE}")
     if below:
         layers = ", ".join(str(index) for index in sorted({inside[name] for name in below}))
         problems.append(
@@ -100,6 +111,13 @@ def _layer_linears(base: PreTrainedModel) -> dict[str, int]:
         for name, module in layer.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, LoraLayer)) and not _is_part_of_adapter(name)
     }
+
+
+def _layer_leaves(base: PreTrainedModel) -> list[str]:
+    """The innermost modules of the decoder layers, with their classes."""
+    prefix, layers = decoder_layers(base)
+    leaves = [(name, module) for name, module in layers.named_modules() if not any(module.children())]
+    return [f"{prefix}.{name} ({type(module).__name__})" for name, module in leaves]
 
 
 def _is_part_of_adapter(name: str) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .meter import Meter
+from .meter import Meter, token_losses
 from .model import DyLoRAMoE
 
 BASE = "base weights"
@@ -31,6 +31,8 @@ ACTIVATIONS = "activations and logits"
 ALLOCATOR = "kept by the C library"
 PARTS = (BASE, EXPERTS, OPTIMIZER, GRADIENTS, ACTIVATIONS, ALLOCATOR)
 """What the memory of a step is made of."""
+
+Result = TypeVar("Result")
 
 ADAM_STATES = 2
 """Numbers that AdamW keeps of each trained one, in its dtype."""
@@ -212,6 +214,11 @@ class Simulation:
             self.model.zero_grad(set_to_none=True)
         return max(peaks, key=lambda parts: sum(parts.values()))
 
+    def inside(self, act: Callable[[], Result]) -> Result:
+        """What `act` returns, which may run the model as if it had values."""
+        with self.fake, self.tracker:
+            return act()
+
     def evaluation(self, batch: Batch) -> dict[str, int]:
         """Bytes by part at the peak of the evaluation of one batch."""
         self.model.eval()
@@ -221,7 +228,7 @@ class Simulation:
         return dict(self.tracker.peak)
 
     def _loss(self, batch: Batch, **options: Any) -> Tensor:
-        """The loss as our Trainer computes it: forward, and the meter while logits are there."""
+        """The loss as our Trainer computes it: forward, and the meter while all logits are there, if they ever are."""
         inputs = self._inputs(batch)
         count = torch.ones((), dtype=torch.int64, device=self.device)
         forward = self.model if self.autocast is None else convert_outputs_to_fp32(self.model.forward)
@@ -230,7 +237,8 @@ class Simulation:
         names = self.model.router.names
         domain = inputs["input_ids"] if batch.packed else torch.zeros(batch.rows, dtype=torch.int64, device=self.device)
         labels = inputs["labels"]
-        Meter(["all"], names).add(logits=out.logits, labels=labels, routing=out.routing, domain=domain)
+        losses = token_losses(out, labels)
+        Meter(["all"], names).add(losses=losses, labels=labels, routing=out.routing, domain=domain)
         return out.loss
 
     def _precision(self) -> AbstractContextManager:

@@ -5,12 +5,12 @@ Shapes: B batch, S sequence, E experts, G domains.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .chunked_loss import losses_from_logits
 from .router import Routing
 
 
@@ -31,6 +31,28 @@ class Reading(NamedTuple):
     """Entropy of the mean probabilities; high (at most log of the number of experts): all experts are used."""
 
 
+@torch.no_grad()
+def token_losses(out: Any, labels: Tensor) -> Tensor:
+    """The plain loss of each label, fp32 [batch, seq], from a forward's output; 0 where there is none.
+
+    Args:
+        out: of `DyLoRAMoE.forward`, with its logits, or with its token_losses in their place.
+        labels: int64 [batch, seq], -100 where nothing is predicted.
+
+    Raises:
+        ValueError: for an output with neither, as Liger's fused loss leaves it.
+    """
+    losses = getattr(out, "token_losses", None)
+    if losses is not None:
+        return losses
+    if out.get("logits") is None:
+        raise ValueError(
+            "the base fuses its head with its loss, so that the loss of each dataset cannot be told; set the model's "
+            "loss_chunk_size, or leave the base's fused loss out"
+        )
+    return losses_from_logits(out.logits, labels)
+
+
 class Meter:
     """Sums over batches, on the batches' device, until `read`.
 
@@ -45,22 +67,18 @@ class Meter:
         self.sums: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, *, logits: Tensor, labels: Tensor, routing: Routing, domain: Tensor) -> None:
+    def add(self, *, losses: Tensor, labels: Tensor, routing: Routing, domain: Tensor) -> None:
         """Count one batch.
 
         Args:
-            logits: [batch, seq, vocabulary].
+            losses: fp32 [batch, seq], of each label, as `token_losses` gives them.
             labels: int64 [batch, seq], -100 where nothing is predicted.
             routing: of the same forward.
             domain: int64 [batch], each row's position in `domains`, or [batch, seq], each token's.
         """
         num_experts, (batch, seq) = len(self.experts), labels.shape
-        sums_BSX = torch.zeros(batch, seq, 4 + 2 * num_experts, dtype=torch.float64, device=logits.device)
-        for row in range(batch):  # row by row: a float copy of all logits would double the memory
-            target = labels[row, 1:]
-            sums_BSX[row, 1:, 0] = F.cross_entropy(
-                logits[row, :-1].float(), target, ignore_index=-100, reduction="none"
-            ).double()
+        sums_BSX = torch.zeros(batch, seq, 4 + 2 * num_experts, dtype=torch.float64, device=losses.device)
+        sums_BSX[:, :, 0] = losses.double()
         sums_BSX[:, 1:, 1] = (labels[:, 1:] != -100).double()
         sums_BSX[:, :, 2] = routing.mask.double()
         sums_BSX[..., 4 : 4 + num_experts] = routing.weights.double()
@@ -68,7 +86,7 @@ class Meter:
             p_BSE = routing.probabilities * routing.mask[..., None]
             sums_BSX[:, :, 3] = torch.special.entr(p_BSE).sum(-1)
             sums_BSX[..., 4 + num_experts :] = p_BSE.double()
-        domain = domain.to(logits.device)
+        domain = domain.to(losses.device)
         sums = sums_BSX.sum(1) if domain.dim() == 1 else sums_BSX.flatten(0, 1)
         if self.sums is None:
             self.sums = sums.new_zeros(len(self.domains), sums.shape[1])

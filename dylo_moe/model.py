@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapter_files import read_adapter
 from .base import load_base
+from .chunked_loss import check_plain_head, chunked_loss
 from .config import (
     BALANCE_COEFFICIENT,
     BASE,
@@ -30,8 +31,8 @@ from .config import (
     RouterConfig,
 )
 from .config_view import ConfigView
+from .context import ContextSlot
 from .decoding import GenerateCall, write_texts
-from .dispatch import ContextSlot
 from .expert import Expert, ExpertPool, check_name
 from .frozen import base_identity, check_base, switch_off_dropout
 from .growth import Growth, SkillDecision
@@ -54,6 +55,10 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
     loss = lm_loss + balance_coefficient * balance_loss + z_loss_coefficient * z_loss
            + entropy_coefficient * entropy_loss, where label smoothing enters `loss` alone; the parts are
            unweighted scalars, and None without labels. aux_loss is the sum of all but the first.
+
+    Where the loss is computed in chunks (`DyLoRAMoE.loss_chunk_size`) there are no logits; token_losses, fp32
+    [batch, seq], has the plain loss of each label at its place instead (0 where there is none), detached. With label
+    smoothing lm_loss is detached then too.
     """
 
     lm_loss: Tensor | None = None
@@ -62,6 +67,7 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
     z_loss: Tensor | None = None
     entropy_loss: Tensor | None = None
     routing: Routing | None = None
+    token_losses: Tensor | None = None
 
 
 OWN_OUTPUTS = [field.name for field in fields(DyLoRAMoEOutput) if not hasattr(CausalLMOutputWithPast, field.name)]
@@ -109,6 +115,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         self.growth: Growth | None = None
         """The skill library and what follows from it; None where nothing is known of skills."""
         self._grows = False
+        self._loss_chunk_size: int | None = None
         self._pool = ExpertPool(self, self._slot, lora)
         if names:
             self._pool.register(first, mature=True)
@@ -241,8 +248,11 @@ class DyLoRAMoE(PeftModelForCausalLM):
         return [] if self.growth is None else self.growth.forget(name)
 
     def freeze(self, *names: str) -> None:
-        """Stop training these experts and their gate rows. `unfreeze` undoes it."""
+        """Stop training these experts and their gate rows, whose gradients are dropped. `unfreeze` undoes it."""
         self._set_trainable(names, False)
+        for name in names:
+            for parameter in (*self._pool.parameters(name), self.router.gate[name], self.router.gate_bias[name]):
+                parameter.grad = None
 
     def unfreeze(self, *names: str) -> None:
         """Train these experts and their gate rows again."""
@@ -516,6 +526,28 @@ class DyLoRAMoE(PeftModelForCausalLM):
 
     # Forward and generate.
 
+    @property
+    def loss_chunk_size(self) -> int | None:
+        """Tokens whose logits exist at once where a loss is computed; None: those of all tokens, as in Transformers.
+
+        With a number, a forward with labels gives `token_losses` and no logits; see chunked_loss.py. TRL's fused head
+        goes its own way. Setting it runs the base once on three tokens.
+
+        Raises:
+            ValueError: for a number below 1.
+            FullLogitsNeeded: where the base's loss is more than its head and the cross-entropy; it stays as it was.
+        """
+        return self._loss_chunk_size
+
+    @loss_chunk_size.setter
+    def loss_chunk_size(self, size: int | None) -> None:
+        if size is not None:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"loss_chunk_size is {size!r}; it must be a whole number of at least 1, or None")
+            with self.route_to(None):
+                check_plain_head(self.base)
+        self._loss_chunk_size = size
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -558,6 +590,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
             count = (labels[:, 1:] != -100).sum() if num_items is None else torch.as_tensor(num_items)
             kwargs["num_items_in_batch"] = count.clamp_min(1)  # no label at all is a loss of 0, not of nan
             kwargs.setdefault("use_cache", False)  # with a cache, Transformers lets packed texts see each other
+        chunk_size = self._loss_chunk_size if labels is not None else None
+        if kwargs.get("fused_lm_head") or kwargs.get("shift_labels") is not None:  # which say how the loss is computed
+            chunk_size = None
+        if chunk_size is not None:
+            kwargs.pop("skip_logits", None)  # how the Trainer asks Liger's kernels for what is done here
+            kwargs["skips_head"] = True
         out = self.base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -566,22 +604,37 @@ class DyLoRAMoE(PeftModelForCausalLM):
             return_dict=True,
             **kwargs,
         )
-        result = out  # of TRL's fused head: log-probabilities of the labels, no logits
+        result = out  # of TRL's or Liger's fused head: log-probabilities of the labels, or their loss, and no logits
         if "logits" in out:
             result = DyLoRAMoEOutput(
-                logits=out.logits,
+                logits=out.logits if chunk_size is None else None,
                 past_key_values=out.get("past_key_values"),
                 hidden_states=out.get("hidden_states"),
                 attentions=out.get("attentions"),
                 routing=out.routing,
             )
         if labels is not None:
-            result.lm_loss = result.loss = out.loss
-            if label_smoothing > 0:
-                uniform = _uniform_loss(out.logits, labels) / kwargs["num_items_in_batch"]
-                result.loss = (1 - label_smoothing) * out.loss + label_smoothing * uniform
+            count = kwargs["num_items_in_batch"]
+            if chunk_size is not None:
+                self._add_chunked_loss(result, out.head_input, labels, chunk_size, count, label_smoothing)
+            else:
+                result.lm_loss = result.loss = out.loss
+                if label_smoothing > 0:
+                    uniform = _uniform_loss(out.get("logits"), labels) / count
+                    result.loss = (1 - label_smoothing) * out.loss + label_smoothing * uniform
             self._add_router_losses(result, labels, num_items, num_tokens_in_batch)
         return result if return_dict is not False else result.to_tuple()
+
+    def _add_chunked_loss(
+        self, result: Any, hidden: Tensor, labels: Tensor, chunk_size: int, count: Tensor, label_smoothing: float
+    ) -> None:
+        head = cast(nn.Linear, self.base.get_output_embeddings())
+        losses = chunked_loss(hidden, head, labels, chunk_size=chunk_size, label_smoothing=label_smoothing)
+        self._hooks.name_nan(result.routing, hidden.isnan().any(-1) | losses.plain.isnan())
+        count = count.to(hidden.device)
+        result.loss = losses.trained.sum() / count
+        result.lm_loss = losses.plain.sum() / count if label_smoothing > 0 else result.loss
+        result.token_losses = losses.plain
 
     def _add_router_losses(
         self, result: Any, labels: Tensor, num_items: Tensor | int | None, num_tokens: Tensor | int | None
@@ -685,6 +738,20 @@ class DyLoRAMoE(PeftModelForCausalLM):
         super().__setstate__(state)
         self._pool.pack()
 
+    def train(self, mode: bool = True) -> DyLoRAMoE:
+        """As in PyTorch, past the experts' own modules, in which the mode means nothing: trainers call this every step,
+        and it must not take longer the more experts there are."""
+        with self._pool.set_aside():
+            return super().train(mode)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in PyTorch; see `train`. A frozen expert has no gradient: `freeze` drops what there was."""
+        with self._pool.set_aside():
+            super().zero_grad(set_to_none)
+        for parameter in self._pool.learning():
+            if parameter.grad is not None:
+                parameter.grad = None if set_to_none else torch.zeros_like(parameter.grad)
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -782,8 +849,10 @@ def _pool_problems(names: Any, num_experts: Any, top_k: int, balance_coefficient
     return problems
 
 
-def _uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def _uniform_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
     """Sum over the predicted tokens of the cross-entropy with a uniform distribution over the vocabulary."""
+    if logits is None:
+        raise ValueError("label_smoothing needs logits, but the base fuses its head with its loss; set loss_chunk_size")
     counts = labels[:, 1:] != -100
     logits = logits[:, :-1].float().masked_fill(~counts[..., None], 0.0)  # there may be anything, also nan
     return ((logits.logsumexp(-1) - logits.mean(-1)) * counts).sum()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .clusters import kmeans
 from .config import BASE, RouterConfig
-from .dispatch import Dispatch, ExpertShape, Segment, dense_is_quicker, plan_sparse
+from .dispatch import Dispatch, Layout, dispatch_to_all, dispatch_to_selected
 
 GATE_WIDTH = 64
 """The gate's product is padded to a multiple of this many rows, because products of different widths
@@ -302,60 +302,46 @@ def select_top_k(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def make_dispatch(
-    routing: Routing,
-    selected_BSK: Tensor | None,
-    *,
-    layouts: Iterable[tuple[ExpertShape, ...]],
-    dtype: torch.dtype,
+    routing: Routing, selected_BSK: Tensor | None, *, layouts: Iterable[Layout], dtype: torch.dtype
 ) -> Dispatch:
-    """Decide the kernel path from the shapes and lay out the tokens for it.
+    """Decide the kernel path and lay out the tokens for it.
 
     Args:
         selected_BSK: int64 [batch, seq, top_k], positions in `routing.names`; None: all experts.
-        layouts: the distinct `expert_shapes` of the model's routed linears.
+        layouts: of the model's routed linears.
         dtype: what the adapters are computed in.
     """
     names = routing.names
     weights_TE = routing.weights.reshape(-1, len(names))
-    if selected_BSK is None:
-        return Dispatch(names=names, weights_TE=weights_TE, layouts=layouts, dtype=dtype)
-    top_k = selected_BSK.shape[-1]
-    if torch.compiler.is_compiling() or dense_is_quicker(
-        num_tokens=weights_TE.shape[0], num_experts=len(names), top_k=top_k
-    ):  # the runs of the sparse path are known by their values only, which would break the graph
-        return Dispatch(names=names, weights_TE=weights_TE, layouts=layouts, dtype=dtype)
-    segments, order = plan_sparse(
-        names=names, selected_TK=selected_BSK.reshape(-1, top_k), mask_T=routing.mask.reshape(-1)
-    )
-    all_exactly_one = top_k == 1 and not weights_TE.requires_grad
-    return Dispatch(
-        names=names,
-        weights_TE=None if all_exactly_one else weights_TE,
-        layouts=layouts,
-        dtype=dtype,
-        segments=segments,
-        order=order,
-    )
+    if selected_BSK is None or torch.compiler.is_compiling():  # who is at hand is known by values only
+        return dispatch_to_all(names, weights_TE, layouts=layouts, dtype=dtype)
+    selected_TK = selected_BSK.masked_fill(~routing.mask[..., None], -1).reshape(-1, selected_BSK.shape[-1])
+    return dispatch_to_selected(names, weights_TE, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
 
 
-def force_routing(names: Sequence[str], experts: Sequence[str | None], *, mask: Tensor) -> tuple[Routing, Dispatch]:
+def force_routing(
+    names: Sequence[str],
+    experts: Sequence[str | None],
+    *,
+    mask: Tensor,
+    layouts: Iterable[Layout],
+    dtype: torch.dtype,
+) -> tuple[Routing, Dispatch]:
     """The routing that `route_to` asks for: one expert a row, or None for the base alone.
 
     Args:
         names: the members of the pool, in gate order.
         experts: one entry per row of the batch.
         mask: bool [batch, seq].
+        layouts: of the model's routed linears.
+        dtype: what the adapters are computed in.
     """
-    batch, seq = mask.shape
     names = tuple(names)
-    weights_BSE = torch.zeros(batch, seq, len(names), device=mask.device)
-    segments: list[Segment] = []
-    for row, name in enumerate(experts):
-        if name is not None or BASE in names:
-            weights_BSE[row, :, names.index(name or BASE)] = 1.0
-        if segments and segments[-1].expert == name:
-            segments[-1] = Segment(name, segments[-1].length + seq)
-        else:
-            segments.append(Segment(name, seq))
+    chosen = [names.index(name or BASE) if name is not None or BASE in names else -1 for name in experts]
+    chosen_BS = torch.tensor(chosen, device=mask.device)[:, None].expand_as(mask)
+    weights_BSE = (chosen_BS[..., None] == torch.arange(len(names), device=mask.device)).float()
     routing = Routing(names, weights_BSE * mask[..., None], mask, None)
-    return routing, Dispatch(names=names, weights_TE=None, layouts=(), dtype=torch.float32, segments=segments)
+    if torch.compiler.is_compiling():
+        return routing, dispatch_to_all(names, weights_BSE.flatten(0, 1), layouts=layouts, dtype=dtype)
+    selected_TK = chosen_BS.reshape(-1, 1)
+    return routing, dispatch_to_selected(names, None, selected_TK=selected_TK, layouts=layouts, dtype=dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .dispatch import ContextSlot, ForwardContext
+from .context import ContextSlot, ForwardContext
 from .expert import ExpertPool
 from .features import causal_exponential_mean
 from .frozen import decoder_layers
@@ -52,7 +52,8 @@ class RoutingHooks:
 
     Before the base begins, its inputs are kept (and, where the router reads the last hidden states, the base
     is run alone); as the first routed layer begins, the router decides, and the dispatch that all routed
-    linears read is made; when the base is done, the routing goes into its output.
+    linears read is made; when the base is done, the routing goes into its output. With `skips_head` the base is asked
+    for no logits and no loss: what would enter its head goes into the output as `head_input`.
 
     Args:
         base: the base model, with the adapters injected.
@@ -77,7 +78,10 @@ class RoutingHooks:
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
             base.register_forward_hook(self._end, with_kwargs=True, always_call=True),
             layers[self._first_layer].register_forward_pre_hook(self._route, with_kwargs=True),
+            cast(nn.Module, base.get_output_embeddings()).register_forward_pre_hook(self._skip_head),
         ]
+        self._head_inputs: list[Tensor] | None = None
+        """In a forward that skips the head, what would enter it."""
 
     def remove(self) -> None:
         """Leave the base as it was."""
@@ -117,13 +121,15 @@ class RoutingHooks:
     # Before the base.
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        ends_at_router = kwargs.pop("ends_at_router", False)
+        ends_at_router, labels = kwargs.pop("ends_at_router", False), kwargs.get("labels")
+        if kwargs.pop("skips_head", False):
+            self._head_inputs, kwargs = [], {**kwargs, "labels": None}
         context = ForwardContext(
             self.forced,
             dense=self.pool.has_nascent,
             position_ids=kwargs.get("position_ids"),
             prompt_lengths=kwargs.pop("prompt_lengths", None),
-            labels=kwargs.get("labels"),
+            labels=labels,
             ends_at_router=ends_at_router,
         )
         self.slot.begin(context)  # first, because `_end` runs whatever happens
@@ -187,19 +193,19 @@ class RoutingHooks:
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
         mask = self._mask(context, hidden, cache)
-        forced = context.forced
+        forced, dtype = context.forced, self.pool.compute_dtype()
         decides = forced is NotForced or context.ends_at_router
         if decides or cache is not None:
             context.features = self._features(context, hidden.detach(), mask, cache)
         if forced is NotForced:
             assert context.features is not None
             context.routing, selected = self.router(context.features, mask=mask, dense=context.dense)
-            context.dispatch = make_dispatch(
-                context.routing, selected, layouts=self.pool.layouts, dtype=self.pool.compute_dtype()
-            )
+            context.dispatch = make_dispatch(context.routing, selected, layouts=self.pool.layouts, dtype=dtype)
         else:
             experts = one_per_row(forced, mask.shape[0], expandable=self.prompt is not None)
-            context.routing, context.dispatch = force_routing(self.router.names, experts, mask=mask)
+            context.routing, context.dispatch = force_routing(
+                self.router.names, experts, mask=mask, layouts=self.pool.layouts, dtype=dtype
+            )
         if context.ends_at_router:
             raise _RouterReached(context)
 
@@ -261,22 +267,46 @@ class RoutingHooks:
             memory.hold(decided, num_tokens=seq)
         return features
 
-    # After the base.
+    # As the head begins, and after the base.
+
+    def _skip_head(self, head: nn.Module, args: tuple) -> tuple | None:
+        """No token goes on, where the loss is computed elsewhere."""
+        if self._head_inputs is None:
+            return None
+        self._head_inputs.append(args[0])
+        return (args[0][:, :0], *args[1:])
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        context = self.slot.end()
+        context, head_inputs = self.slot.end(), self._head_inputs
+        self._head_inputs = None
         if not isinstance(output, ModelOutput):
             return
         output.routing = context.routing
+        if head_inputs is not None:
+            if not head_inputs:
+                raise ValueError(
+                    "the base has another output head than when this model was made, so that no loss can be computed "
+                    "in chunks; set loss_chunk_size to None, or make the model anew on this base"
+                )
+            output.head_input = head_inputs[0]
+            return
         logits = output.get("logits")
-        routed = context.routing is not None  # not where a draft ends before the router's layer
-        if logits is not None and routed and not torch.compiler.is_compiling():
-            self._name_nan(context.routing, logits)
+        if logits is not None and context.routing is not None:  # None where a draft ends before the router's layer
+            lost = logits[..., 0].isnan()  # a token whose hidden state is NaN
+            # One entry of a row: NaN in the head itself.
+            self.name_nan(context.routing, lost | (logits[:, -1:].isnan().any(-1) & ~lost[:, -1:]))
 
-    def _name_nan(self, routing: Routing, logits: Tensor) -> None:
-        """Raises ValueError naming the weights to blame; NaN on padding alone, or without such weights, may be."""
-        lost = logits[..., 0].isnan()  # a token whose hidden state is NaN
-        lost = lost | (logits[:, -1:].isnan().any(-1) & ~lost[:, -1:])  # one entry of a row: NaN in the head itself
+    def name_nan(self, routing: Routing, lost: Tensor) -> None:
+        """Find what made the output NaN; on padding alone, or without broken weights, it may be. Not while compiling.
+
+        Args:
+            lost: bool [batch, seq], where it is NaN.
+
+        Raises:
+            ValueError: naming the weights to blame.
+        """
+        if torch.compiler.is_compiling():
+            return
         if lost.shape == routing.mask.shape:
             lost = lost & routing.mask
         misled = routing.mask.new_zeros(())

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 import yaml
 from transformers import HfArgumentParser
 
-from .arguments import ModelArguments, TrainArguments, plain_settings, refusal_of, training_parser
+from .arguments import (
+    ModelArguments,
+    TrainArguments,
+    check_four_bit,
+    in_full,
+    plain_settings,
+    refusal_of,
+    training_parser,
+)
 from .config import CONSOLIDATE, COSINE, FRESH, GROW, MAHALANOBIS, NEAREST, SKIP, DataConfig, GrowthConfig
 from .flags import UsageError, parse
 from .recipe import as_words, last_value, with_recipe
@@ -45,7 +53,7 @@ NOT_OFFERED = {
 }
 """Flags of `dylora train` that would do nothing, or something wrong, here; each with the reason."""
 CHECKPOINT_DECIDES = (  # noqa: SIM905
-    "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life"
+    "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life load_in_4bit"
 ).split()
 """Flags that describe a new model."""
 MAY_CHANGE = (*LOCATIONS, "per_device_eval_batch_size", "save_steps", "save_total_limit", "dataloader_num_workers")
@@ -207,6 +215,10 @@ class StageArguments(TrainArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept within a stage."})
 
 
+KINDS: tuple[type, ...] = (ModelArguments, StreamArguments, DataConfig, StageArguments)
+"""Where the flags come from, the Trainer's last."""
+
+
 class StreamRequest(NamedTuple):
     """Everything a stream was asked for."""
 
@@ -232,7 +244,7 @@ def build_stream_parser(prog: str = "dylora stream", *, show_all: bool = False) 
     """The parser of `dylora stream`."""
     return training_parser(
         prog,
-        (ModelArguments, StreamArguments, DataConfig, StageArguments),
+        KINDS,
         description="Learn datasets one after another, and forget none: what is new grows an expert of its own. After "
         "every stage all of them are evaluated, and the model is saved.",
         refusal=stream_refusal,
@@ -256,13 +268,15 @@ def parse_stream(argv: Sequence[str], *, prog: str = "dylora stream") -> StreamR
         saved = _settings_in(resumed)
         words = [*as_words(saved), "--output_dir", str(resumed), *words]
     model, stream, data, train = parse(parser, words, stream_refusal)
+    check_four_bit(model, train)
     model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
     request = StreamRequest(model, stream, data, train, resumed)
     _check(request, given={word.split("=", 1)[0] for word in words if word.startswith("--")})
     if resumed is not None:
         if train.output_dir != str(resumed):
             raise UsageError(f"a stream goes on in its own folder, {resumed}; leave output_dir out")
-        _check_unchanged(resumed, saved, request.settings)
+        offered = {name: value for name, value in in_full(saved, KINDS[:-1]).items() if not stream_refusal(name)}
+        _check_unchanged(resumed, offered, request.settings)
     return request
 
 

@@ -25,11 +25,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments, ModelArguments, new_output_dir, save_config, settings_of
-from .base import load_base, load_tokenizer
+from .base import four_bit, load_base, load_tokenizer
 from .checkpoint import save_checkpoint
+from .chunked_loss import LARGE_VOCABULARY, FullLogitsNeeded, default_chunk_size
 from .config import GrowthConfig, RouterConfig, parse_router_layer
 from .data import Collator, LoadedData, PackedTexts, check_texts_kept_apart, epoch_of, load_data, padding_share
 from .facts import run_facts, write_json
+from .frozen import count_parameters
 from .generate import end_ids, sample
 from .meter import Reading
 from .model import DyLoRAMoE
@@ -88,10 +90,35 @@ def build_model(
     )
 
 
+def chunk_loss(model: DyLoRAMoE, wanted: int | None) -> str:
+    """Compute the loss in chunks of tokens, or not, as --loss_chunk_size says.
+
+    Args:
+        wanted: None: where the vocabulary is large, if the base allows it; 0: not.
+
+    Returns:
+        What there is to tell; empty where the vocabulary is small, or nothing is wanted.
+
+    Raises:
+        ValueError: for a chunk that is asked for and out of range, or with a base that needs its full logits.
+    """
+    vocab_size, model.loss_chunk_size = model.base.config.get_text_config().vocab_size, None
+    if wanted == 0 or (wanted is None and vocab_size < LARGE_VOCABULARY):
+        return ""
+    try:
+        model.loss_chunk_size = wanted or default_chunk_size(vocab_size)
+    except FullLogitsNeeded as error:
+        if wanted:
+            raise
+        return f"the vocabulary has {vocab_size:,} entries, but full logits are kept: {error}"
+    return f"loss in chunks of {model.loss_chunk_size} tokens: no more have their {vocab_size:,} logits at once"
+
+
 def base_options(flags: ModelArguments, *, bf16: bool) -> dict[str, Any]:
     """How a base is loaded, as `load_base` takes it."""
     attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
-    return {"dtype": torch.bfloat16 if bf16 else "auto", **attention}
+    bits = {"quantization_config": four_bit(torch.bfloat16 if bf16 else torch.float32)} if flags.load_in_4bit else {}
+    return {"dtype": torch.bfloat16 if bf16 else "auto", **attention, **bits}
 
 
 def run(arguments: Arguments) -> Path:
@@ -121,6 +148,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
     show_model(console, model)
+    show_loss(console, model, arguments.model.loss_chunk_size)
     folder = run_folder(console, arguments)
     prepare(arguments.train, folder)
     log_settings(settings_of(arguments))
@@ -321,7 +349,7 @@ def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, R
 def show_model(console: Console, model: DyLoRAMoE) -> None:
     """What is frozen and what trains, counted from the model itself."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    frozen = count_parameters(parameter for parameter in model.parameters() if not parameter.requires_grad)
     expert = model.experts[0]
     router = sum(parameter.numel() for parameter in model.router.parameters())
     console.print(
@@ -329,6 +357,13 @@ def show_model(console: Console, model: DyLoRAMoE) -> None:
         f"{expert.rank} with {expert.parameters:,} each, a router of {router:,}",
         highlight=False,
     )
+
+
+def show_loss(console: Console, model: DyLoRAMoE, wanted: int | None) -> None:
+    """Choose how the loss is computed, and say so."""
+    text = chunk_loss(model, wanted)
+    if text:
+        console.print(text, highlight=False, markup=False)
 
 
 def finish(

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoint import CheckpointError, check_finite, load_into, replace_folder, write_files
-from .meter import Meter, Reading
+from .meter import Meter, Reading, token_losses
 from .model import DyLoRAMoE
 from .resume import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, trainable_set, unfinished
 from .watch import AlarmBell, alarms, as_metrics, gate_drift, gradient_norms
@@ -38,6 +39,8 @@ class DyLoRATrainer(Trainer):
 
     Of several evaluation datasets, `eval_loss` is the mean of their losses, each counting alike.
 
+    With `use_liger_kernel` Liger's kernels serve but for its loss, in whose place the model's `loss_chunk_size` does.
+
     Args:
         domains: names of the datasets.
         training: what the checkpoints' manifests shall hold besides the step; kept as `training`.
@@ -54,6 +57,8 @@ class DyLoRATrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel:
+            self.args.liger_kernel_config = without_fused_loss(self.args.liger_kernel_config)
         self.add_callback(SavePoints)
         self.training = {} if training is None else training
         self.label_smoother = None  # it would take the labels out of the model's sight; the model smooths itself
@@ -65,6 +70,7 @@ class DyLoRATrainer(Trainer):
         """The last evaluation's, by dataset."""
         self._balance_sum, self._balance_steps = 0.0, 0
         self._step_tokens: Tensor | None = None
+        self._num_parameters: int | None = None
         self._tell, self._bell = tell, AlarmBell()
         self._gradient_norms: dict[str, Tensor] = {}
         self._resumed: dict[str, Any] = {}
@@ -109,7 +115,8 @@ class DyLoRATrainer(Trainer):
         if domain is None:
             domain = torch.zeros(len(inputs["labels"]), dtype=torch.int64)
         meter = self.train_meter if model.training else self.eval_meter
-        meter.add(logits=outputs.logits, labels=inputs["labels"], routing=outputs.routing, domain=domain)
+        losses = token_losses(outputs, inputs["labels"])
+        meter.add(losses=losses, labels=inputs["labels"], routing=outputs.routing, domain=domain)
         if model.training:
             self._balance_sum += float(outputs.balance_loss.detach())
         else:
@@ -129,7 +136,30 @@ class DyLoRATrainer(Trainer):
         return loss
 
     def _own_model(self) -> DyLoRAMoE:
-        return cast(DyLoRAMoE, self.accelerator.unwrap_model(self.model))
+        model = self.model if isinstance(self.model, DyLoRAMoE) else self.accelerator.unwrap_model(self.model)
+        return cast(DyLoRAMoE, model)
+
+    # What the Trainer does with all parameters at every step must not take longer the more experts are frozen.
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer counts them; the parameters are counted once."""
+        if self._num_parameters is None:
+            self._num_parameters = int(self._own_model().base.num_parameters(exclude_embeddings=True))
+        return 6 * inputs["input_ids"].numel() * self._num_parameters
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self._learning(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._learning(model), grad_norm)
+
+    def _learning(self, model: nn.Module) -> Any:
+        """What stands for a model where only its parameters are asked for: those that may have a gradient."""
+        if self.is_fsdp_enabled:  # which recognises its model by them
+            return model
+        ours = self._own_model()
+        learning = [*ours.experts.learning(), *ours.router.parameters()]
+        return SimpleNamespace(parameters=lambda: learning)
 
     def _gate_rows(self) -> dict[str, Tensor]:
         return {name: row.detach().float().cpu().clone() for name, row in self._own_model().router.gate.items()}
@@ -313,6 +343,21 @@ class DyLoRATrainer(Trainer):
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+
+def without_fused_loss(config: dict[str, bool] | None) -> dict[str, bool]:
+    """Liger's kernels but for its loss, which is one number, from which no dataset's own loss can be told.
+
+    Raises:
+        ValueError: where that loss is asked for.
+    """
+    config = dict(config or {})
+    if config.get("fused_linear_cross_entropy"):
+        raise ValueError(
+            "liger_kernel_config asks for fused_linear_cross_entropy, which leaves no loss of each token; set the "
+            "model's loss_chunk_size instead (--loss_chunk_size)"
+        )
+    return {**config, "fused_linear_cross_entropy": False}
 
 
 class SavePoints(TrainerCallback):

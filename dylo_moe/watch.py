@@ -64,12 +64,13 @@ def alarms(reading: Reading) -> dict[str, str]:
 
 
 def gradient_norms(model: DyLoRAMoE, *, scale: float = 1.0) -> dict[str, Tensor]:
-    """2-norm of the gradients of each expert's adapter and of the router; fp32 scalars, on the model's device.
+    """2-norm of the gradients of each trained expert's adapter and of the router; fp32 scalars, on the model's device.
 
     Args:
         scale: what the gradients are multiplied by, of a gradient scaler.
     """
-    groups = {expert.name: list(model.experts.parameters(expert.name)) for expert in model.experts}
+    learning = [expert.name for expert in model.experts if expert.trainable]
+    groups = {name: list(model.experts.parameters(name)) for name in learning}
     groups["router"] = list(model.router.parameters())
     norms = {}
     for name, parameters in groups.items():

@@ -62,7 +62,7 @@ def test_what_comes_back_grows_as_before(saved, tmp_path, removed):
         one.add_expert("wider", rank=8)
     assert list(loaded.experts) == list(model.experts)
     scaling = [
-        {name: value for m in one.modules() if hasattr(m, "expert_shapes") for name, _, value in m.expert_shapes}
+        {name: value for m in one.modules() if hasattr(m, "layout") for name, _, value in m.layout.shapes}
         for one in (model, loaded)
     ]
     assert scaling[0] == scaling[1]

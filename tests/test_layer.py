@@ -9,14 +9,17 @@ from reference.routed_linear import Delta, naive_routed_linear
 from reference.tiny import force_path
 from torch import nn
 
-from dylo_moe import layer as layer_module
-from dylo_moe.dispatch import ContextSlot, ForwardContext
-from dylo_moe.layer import RoutedLinear, compute_dtype, pack
+from dylo_moe import storage
+from dylo_moe.context import ContextSlot, ForwardContext
+from dylo_moe.dispatch import Dense, Grouped
+from dylo_moe.layer import RoutedLinear, compute_dtype
 from dylo_moe.router import Routing, force_routing, make_dispatch, select_top_k
+from dylo_moe.storage import pack
 
 NAMES = ("a", "b", "c", "d")
 RANKS = {"a": 4, "b": 1, "c": 3, "d": 8}
 ALPHA = 6
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6, torch.bfloat16: 4e-2}
 """Of the largest entry. fp64 is held to fp32's precision because routing weights are fp32 by contract."""
 
@@ -52,13 +55,14 @@ def call(routed, x, dispatch):
         routed.context_slot.end()
 
 
-def routing_case(batch, seq, top_k, *, runs=False, padding=False):
+def routing_case(batch, seq, top_k, *, runs=(), padding=False):
     """Routing weights (a leaf, zero where not selected) and the selection, as a router would give them."""
     logits = torch.randn(batch, seq, len(NAMES))
     if runs:
+        first, second = runs
         logits = torch.zeros(batch, seq, len(NAMES))
-        logits[:, : seq // 2, 2] = 9.0
-        logits[:, seq // 2 :, 1] = 9.0
+        logits[:, : seq // 2, first] = 9.0
+        logits[:, seq // 2 :, second] = 9.0
     mask = torch.ones(batch, seq, dtype=torch.bool)
     if padding:
         mask[0, : seq // 2] = False
@@ -86,7 +90,7 @@ def leaves(routed, x, raw):
     adapters = {
         f"{kind}.{name}": getattr(routed, kind)[name].weight for name in routed.lora_A for kind in ("lora_A", "lora_B")
     }
-    return {"x": x, "routing weights": raw, **adapters}
+    return {"x": x, "routing weights": raw, **{name: p for name, p in adapters.items() if p.requires_grad}}
 
 
 def assert_close(ours, reference, dtype, what):
@@ -119,8 +123,9 @@ CASES = {
     "one token": {"batch": 1, "seq": 1},
     "one token a row": {"batch": 5, "seq": 1},
     "padding": {"batch": 3, "seq": 17, "padding": True},
-    "runs": {"batch": 1, "seq": 60, "runs": True},
-    "runs and padding": {"batch": 1, "seq": 120, "runs": True, "padding": True},
+    "runs": {"batch": 1, "seq": 60, "runs": (2, 1)},
+    "runs in order": {"batch": 1, "seq": 60, "runs": (1, 2)},
+    "runs and padding": {"batch": 1, "seq": 120, "runs": (1, 2), "padding": True},
 }
 
 
@@ -136,14 +141,41 @@ def test_every_path_equals_the_naive_loop(monkeypatch, case, top_k, path, dtype)
 
     def dispatch_of(weights):
         routing = Routing(NAMES, weights, mask, None)
-        dispatch = make_dispatch(routing, selected, layouts=[routed.expert_shapes], dtype=dtype)
-        assert (dispatch.segments is None) == (path == "dense" or top_k == 4)
-        if dispatch.segments is not None and case != "one token a row":  # few tokens may lie either way
-            assert (dispatch.order is None) == (top_k == 1 and ("runs" in case or case == "one token"))
+        dispatch = make_dispatch(routing, selected, layouts=[routed.layout], dtype=dtype)
+        part = dispatch.parts[routed.layout]
+        at_hand = NAMES if selected is None else selected[mask].unique()
+        assert isinstance(part, Dense if path == "dense" or len(at_hand) == top_k else Grouped)
+        if isinstance(part, Grouped):  # nothing is moved where the tokens lie in order already
+            assert (part.rows_N is None) == (case == "runs in order" and top_k == 1)
         return dispatch
 
     y = check_parity(routed, x, raw, chosen, dispatch_of, dtype=dtype)
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("frozen", [(), ("a", "c")], ids=["all learn", "two learn"])
+def test_the_grouped_kernel_equals_the_naive_loop(monkeypatch, frozen, top_k, dtype, device):
+    """PyTorch has it for widths of whole 16 bytes."""
+    force_path(monkeypatch, "sparse")
+    routed = routed_linear(width=(24, 40), ranks=dict.fromkeys(NAMES, 8), dtype=dtype).to(device)
+    for name in frozen:
+        routed.lora_A[name].requires_grad_(False)
+        routed.lora_B[name].requires_grad_(False)
+    pack(routed)
+    raw, chosen, selected, mask = (tensor.to(device) for tensor in routing_case(3, 17, top_k, padding=True))
+    raw = raw.detach().requires_grad_()
+    x = torch.randn(3, 17, 24, dtype=dtype, device=device, requires_grad=True)
+    calls, real = [], nn.functional.grouped_mm
+    monkeypatch.setattr(nn.functional, "grouped_mm", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+
+    def dispatch_of(weights):
+        return make_dispatch(Routing(NAMES, weights, mask, None), selected, layouts=[routed.layout], dtype=dtype)
+
+    check_parity(routed, x, raw, chosen, dispatch_of, dtype=dtype)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
@@ -158,7 +190,7 @@ def test_experts_that_a_layer_does_not_have_add_nothing_there(monkeypatch, ranks
 
     def dispatch_of(weights):
         return make_dispatch(
-            Routing(NAMES, weights, mask, None), selected, layouts=[routed.expert_shapes], dtype=torch.float32
+            Routing(NAMES, weights, mask, None), selected, layouts=[routed.layout], dtype=torch.float32
         )
 
     check_parity(routed, x, raw, chosen, dispatch_of, dtype=torch.float32)
@@ -169,7 +201,8 @@ def test_experts_that_a_layer_does_not_have_add_nothing_there(monkeypatch, ranks
 def test_forced_rows_equal_the_naive_loop_and_base_rows_the_base_bit_for_bit(experts, grad):
     routed = routed_linear()
     x = torch.randn(3, 6, 10, requires_grad=grad)
-    routing, dispatch = force_routing(NAMES, experts, mask=torch.ones(3, 6, dtype=torch.bool))
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    routing, dispatch = force_routing(NAMES, experts, mask=mask, layouts=[routed.layout], dtype=torch.float32)
     with torch.set_grad_enabled(grad):
         y = call(routed, x, dispatch)
     assert_close(y, naive(routed, x, routing.weights), torch.float32, "output")
@@ -181,14 +214,14 @@ def test_forced_rows_equal_the_naive_loop_and_base_rows_the_base_bit_for_bit(exp
 def test_weight_exactly_one_without_gradient_equals_the_weighted_product(monkeypatch):
     """At top_k=1 without gradients the weights are left out of the products; that must not be seen."""
     force_path(monkeypatch, "sparse")
-    routed = routed_linear()
+    routed = routed_linear(ranks=dict.fromkeys(NAMES, 4))
     logits = torch.randn(2, 13, len(NAMES))
     weights, selected = select_top_k(logits, top_k=1)
     x, mask = torch.randn(2, 13, 10), torch.ones(2, 13, dtype=torch.bool)
     shortcut = make_dispatch(
-        Routing(NAMES, weights, mask, logits), selected, layouts=[routed.expert_shapes], dtype=torch.float32
+        Routing(NAMES, weights, mask, logits), selected, layouts=[routed.layout], dtype=torch.float32
     )
-    assert shortcut.segment_weights is None
+    assert shortcut.parts[routed.layout].weights_N1 is None
     with torch.no_grad():
         assert_close(call(routed, x, shortcut), naive(routed, x, weights), torch.float32, "output")
 
@@ -203,7 +236,7 @@ def test_straight_through_gradient_of_the_gate_is_the_analytic_one(monkeypatch, 
         weights, selected = select_top_k(logits, top_k=top_k)
         x, mask = torch.randn(2, 9, 10, dtype=torch.float64), torch.ones(2, 9, dtype=torch.bool)
         dispatch = make_dispatch(
-            Routing(NAMES, weights, mask, logits), selected, layouts=[routed.expert_shapes], dtype=torch.float64
+            Routing(NAMES, weights, mask, logits), selected, layouts=[routed.layout], dtype=torch.float64
         )
         direction = torch.randn(2, 9, 7, dtype=torch.float64)
         (ours,) = torch.autograd.grad((call(routed, x, dispatch) * direction).sum(), logits)
@@ -229,7 +262,7 @@ def test_dropout_of_both_paths_is_the_same_mask(monkeypatch, top_k):
     for path in ("dense", "sparse"):
         force_path(monkeypatch, path)
         dispatch = make_dispatch(
-            Routing(NAMES, raw * chosen, mask, None), selected, layouts=[routed.expert_shapes], dtype=torch.float32
+            Routing(NAMES, raw * chosen, mask, None), selected, layouts=[routed.layout], dtype=torch.float32
         )
         torch.manual_seed(3)
         outputs[path] = call(routed, x, dispatch)
@@ -252,7 +285,7 @@ def test_mixed_precision_equals_the_naive_loop_in_the_base_dtype(monkeypatch, se
 
     def dispatch_of(weights):
         dtype = compute_dtype(routed.lora_A["a"].weight)
-        return make_dispatch(Routing(NAMES, weights, mask, None), selected, layouts=[routed.expert_shapes], dtype=dtype)
+        return make_dispatch(Routing(NAMES, weights, mask, None), selected, layouts=[routed.layout], dtype=dtype)
 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y = check_parity(routed, x, raw, chosen, dispatch_of, dtype=torch.bfloat16)
@@ -297,7 +330,7 @@ def test_packed_training_equals_training_with_torch_cat(monkeypatch, frozen):
     ]
     raw, chosen, selected, mask = routing_case(2, 13, 2)
     concatenated = []
-    monkeypatch.setattr(layer_module.torch, "cat", lambda *a, **k: concatenated.append(1) or TORCH_CAT(*a, **k))
+    monkeypatch.setattr(storage.torch, "cat", lambda *a, **k: concatenated.append(1) or TORCH_CAT(*a, **k))
     force_path(monkeypatch, "dense")
     for step in range(4):
         x = torch.randn(2, 13, 10)
@@ -306,7 +339,7 @@ def test_packed_training_equals_training_with_torch_cat(monkeypatch, frozen):
             dispatch = make_dispatch(
                 Routing(NAMES, (raw * chosen).detach(), mask, None),
                 selected,
-                layouts=[routed.expert_shapes],
+                layouts=[routed.layout],
                 dtype=torch.float32,
             )
             optimizer.zero_grad()

@@ -220,7 +220,7 @@ def test_a_signal_saves_and_leaves(where, step, folder, whole, tmp_path, monkeyp
 
 
 def test_checkpoints_are_limited_and_the_best_is_kept(folder, tmp_path):
-    more = ["--save_total_limit", "2", "--eval_steps", "5", "--learning_rate", "0.5", "--num_epochs", "5"]
+    more = ["--save_total_limit", "2", "--eval_steps", "5", "--learning_rate", "0.3", "--num_epochs", "5"]
     more += ["--lr_scheduler_type", "constant", "--load_best_model_at_end", "true"]
     run_folder = run(parse_train(flags(folder, tmp_path / "run", *SAVES, *more))).parent
     log = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

@@ -30,7 +30,7 @@ from dylo_moe.arguments import UsageError, new_output_dir, parse_train, save_con
 from dylo_moe.cli import main
 from dylo_moe.config import DataConfig
 from dylo_moe.data import load_data
-from dylo_moe.meter import Meter
+from dylo_moe.meter import Meter, token_losses
 from dylo_moe.train import run
 from dylo_moe.trainer import DyLoRATrainer
 
@@ -222,7 +222,8 @@ def test_the_meter_agrees_with_the_definition():
     with torch.no_grad():
         for part in (slice(0, 2), slice(2, 3)):
             out = model(input_ids=ids[part], attention_mask=mask[part])
-            meter.add(logits=out.logits, labels=labels[part], routing=out.routing, domain=domain[part])
+            losses = token_losses(out, labels[part])
+            meter.add(losses=losses, labels=labels[part], routing=out.routing, domain=domain[part])
         out = model(input_ids=ids, attention_mask=mask)
     reading = meter.read()
     for index, name in enumerate(["a", "b"]):
