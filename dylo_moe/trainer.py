@@ -307,6 +307,14 @@ class DyLoRATrainer(Trainer):
         for path in spare[: max(len(found) - limit, 0)]:
             discard(path)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, which at a limit of 1 would delete the newest checkpoint where an older one is the best."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._resumed = load_into(self._own_model(), folder).get("training", {})
