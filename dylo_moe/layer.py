@@ -86,9 +86,11 @@ class RoutedLayer:
             x_TD = self._cast_input_dtype(x_TD, dispatch.dtype)  # type: ignore[attr-defined]
         if self.training and self.expert_dropout > 0:
             x_TD = F.dropout(x_TD, self.expert_dropout)
+        # Past nn.Module's look-up of attributes, which takes longer than a product with one token.
         adapters = [self.adapters[name] for name in part.names]
-        downs = [adapter.down.weight for adapter in adapters]
-        return mix(x_TD, result, part=part, downs=downs, ups=[adapter.up.weight.t() for adapter in adapters])
+        downs: list[Any] = [adapter.down._parameters["weight"] for adapter in adapters]
+        ups: list[Any] = [adapter.up._parameters["weight"] for adapter in adapters]
+        return mix(x_TD, result, part=part, downs=downs, ups=[up.t() for up in ups])
 
 
 class RoutedLinear(RoutedLayer, lora.Linear):

@@ -35,6 +35,9 @@ def mix(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tens
         downs: A of each of `part.names`, [r, D].
         ups: B of each, transposed, [r, O].
     """
+    if len(downs) == 1 and not torch.is_grad_enabled() and _is_plain(x_TD, result, part, downs[0]):
+        result.view(-1, result.shape[-1]).addmm_(torch.mm(x_TD, downs[0].t()), ups[0], alpha=part.scaling)
+        return result
     if torch.compiler.is_compiling():
         return _traced(x_TD, result, part=part, downs=downs, ups=ups)
     weights = part.weights_TR if isinstance(part, Dense) else part.weights_N1
@@ -45,6 +48,12 @@ def mix(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tens
     if result._is_view():  # of Conv1D; autograd would copy the gradient of a view that is written into
         result = result.clone()
     return operation.apply(x_TD, result, weights, part, *downs, *ups)
+
+
+def _is_plain(x_TD: Tensor, result: Tensor, part: Dense | Grouped, down: Tensor) -> bool:
+    """Whether it is one expert for all tokens and one dtype for all, as in most steps of decoding."""
+    alone = isinstance(part, Dense) and part.weights_TR is None
+    return alone and x_TD.dtype == result.dtype == down.dtype
 
 
 def _traced(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tensor], ups: list[Tensor]) -> Tensor:
