@@ -29,7 +29,7 @@ from measured_work import real_text
 from peers import lora_config, randomise
 from transformers import DynamicCache
 
-from dylo_moe import DyLoRAMoE
+from dylo_moe import DyLoRAMoE, mixture
 from dylo_moe.base import load_base
 
 PROMPT, TOKENS = 32, 12
@@ -86,23 +86,21 @@ def unpack(model: DyLoRAMoE) -> None:
 
 def with_cached_stacks(work: Callable[[], float]) -> float:
     """Run `work` with `torch.cat` of the same matrices answered from memory after its first call."""
-    import dylo_moe.layer as layer
-
     kept: dict[tuple[int, ...], torch.Tensor] = {}
-    original = layer.stacked
+    original = mixture.stacked
 
-    def remembered(weights: list[torch.Tensor], *, transposed: bool = False) -> torch.Tensor:
-        key = tuple(weight.data_ptr() for weight in weights)
+    def remembered(matrices: list[torch.Tensor]) -> torch.Tensor:
+        key = tuple(matrix.data_ptr() for matrix in matrices)
         if key not in kept:
-            kept[key] = torch.cat([weight.t() if transposed else weight for weight in weights])
+            kept[key] = torch.cat(matrices)
         return kept[key]
 
-    layer.stacked = remembered
+    mixture.stacked = remembered
     try:
         work()
         return work()
     finally:
-        layer.stacked = original
+        mixture.stacked = original
 
 
 def main() -> None:

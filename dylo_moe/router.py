@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -183,8 +183,9 @@ class Router(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Gate logits, fp32 [..., experts], of features fp32 [..., hidden]."""
         names = self.names
-        rows_ED = torch.stack([self.gate[name] for name in names]).float()
-        bias_E = torch.stack([self.gate_bias[name] for name in names]).float()
+        rows, biases = self.gate._parameters, self.gate_bias._parameters  # a ParameterDict's own look-up is slow
+        rows_ED = torch.stack([cast(Tensor, rows[name]) for name in names]).float()
+        bias_E = torch.stack([cast(Tensor, biases[name]) for name in names]).float()
         padding = -len(names) % GATE_WIDTH
         with torch.autocast(features.device.type, enabled=False):
             scaled = (features - self.feature_mean.float()) * self.feature_scale.float()
