@@ -414,3 +414,31 @@ def test_a_state_dict_carries_everything(laws, family, assign):
             for one in (model, other):
                 one.zero_grad()
                 train_a_step(one)
+
+
+def test_freezing_drops_gradients_and_zero_grad_forgets_all():
+    """Trainers forget gradients every step; that must not walk through frozen experts, nor leave anything behind."""
+    model, ids = tiny_moe("llama", num_experts=3), tokens(2, 9)
+    with model.route_to(["expert_0", "expert_1"]):
+        model(input_ids=ids, labels=ids).loss.backward()
+    names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {name.split(".")[-2] for name in names} == {"expert_0", "expert_1"}
+    model.freeze("expert_0")
+    left = {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None and ".lora_" in name}
+    assert left == {"expert_1"}
+    model.zero_grad(set_to_none=False)
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_mode_reaches_everything_that_heeds_it():
+    model = tiny_moe("llama", lora={"lora_dropout": 0.5})
+    ids, expected = tokens(2, 9), {}
+    for mode in (True, False, True):
+        model.train(mode)
+        assert model.training == mode and all(layer.training == mode for layer in model.experts.layers)
+        first, second = model(input_ids=ids).logits, model(input_ids=ids).logits
+        assert torch.equal(first, second) != mode
+        expected.setdefault(mode, first)
+    assert not torch.equal(expected[True], expected[False])
