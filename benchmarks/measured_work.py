@@ -119,7 +119,7 @@ def measure(
     warm = {name: seconds_of(work, model, ids) for name, model in variants.items()}
     if sum(warm.values()) > budget_seconds:
         return {name: [value] for name, value in warm.items()}
-    rounds = max(2, min(rounds, int(budget_seconds / sum(warm.values()))))
+    rounds = max(2, int(min(rounds, budget_seconds / sum(warm.values()))))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, model in variants.items():
