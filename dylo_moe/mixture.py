@@ -228,6 +228,7 @@ def _grouped_product(x_NV: Tensor, matrices: list[Tensor], part: Grouped, *, tra
 
 
 def has_grouped_kernel(x_NV: Tensor, matrix: Tensor) -> bool:
-    """Whether PyTorch multiplies all groups in one call: not in fp64, not odd widths, and simulated in bf16 only."""
+    """Whether PyTorch multiplies all groups in one call: not in fp64 or odd widths, and on a GPU in bf16 only."""
+    dtypes = (torch.bfloat16,) if x_NV.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = all(width * x_NV.itemsize % ALIGNMENT_BYTES == 0 for width in matrix.shape)
-    return aligned and x_NV.itemsize <= 4 and not isinstance(x_NV, FakeTensor) and hasattr(F, "grouped_mm")
+    return aligned and x_NV.dtype in dtypes and not isinstance(x_NV, FakeTensor) and hasattr(F, "grouped_mm")

@@ -175,7 +175,7 @@ def test_the_grouped_kernel_equals_the_naive_loop(monkeypatch, frozen, top_k, dt
         return make_dispatch(Routing(NAMES, weights, mask, None), selected, layouts=[routed.layout], dtype=dtype)
 
     check_parity(routed, x, raw, chosen, dispatch_of, dtype=dtype)
-    assert len(calls) == 6
+    assert len(calls) == (6 if device == "cpu" or dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
