@@ -17,8 +17,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, PreTrainedModel
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base import load_base
+from dylo_moe.expert import adapters_set_aside
 
 GEMMA_SHAPES: dict[str, dict[str, int]] = {
     "codegemma-2b": {
@@ -69,22 +69,6 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def out_of_sight(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Inside, these layers show none of the adapters they have; what is added comes behind them."""
-    homes = [home._modules for layer in layers for home in (layer.lora_A, layer.lora_B, layer.lora_dropout)]
-    before = [dict(modules) for modules in homes]
-    for modules in homes:
-        modules.clear()
-    try:
-        yield
-    finally:
-        for modules, hidden in zip(homes, before, strict=True):
-            added = dict(modules)
-            modules.clear()
-            modules.update({**hidden, **added})
-
-
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """The adapted linears."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -95,7 +79,7 @@ def adapters_of(model: nn.Module, names: Sequence[str], config: Callable[[], Lor
     peft = get_peft_model(model, config(), adapter_name=names[0])
     layers = lora_layers(peft)
     for name in names[1:]:
-        with out_of_sight(layers):
+        with adapters_set_aside(layers):
             peft.add_adapter(name, config())
     return peft
 
@@ -169,7 +153,7 @@ def x_lora(base: PreTrainedModel, pool: Pool) -> nn.Module:
 
     def make(lora_model: Any, adapter_name: str, **kwargs: Any) -> None:
         """In place of reading a file."""
-        with out_of_sight(layers):
+        with adapters_set_aside(layers):
             lora_model.peft_config[adapter_name] = pool.lora()
             lora_model.inject_adapter(lora_model.model, adapter_name)
         layers[:] = layers or lora_layers(lora_model)

@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -190,23 +190,9 @@ class ExpertPool:
             names = [path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules()]
         return [path for path in names if ".lora_" not in path]
 
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """Inside, no layer shows the adapters it has: PEFT walks over every module and every parameter of a model to
-        add one, and that must not take longer the more there are. What is added inside comes behind them."""
-        homes = [
-            getattr(layer, home)._modules for layer in self.layers for home in ("lora_A", "lora_B", "lora_dropout")
-        ]
-        hidden = [dict(modules) for modules in homes]
-        for modules in homes:
-            modules.clear()
-        try:
-            yield
-        finally:
-            for modules, before in zip(homes, hidden, strict=True):
-                added = dict(modules)
-                modules.clear()
-                modules.update({**before, **added})
+    def set_aside(self) -> AbstractContextManager[None]:
+        """Inside, no routed linear shows the adapters it has; see `adapters_set_aside`."""
+        return adapters_set_aside(self.layers)
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
         """Bring an expert's matrices to a dtype; to be packed again."""
@@ -304,6 +290,23 @@ class ExpertPool:
             for name in pack(layer):
                 config = cast(LoraConfig, self._model.peft_config[name])
                 cast(Any, layer).reset_lora_parameters(name, config.init_lora_weights)
+
+
+@contextmanager
+def adapters_set_aside(layers: Iterable[Any]) -> Iterator[None]:
+    """Inside, these LoRA layers show none of the adapters they have: PEFT walks over every module and every parameter
+    of a model to add one, and that must not take longer the more there are. What is added inside comes behind them."""
+    homes = [getattr(layer, home)._modules for layer in layers for home in ("lora_A", "lora_B", "lora_dropout")]
+    hidden = [dict(modules) for modules in homes]
+    for modules in homes:
+        modules.clear()
+    try:
+        yield
+    finally:
+        for modules, before in zip(homes, hidden, strict=True):
+            added = dict(modules)
+            modules.clear()
+            modules.update({**before, **added})
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
