@@ -13,7 +13,7 @@ CANDIDATES := $(PYTHON)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart browser test test-oldest lint format clean
+.PHONY: help quickstart browser sandbox test test-oldest lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,13 @@ browser: ## install the headless browser that the test of the report's page need
 	    { test "$$(id -u)" = 0 && apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell; } || \
 	    { echo "Install Chromium or Chrome by your system's means, or run this as root on Debian." >&2; exit 1; }
 
+sandbox: ## install bubblewrap, which isolates generated code (Debian or Ubuntu, as root)
+	@command -v bwrap >/dev/null || \
+	    { test "$$(id -u)" = 0 && apt-get update && apt-get install -y --no-install-recommends bubblewrap; } || \
+	    { echo "bubblewrap is not installed: install it by your system's means, or run this as root on Debian." >&2; exit 1; }
+
 test: lint ## everything that CI checks: lint, types and tests; ends with the table of the laws
+	-@$(MAKE) --no-print-directory sandbox # without it, what needs isolation is skipped, and counted so
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --laws
 
 test-oldest: $(OLDEST)/.installed-dev ## the tests on the oldest supported versions, in a .venv-oldest of their own
