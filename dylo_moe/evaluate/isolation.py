@@ -149,6 +149,7 @@ def numpy_folders() -> list[Path]:
 def docker(limits: Limits) -> list[str]:
     """The words behind `docker`, up to the image."""
     words = ["run", "--rm", "--interactive", "--init", "--network", "none", "--read-only"]
+    words += ["--log-driver", "none"]  # what a program prints without end would fill the disk
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "64", "--user", "65534:65534"]
     words += ["--memory", f"{limits.memory_mib}m", "--memory-swap", f"{limits.memory_mib}m", "--workdir", SCRATCH]
     words += ["--tmpfs", f"{SCRATCH}:size={limits.scratch_mib}m,mode=1777", "--volume", f"{INSIDE}:/inside.py:ro"]

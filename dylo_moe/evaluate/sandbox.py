@@ -166,10 +166,10 @@ class Process:
 
     def kill(self) -> None:
         """Kill it and all that it began."""
-        if self._own_name is not None:
-            subprocess.run([self._command[0], "kill", self._own_name], capture_output=True, check=False)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        if self._own_name is not None:  # a container outlives the client that it was started by
+            subprocess.run([self._command[0], "kill", self._own_name], capture_output=True, check=False)
 
     def end(self) -> None:
         """Kill it, and wait until it is gone."""
@@ -290,5 +290,8 @@ def _try(sandbox: Sandbox) -> None:
 
 def _own_paths() -> list[str]:
     """What lies in the home and the working folder, but for where Python itself is."""
-    paths = [path for folder in (Path.home(), Path.cwd()) for path in folder.iterdir()]
+    paths = []
+    for folder in (Path.home(), Path.cwd()):
+        with suppress(OSError):  # a home that is not there, or not the user's to read
+            paths += folder.iterdir()
     return sorted(str(path) for path in paths if not any(Path(own).is_relative_to(path) for own in python_folders()))
