@@ -20,12 +20,15 @@ from transformers.utils import is_liger_kernel_available
 from .base import DEFAULT_BASE, NEEDS_BITSANDBYTES
 from .config import (
     BALANCE_COEFFICIENT,
+    LEARNED,
     LORA_ALPHA,
     LORA_DROPOUT,
     LORA_R,
     NUM_EXPERTS,
+    RANDOM,
     SEQUENCE,
     TOKEN,
+    UNIFORM,
     DataConfig,
     RouterConfig,
 )
@@ -39,7 +42,8 @@ SHOWN = (  # noqa: SIM905
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 "
     "lr_scheduler_kwargs label_smoothing_factor gradient_checkpointing logging_steps eval_strategy eval_steps "
     "save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model early_stopping_patience "
-    "early_stopping_threshold resume_from_checkpoint wandb_checkpoint_artifact report_to run_name seed"
+    "early_stopping_threshold eval_benchmark eval_benchmark_steps allow_code_execution sandbox resume_from_checkpoint "
+    "wandb_checkpoint_artifact report_to run_name seed"
 ).split()
 """The Trainer's flags that --help shows; all others of the Trainer work too."""
 
@@ -106,6 +110,14 @@ class ModelArguments:
         metadata={
             "help": "What is routed: each token on its own, or a sequence as a whole, decided on its prompt.",
             "choices": [TOKEN, SEQUENCE],
+        },
+    )
+    router_policy: str = field(
+        default=RouterConfig.policy,
+        metadata={
+            "help": "Who routes: a gate that learns; or, to compare with it, uniform (each token to all experts alike) "
+            "or random (to top_k experts that have nothing to do with what the text says).",
+            "choices": [LEARNED, UNIFORM, RANDOM],
         },
     )
     router_half_life: float = field(
@@ -181,6 +193,23 @@ class TrainArguments(TrainingArguments):
     wandb_checkpoint_artifact: str | None = field(
         default=None,
         metadata={"help": "The same, from a checkpoint kept by Weights & Biases: ENTITY/PROJECT/NAME:ALIAS."},
+    )
+    eval_benchmark: str | None = field(
+        default=None,
+        metadata={"help": "Also judge programs while training: humaneval:20 (its first 20 problems), mbpp, or both."},
+    )
+    eval_benchmark_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between these; needed with eval_benchmark."}
+    )
+    allow_code_execution: bool | None = field(
+        default=None, metadata={"help": "Run what the model writes, in isolation; eval_benchmark needs it."}
+    )
+    sandbox: str | None = field(
+        default=None, metadata={"help": "How it is isolated, as in dylora eval; default: bubblewrap."}
+    )
+    include_num_input_tokens_seen: str = field(  # the Trainer's own takes no word from a command line
+        default="no",
+        metadata={"help": "Log the tokens seen: no, all, non_padding.", "choices": ["no", "all", "non_padding"]},
     )
     save_only_model: bool = field(default=False, metadata={"help": "Not offered."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not offered."})

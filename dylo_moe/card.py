@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from .config import RANDOM, UNIFORM
+
 _CREDENTIALS = re.compile(r"(\w+://)[^/\s@]*@")
 _QUERY = re.compile(r"(\w+://[^\s?]*)\?[^\s]*")
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}")
@@ -85,6 +87,14 @@ def _is_hub(manifest: dict[str, Any]) -> bool:
     return bool(_HUB_ID.fullmatch(manifest["base"]["id"] or "")) and bool(manifest["base"].get("revision"))
 
 
+def _whom(router: dict[str, Any]) -> str:
+    """Which experts a router sends to, in words."""
+    if router.get("policy") == UNIFORM:
+        return "all of them alike, whatever it is"
+    drawn = ", drawn at random" if router.get("policy") == RANDOM else ""
+    return f"{router['top_k']} of them{drawn}"
+
+
 def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) -> str:
     base, experts = manifest["base"], manifest["experts"]
     named = _code(short_name(without_secrets(base["id"]))) if base["id"] else "an unnamed base"
@@ -93,11 +103,12 @@ def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) 
     kind = f" ({_text(known['class'])}, {known['parameters']:,} parameters)" if known else ""
     bits = {"load_in_4bit": ", held in 4 bits", "load_in_8bit": ", held in 8 bits"}
     kind += next((text for key, text in bits.items() if (base.get("quantization") or {}).get(key)), "")
-    top_k, count = manifest["router"]["top_k"], len(experts)
+    count = len(experts)
     many = f"{count} LoRA expert{'s' if count > 1 else ''}"
     sentences = [
         f"{many} on the frozen {named}{kind}{revision}, and a router that sends each "
-        f"{manifest['router'].get('granularity', 'token')} to {top_k} of them. The base is not in this folder."
+        f"{manifest['router'].get('granularity', 'token')} to {_whom(manifest['router'])}. The base is not in this "
+        "folder."
     ]
     if facts.get("trainable") is not None:
         sentences.append(f"{facts['trainable']:,} parameters were trained, {facts['frozen']:,} stayed as they were.")

@@ -40,6 +40,31 @@ def default_chunk_size(vocab_size: int) -> int:
     return 1 << max((CHUNK_BYTES // (4 * vocab_size)).bit_length() - 1, 0)
 
 
+def chunk_loss(model: Any, wanted: int | None) -> str:
+    """Compute the loss of a model in chunks of tokens, or not, as --loss_chunk_size says.
+
+    Args:
+        model: a `DyLoRAMoE`.
+        wanted: None: where the vocabulary is large, if the base allows it; 0: not.
+
+    Returns:
+        What there is to tell; empty where the vocabulary is small, or nothing is wanted.
+
+    Raises:
+        ValueError: for a chunk that is asked for and out of range, or with a base that needs its full logits.
+    """
+    vocab_size, model.loss_chunk_size = model.base.config.get_text_config().vocab_size, None
+    if wanted == 0 or (wanted is None and vocab_size < LARGE_VOCABULARY):
+        return ""
+    try:
+        model.loss_chunk_size = wanted or default_chunk_size(vocab_size)
+    except FullLogitsNeeded as error:
+        if wanted:
+            raise
+        return f"the vocabulary has {vocab_size:,} entries, but full logits are kept: {error}"
+    return f"loss in chunks of {model.loss_chunk_size} tokens: no more have their {vocab_size:,} logits at once"
+
+
 def chunked_loss(
     hidden: Tensor, head: nn.Linear, labels: Tensor, *, chunk_size: int, label_smoothing: float = 0.0
 ) -> TokenLosses:

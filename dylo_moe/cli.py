@@ -14,6 +14,8 @@ COMMANDS = {
     "plan": "parameters, steps, memory and checkpoint size of a training run, without running it",
     "data": "list datasets, show examples as the model sees them, check what training would be on",
     "experts": "the experts of a checkpoint: list them, remove one, fit the gate anew",
+    "eval": "held-out losses with intervals, and pass@k of HumanEval and MBPP, of a trained model",
+    "compare": "ours against the base, single LoRAs of equal size, and routing that is not learned; says if it wins",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
     "report": "one page about a run or a stream: losses, routing, matrix, settings; it needs no network",
 }
@@ -182,6 +184,38 @@ def experts(words: list[str]) -> int:
     return 0
 
 
+def evaluate(words: list[str]) -> int:
+    """`dylora eval`."""
+    from .evaluate.eval_arguments import build_eval_parser, parse_eval
+
+    if not words or words[0] in ("-h", "--help"):
+        build_eval_parser().print_help()
+        return 0
+    request = parse_eval(words)
+    from .evaluate.command import run
+
+    run(request)
+    return 0
+
+
+def compare(words: list[str]) -> int:
+    """`dylora compare`."""
+    from .compare_arguments import build_compare_parser, parse_compare
+
+    if any(word in ("-h", "--help", "--help_all") for word in words):
+        build_compare_parser(show_all="--help_all" in words).print_help()
+        return 0
+    from .compare import run
+    from .stopping import Stopped
+
+    try:
+        run(parse_compare(words))
+    except Stopped as stopped:
+        print(f"dylora compare: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0
+
+
 def generate(words: list[str]) -> int:
     """`dylora generate`."""
     parser = argparse.ArgumentParser(
@@ -222,6 +256,8 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "data": data,
     "experts": experts,
+    "eval": evaluate,
+    "compare": compare,
     "generate": generate,
     "report": report,
 }

@@ -7,13 +7,16 @@ What belongs to a neighbour stays with it: an expert's rank, alpha, dropout and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 EMBEDDINGS = "embeddings"
 FINAL = "final"
 TOKEN = "token"
 SEQUENCE = "sequence"
+LEARNED = "learned"
+UNIFORM = "uniform"
+RANDOM = "random"
 
 BASE = "base"
 """The member of a growing pool that stands for the unchanged base: a gate row, and no adapter."""
@@ -40,6 +43,11 @@ DROP = "drop"
 MIN_SEQ_LENGTH = 16
 
 
+OF_LEARNING = ("z_loss_coefficient", "entropy_coefficient", "temperature")
+OF_CHOOSING = ("top_k", "granularity", "router_half_life")
+"""Fields of `RouterConfig` that shape how a gate learns, and what each token's choice follows from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How tokens are sent to experts.
@@ -59,6 +67,11 @@ class RouterConfig:
     granularity: str = TOKEN
     """"token": every token is sent on its own. "sequence": a text is sent as a whole, by what the router
     reads at the last token of its prompt, and that holds for all of it, generated tokens included."""
+
+    policy: str = LEARNED
+    """"learned": the gate decides, and learns. For comparison, with a gate that stays as it was drawn: "uniform": every
+    token goes to all experts alike; "random": to `top_k` experts alike, by a fixed pseudo-random function of what the
+    gate reads, so that a text is always routed the same way and its content does not matter."""
 
     router_half_life: float = 32.0
     """Half-life, in tokens, of the causal exponential mean that the gate reads."""
@@ -83,14 +96,35 @@ class RouterConfig:
             )
         if self.granularity not in (TOKEN, SEQUENCE):
             problems.append(f"granularity is {self.granularity!r}; it must be 'token' or 'sequence'")
+        if self.policy not in (LEARNED, UNIFORM, RANDOM):
+            problems.append(f"policy is {self.policy!r}; it must be 'learned', 'uniform' or 'random'")
         for name in ("router_half_life", "temperature"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number above 0")
         for name in ("z_loss_coefficient", "entropy_coefficient"):
             if not _is_number(getattr(self, name)) or not math.isfinite(getattr(self, name)):
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number")
+        problems += [] if problems else self._policy_problems()
         if problems:
             raise ValueError("RouterConfig: " + "; ".join(problems))
+
+    def _policy_problems(self) -> list[str]:
+        """What cannot apply where nothing is learned, or, with "uniform", nothing is chosen."""
+        without_meaning = {LEARNED: (), RANDOM: OF_LEARNING, UNIFORM: (*OF_LEARNING, *OF_CHOOSING)}[self.policy]
+        defaults = {item.name: item.default for item in fields(self)}
+        problems = [
+            f"{name} is {getattr(self, name)!r}, which has no meaning with policy {self.policy!r}; leave it out"
+            for name in without_meaning
+            if getattr(self, name) != defaults[name]
+        ]
+        if self.policy == UNIFORM and self.reads_final:
+            problems.append("router_layer is 'final', which has no meaning with policy 'uniform'; leave it out")
+        return problems
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the gate decides."""
+        return self.policy == LEARNED
 
     @property
     def reads_final(self) -> bool:

@@ -168,6 +168,13 @@ class DyLoRAMoE(PeftModelForCausalLM):
             problems.append("with allow_expert_growth a pool begins without experts: leave num_experts and names out")
         elif growth is not None and not allow_expert_growth:
             problems.append("growth has no meaning with allow_expert_growth=False")
+        if allow_expert_growth and not router.is_learned:
+            problems.append(f"a pool that grows needs policy 'learned'; this router's is {router.policy!r}")
+        if not router.is_learned and balance_coefficient not in (0, BALANCE_COEFFICIENT):
+            problems.append(
+                f"balance_coefficient is {balance_coefficient!r}, but with policy {router.policy!r} nothing can be "
+                "balanced; leave it out"
+            )
         if problems:
             raise ValueError("DyLoRAMoE.from_base: " + "; ".join(problems))
         if isinstance(base, str):
@@ -202,6 +209,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
             rank: default the pool's; alpha follows, so that the scaling stays.
             skill: what it is for; kept in the checkpoint.
         """
+        self._check_learned("add_expert")
         expert = self._pool.add(name, self._pool.config_for(rank), mature=False, skill=skill)
         self._pool.pack()
         self.router.add_row(name)
@@ -222,6 +230,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         Raises:
             ValueError: with every reason why this adapter cannot be an expert here; the model stays as it was.
         """
+        self._check_learned("import_expert")
         check_name(name, taken=self._pool, modules=self._pool.base_modules())
         config, state = read_adapter(path, **kwargs)
         index = self.router_config.layer_index(self.base.config.get_text_config().num_hidden_layers)
@@ -231,6 +240,12 @@ class DyLoRAMoE(PeftModelForCausalLM):
         expert = self._pool.load(name, config, state, path=path, skill=skill)
         self.router.add_row(name)
         return expert
+
+    def _check_learned(self, what: str) -> None:
+        if not self.router_config.is_learned:
+            raise ValueError(
+                f"{what} needs a gate that learns, and this router's policy is {self.router_config.policy!r}"
+            )
 
     def mature(self, name: str) -> None:
         """An expert is done learning beside the others; with no nascent one left, routing is sparse."""
@@ -271,7 +286,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         """
         self._pool.apply_trainable(changed)
         for expert in self._pool:
-            learns = expert.trainable and not self._grows
+            learns = expert.trainable and not self._grows and self.router_config.is_learned
             self.router.gate[expert.name].requires_grad_(learns)
             self.router.gate_bias[expert.name].requires_grad_(learns)
 
@@ -354,6 +369,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
                 there are experts.
             seed: of the clustering.
         """
+        self._check_learned("initialize_router")
         texts = self.text_features(batches)
         if len(texts) < len(self._pool):
             raise ValueError(f"initialize_router was given {len(texts)} texts for {len(self._pool)} experts; give more")
@@ -378,6 +394,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
         Raises:
             ValueError: for a pool whose skills are not known; tell it with `know_skill`, or all text is new to it.
         """
+        self._check_learned("enable_growth")
         if len(self._pool) and (self.growth is None or not self.growth.library.skills):
             raise ValueError(
                 "this pool's skills are not known, so that all text would be new to it; know_skill() first"
@@ -456,6 +473,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
             ValueError: for a name that cannot be an expert's, an unknown expert, or fewer than two texts; nothing has
                 changed then.
         """
+        self._check_learned("add_skill")
         if self.growth is None:
             raise ValueError("this model has no skill library, so that nothing can be said to be new; enable_growth()")
         if expert is not None:

@@ -18,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 from .architectures import base_config
 from .arguments import Arguments
 from .base import load_tokenizer
+from .chunked_loss import chunk_loss
 from .data import PackedTexts, epoch_of, load_data
 from .memory import ADAM_STATES, BASE, EXPERTS, PARTS, Batch, Simulation
 from .model import DyLoRAMoE
-from .train import ROUTER_START_ROWS, build_model, chunk_loss
+from .train import ROUTER_START_ROWS, build_model
 
 BF16_BYTES = 2
 MB = 1e6

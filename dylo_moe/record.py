@@ -47,6 +47,11 @@ class Record(NamedTuple):
         return {domain: self.points(f"eval_{domain}_loss") for domain in self.domains}
 
     @property
+    def benchmarks(self) -> list[str]:
+        """The code benchmarks that were run while it trained."""
+        return _named(self.lines, r"eval_(.+)_pass_at_1")
+
+    @property
     def alarms(self) -> list[tuple[int, str]]:
         """(step, sentence)."""
         return [(line["step"], str(text)) for line in self.lines for text in _list(line.get("alarms"))]

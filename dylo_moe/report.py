@@ -99,6 +99,18 @@ def _losses(record: Record) -> str:
     )
 
 
+def _benchmarks(record: Record) -> str:
+    if not record.benchmarks:
+        return "<p class='none'>No code benchmark was run while it trained.</p>"
+    figures = []
+    for index, name in enumerate(record.benchmarks):
+        rates = Series("pass@1", record.points(f"eval_{name}_pass_at_1"), index, dots=True)
+        tasks = record.last(f"eval_{name}_tasks")
+        caption = "" if tasks is None else f"{tasks:,.0f} tasks, one greedy answer each."
+        figures.append(line_chart(name, [rates], floor=0, caption=caption))
+    return side_by_side(figures, "Share of the tasks whose tests an answer passes.")
+
+
 def _shares(record: Record) -> str:
     figures = []
     for domain in record.domains:
@@ -270,6 +282,7 @@ def _duration(record: Record) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "summary": ("Summary", _summary),
     "losses": ("Loss of each dataset", _losses),
+    "benchmarks": ("Code benchmarks", _benchmarks),
     "experts": ("Which expert gets which dataset", _shares),
     "entropy": ("How sure the router is", _entropy),
     "load": ("How evenly the experts are used", _load),

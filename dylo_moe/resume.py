@@ -27,7 +27,7 @@ MAY_CHANGE = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
     "greater_is_better early_stopping_patience early_stopping_threshold report_to run_name project use_cpu tf32 "
     "attn_implementation loss_chunk_size gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
-    "activation_checkpointing_kwargs ddp_timeout"
+    "activation_checkpointing_kwargs ddp_timeout eval_benchmark eval_benchmark_steps allow_code_execution sandbox"
 ).split()
 """Settings that may be others when a run goes on. More epochs or steps stretch what is left of the learning rate's
 schedule; another device, attention, chunk of the loss or gradient checkpointing may round differently."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clusters import kmeans
-from .config import BASE, RouterConfig
+from .config import BASE, UNIFORM, RouterConfig
 from .dispatch import Dispatch, Layout, dispatch_to_all, dispatch_to_selected
 
 GATE_WIDTH = 64
@@ -23,6 +23,10 @@ differ in the last bit: a new expert must not move the logits of the old ones.""
 
 GATE_INIT_STD = 0.1
 """Standard deviation of a random gate row. A zero gate would send everything to the first expert."""
+
+RANDOM_TURNS = 300.0
+"""What multiplies a gate logit and the half-life where routing is random: then one more token turns the sine's angle by
+tens of radians, and the choices of neighbours are independent; a last bit of rounding turns it by 1e-4."""
 
 START_MARGIN = 2.0
 """Mean distance, in logits, between the first and the second expert of a text as `initialize` leaves it."""
@@ -38,13 +42,14 @@ class Routing(NamedTuple):
     mask: Tensor
     """bool [batch, seq]; False on padding."""
     logits: Tensor | None
-    """[batch, seq, experts] gate logits; None where `route_to` decided."""
+    """[batch, seq, experts] gate logits; None where the gate did not decide: by `route_to`, or with a policy of the
+    router that is not learned."""
 
     @property
     def probabilities(self) -> Tensor:
-        """softmax over all experts: [batch, seq, experts]. Raises ValueError where `route_to` decided."""
+        """softmax over all experts: [batch, seq, experts]. Raises ValueError where the gate did not decide."""
         if self.logits is None:
-            raise ValueError("this routing was forced by route_to, so the gate has no probabilities")
+            raise ValueError("this routing was forced by route_to or a policy, so the gate has no probabilities")
         return self.logits.softmax(-1)
 
 
@@ -64,6 +69,9 @@ class Router(nn.Module):
     gradient reaches the gate straight through the full softmax probability (Bengio et al. 2013,
     arXiv:1308.3432; the probability as in Switch Transformers, Fedus et al. 2021, arXiv:2101.03961,
     eq. 2, which scales the output by it: we do not). Dense collaboration is a softmax over all experts.
+
+    With another policy than "learned" (see `RouterConfig`) the gate is frozen as it was drawn, and routings have no
+    logits, so that no loss reaches it.
 
     `base` may be a member: its row sends tokens to the unchanged base, and is never trained by gradients.
 
@@ -121,8 +129,9 @@ class Router(nn.Module):
     def add_row(self, name: str) -> None:
         """A new gate row, small and random. The old rows and their logits stay bit for bit."""
         device = self.feature_mean.device
-        self.gate[name] = nn.Parameter(torch.randn(self.hidden_size, device=device) * GATE_INIT_STD)
-        self.gate_bias[name] = nn.Parameter(torch.zeros((), device=device))
+        row, learns = torch.randn(self.hidden_size, device=device) * GATE_INIT_STD, self.config.is_learned
+        self.gate[name] = nn.Parameter(row, requires_grad=learns)
+        self.gate_bias[name] = nn.Parameter(torch.zeros((), device=device), requires_grad=learns)
         self._reset_shares()
 
     def arrange(self, names: Sequence[str]) -> None:
@@ -209,6 +218,8 @@ class Router(nn.Module):
             The routing, and the selected experts, int64 [batch, seq, top_k], as positions in its names
             (None where all are).
         """
+        if not self.config.is_learned:
+            return self._fixed(features, mask=mask)
         logits_BSE = self.logits(features)
         names, top_k = self.names, self.config.top_k
         num_experts = len(names)
@@ -220,6 +231,18 @@ class Router(nn.Module):
             weights_BSE, selected_BSK = select_top_k(logits_BSE, top_k=top_k)
         weights_BSE = weights_BSE * mask[..., None]
         return Routing(names, weights_BSE, mask, logits_BSE), selected_BSK
+
+    @torch.no_grad()
+    def _fixed(self, features: Tensor, *, mask: Tensor) -> tuple[Routing, Tensor | None]:
+        """As `forward`, with a policy that nothing is learned by."""
+        names, top_k = self.names, self.config.top_k
+        if self.config.policy == UNIFORM or top_k >= len(names):
+            weights_BSE, selected_BSK = features.new_full((*mask.shape, len(names)), 1 / len(names)), None
+        else:
+            turns = RANDOM_TURNS * self.config.router_half_life  # one more token moves a long memory less
+            selected_BSK = (turns * self.logits(features)).sin().topk(top_k, dim=-1).indices
+            weights_BSE = features.new_zeros((*mask.shape, len(names))).scatter(-1, selected_BSK, 1 / top_k)
+        return Routing(names, weights_BSE * mask[..., None], mask, None), selected_BSK
 
     # The balance loss: f of the last optimizer step, P of the tokens at hand.
 

@@ -30,6 +30,11 @@ OWN = "own"
 DENSE = "dense"
 NOT_OFFERED = {
     "num_experts": "the pool grows with the data",
+    "router_policy": "a pool that grows needs a gate that learns",
+    **dict.fromkeys(
+        ("eval_benchmark", "eval_benchmark_steps", "allow_code_execution", "sandbox"),
+        "a stream evaluates by loss; judge its checkpoints with dylora eval",
+    ),
     "balance_coefficient": "gate rows are fitted, not trained, so no loss can balance them",
     "z_loss_coefficient": "gate rows are fitted, not trained",
     "entropy_coefficient": "gate rows are fitted, not trained",

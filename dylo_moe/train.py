@@ -27,9 +27,10 @@ from transformers.utils import logging as transformers_logging
 from .arguments import Arguments, ModelArguments, new_output_dir, save_config, settings_of
 from .base import four_bit, load_base, load_tokenizer
 from .checkpoint import save_checkpoint
-from .chunked_loss import LARGE_VOCABULARY, FullLogitsNeeded, default_chunk_size
+from .chunked_loss import chunk_loss
 from .config import GrowthConfig, RouterConfig, parse_router_layer
 from .data import Collator, LoadedData, PackedTexts, check_texts_kept_apart, epoch_of, load_data, padding_share
+from .evaluate.callback import BenchmarkCallback, Plan, plan_benchmarks
 from .facts import run_facts, write_json
 from .frozen import count_parameters
 from .generate import end_ids, sample
@@ -66,6 +67,7 @@ def build_model(
         top_k=flags.top_k,
         router_layer=parse_router_layer(flags.router_layer),
         granularity=flags.granularity,
+        policy=flags.router_policy,
         router_half_life=flags.router_half_life,
         z_loss_coefficient=flags.z_loss_coefficient,
         entropy_coefficient=flags.entropy_coefficient,
@@ -88,30 +90,6 @@ def build_model(
         growth=growth,
         balance_coefficient=flags.balance_coefficient,
     )
-
-
-def chunk_loss(model: DyLoRAMoE, wanted: int | None) -> str:
-    """Compute the loss in chunks of tokens, or not, as --loss_chunk_size says.
-
-    Args:
-        wanted: None: where the vocabulary is large, if the base allows it; 0: not.
-
-    Returns:
-        What there is to tell; empty where the vocabulary is small, or nothing is wanted.
-
-    Raises:
-        ValueError: for a chunk that is asked for and out of range, or with a base that needs its full logits.
-    """
-    vocab_size, model.loss_chunk_size = model.base.config.get_text_config().vocab_size, None
-    if wanted == 0 or (wanted is None and vocab_size < LARGE_VOCABULARY):
-        return ""
-    try:
-        model.loss_chunk_size = wanted or default_chunk_size(vocab_size)
-    except FullLogitsNeeded as error:
-        if wanted:
-            raise
-        return f"the vocabulary has {vocab_size:,} entries, but full logits are kept: {error}"
-    return f"loss in chunks of {model.loss_chunk_size} tokens: no more have their {vocab_size:,} logits at once"
 
 
 def base_options(flags: ModelArguments, *, bf16: bool) -> dict[str, Any]:
@@ -137,6 +115,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     console = Console()
     show_resumption(console, arguments)
     set_seed(arguments.train.seed)
+    plan = benchmark_plan(arguments)
     tokenizer = load_tokenizer(arguments.model.model)
     with arguments.train.main_process_first(desc="tokenising"):
         data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)
@@ -155,7 +134,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     collator = Collator(tokenizer)
     resumed = arguments.resumed
     checkpoint = resumed.checkpoint if resumed is not None else None
-    if checkpoint is None:
+    if checkpoint is None and model.router_config.is_learned:
         start_router(model, data, collator, seed=arguments.train.seed)
     metrics = MetricsFile(folder / "metrics.jsonl")
     training = {"settings": settings_of(arguments), "data": data.fingerprint, "facts": run_facts(model, data)}
@@ -184,6 +163,8 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    if plan is not None:
+        trainer.add_callback(benchmark_callback(plan, trainer, tokenizer, folder, console))
     state = take_up_log(console, metrics, checkpoint)
     if checkpoint is None:
         before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
@@ -255,6 +236,34 @@ def run_folder(console: Console, arguments: Arguments) -> Path:
     arguments.train.output_dir = str(folder)
     save_config(settings_of(arguments), folder / CONFIG_FILE)
     return folder
+
+
+def benchmark_plan(arguments: Arguments) -> Plan | None:
+    """What is judged while training; None: nothing. Raises ValueError where that cannot be."""
+    train = arguments.train
+    return plan_benchmarks(
+        train.eval_benchmark,
+        every=train.eval_benchmark_steps,
+        allow_code_execution=train.allow_code_execution,
+        sandbox=train.sandbox,
+        data_dir=arguments.data.data_dir,
+        seed=train.seed,
+    )
+
+
+def benchmark_callback(
+    plan: Plan, trainer: DyLoRATrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, console: Console
+) -> BenchmarkCallback:
+    """Evaluation while training, which a signal leaves as it leaves one of losses."""
+    return BenchmarkCallback(
+        plan,
+        tokenizer,
+        folder,
+        console=console,
+        log=trainer.log,
+        between=lambda: trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control),
+        pause=trainer.pause,
+    )
 
 
 def start_router(model: DyLoRAMoE, data: LoadedData, collator: Collator, *, seed: int) -> None:

@@ -193,6 +193,10 @@ class DyLoRATrainer(Trainer):
         if changes and self._tell is not None:
             self._tell(self.state.global_step, changes)
 
+    def pause(self, seconds: float) -> None:
+        """Take seconds that were none of the training out of its tokens per second."""
+        self._paused += seconds
+
     def _gate_drift(self) -> dict[str, float]:
         return {} if self._gate_start is None else gate_drift(self._gate_start, self._gate_rows())
 

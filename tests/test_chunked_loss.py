@@ -28,13 +28,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
 from dylo_moe.arguments import parse_train
-from dylo_moe.chunked_loss import CHUNK_BYTES, FullLogitsNeeded, chunked_loss, default_chunk_size
+from dylo_moe.chunked_loss import CHUNK_BYTES, FullLogitsNeeded, chunk_loss, chunked_loss, default_chunk_size
 from dylo_moe.cli import main
 from dylo_moe.flags import UsageError
 from dylo_moe.memory import ACTIVATIONS, BASE, Batch, MemoryTracker, Simulation
 from dylo_moe.meter import Meter, token_losses
 from dylo_moe.plan import Workload, peak_memory
-from dylo_moe.train import chunk_loss
 from dylo_moe.trainer import without_fused_loss
 
 OWN = {"balance_coefficient": 1.0, "z_loss_coefficient": 0.1, "entropy_coefficient": 0.2}
@@ -394,7 +393,7 @@ def test_the_flag_is_automatic_a_number_or_off(monkeypatch):
     assert chunk_loss(small, None) == "" and small.loss_chunk_size is None
     assert "7 tokens" in chunk_loss(small, 7) and small.loss_chunk_size == 7
     assert chunk_loss(small, 0) == "" and small.loss_chunk_size is None
-    monkeypatch.setattr("dylo_moe.train.LARGE_VOCABULARY", VOCAB)
+    monkeypatch.setattr("dylo_moe.chunked_loss.LARGE_VOCABULARY", VOCAB)
     assert "in chunks of" in chunk_loss(small, None) and small.loss_chunk_size == default_chunk_size(VOCAB)
     odd = tiny_moe(tiny_base("gemma2", **GEMMA2))
     assert "full logits are kept" in chunk_loss(odd, None) and odd.loss_chunk_size is None

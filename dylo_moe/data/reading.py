@@ -30,7 +30,7 @@ from .hub import fetch
 from .machine_text import read_machine_text
 from .places import Place, chosen_columns, locate
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
+TRAIN, VALIDATION, TEST, PROMPT = "train", "validation", "test", "prompt"
 
 _SPLIT = re.compile(
     r"(train|validation|valid|val|dev|test|prompt)(?![a-z]).*|.*[^a-z](train|validation|valid|val|dev|test)"
@@ -82,12 +82,18 @@ def read(place: Place, config: DataConfig) -> Reading:
 
 def read_test(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
     """The rows of a named dataset's test split, as they are published. Raises ValueError where it is not to be had."""
-    place = locate(name)
-    found = _find(place, config)
-    if TEST not in found.splits:
-        raise ValueError(f"the dataset {name!r} ({found.origin}) has no split test; it has {', '.join(found.splits)}")
-    for row in found.splits[TEST]:
-        yield parse_json(row["raw"]) if found.splits[TEST].features == RAW else row
+    return read_split(name, TEST, config)
+
+
+def read_split(name: str, split: str, config: DataConfig) -> Iterator[dict[str, Any]]:
+    """The rows of one split of a named dataset, as they are published. Raises ValueError where it is not to be had."""
+    found = _find(locate(name), config)
+    if split not in found.splits:
+        raise ValueError(
+            f"the dataset {name!r} ({found.origin}) has no split {split}; it has {', '.join(found.splits)}"
+        )
+    for row in found.splits[split]:
+        yield parse_json(row["raw"]) if found.splits[split].features == RAW else row
 
 
 class _Found(NamedTuple):

@@ -290,7 +290,7 @@ def _try(sandbox: Sandbox) -> None:
 
 def _own_paths() -> list[str]:
     """What lies in the home and the working folder, but for where Python itself is."""
-    paths = []
+    paths: list[Path] = []
     for folder in (Path.home(), Path.cwd()):
         with suppress(OSError):  # a home that is not there, or not the user's to read
             paths += folder.iterdir()
