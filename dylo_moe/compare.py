@@ -119,9 +119,10 @@ def _run(request: CompareRequest) -> Path:
 
 def refuse_foreign(output: Path) -> None:
     """Raises ValueError for a folder that holds something, but no comparison."""
-    if output.exists() and not (output / SETTINGS_FILE).is_file():
-        if not output.is_dir() or [item.name for item in output.iterdir() if item.name != LOCK]:
-            raise ValueError(f"output_dir {output} is not empty, and holds no comparison; choose a new one")
+    if not output.exists() or (output / SETTINGS_FILE).is_file():
+        return
+    if not output.is_dir() or [item.name for item in output.iterdir() if item.name != LOCK]:
+        raise ValueError(f"output_dir {output} is not empty, and holds no comparison; choose a new one")
 
 
 def take_folder(request: CompareRequest) -> None:

@@ -105,7 +105,7 @@ def _benchmarks(record: Record) -> str:
     figures = []
     for index, name in enumerate(record.benchmarks):
         rates = Series("pass@1", record.points(f"eval_{name}_pass_at_1"), index, dots=True)
-        tasks = record.last(f"eval_{name}_tasks")
+        tasks = record.last(f"eval_{name}_num_tasks")
         caption = "" if tasks is None else f"{tasks:,.0f} tasks, one greedy answer each."
         figures.append(line_chart(name, [rates], floor=0, caption=caption))
     return side_by_side(figures, "Share of the tasks whose tests an answer passes.")

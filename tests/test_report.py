@@ -127,6 +127,21 @@ def test_every_logged_value_is_on_the_page(finished):
             )
 
 
+def test_code_benchmarks_that_were_run_while_it_trained_are_on_the_page(finished, tmp_path):
+    assert "No code benchmark was run while it trained." in read(run(str(finished), str(tmp_path / "plain.html")))
+    folder = write_run(tmp_path / "out")
+    rates = {4: 0.05, 8: 0.15}
+    lines = [
+        {"step": step, "eval_humaneval_pass_at_1": rate, "eval_humaneval_num_tasks": 20} for step, rate in rates.items()
+    ]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = html.unescape(read(run(str(folder))))
+    for step, rate in rates.items():
+        assert f"pass@1, step {step}: {number(rate)}<" in page
+    assert "20 tasks, one greedy answer each." in page
+
+
 def test_each_token_of_a_sample_has_its_experts_colour_and_name(hostile):
     reader = Reader(read(run(str(hostile))))
     sample = json.loads((hostile / "samples.json").read_text())[0]

@@ -156,6 +156,7 @@ class BenchmarkCallback(TrainerCallback):
             f"eval_{name}_pass_at_1": rate.rate,
             f"eval_{name}_pass_at_1_low": rate.interval.low,
             f"eval_{name}_pass_at_1_high": rate.interval.high,
+            f"eval_{name}_num_tasks": rate.num_tasks,
             f"eval_{name}_timed_out": late,
             f"eval_{name}_tokens_per_second": outcome.tokens / max(outcome.seconds, 1e-9),
         }
