@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.text import Text
+from transformers.utils import logging as transformers_logging
 
 from .arguments import ModelArguments, in_full, save_config
 from .base import load_tokenizer
@@ -89,6 +90,7 @@ def run(request: CompareRequest) -> Path:
 
 def _run(request: CompareRequest) -> Path:
     console, output = Console(), request.output
+    transformers_logging.disable_progress_bar()
     refuse_foreign(output)
     output.mkdir(parents=True, exist_ok=True)
     with StopRequest(), hold(output, console):
