@@ -21,11 +21,20 @@ from dylo_moe.evaluate.sandbox import DOCKER_IMAGE, Limits, Program, Sandbox, Sa
 
 PROBLEMS = list(read_problems().values())
 TEST = "assert add(1, 2) == 3"
-LIMITS = Limits(timeout_seconds=2.0, scratch_mib=63)
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+LIMITS = Limits(timeout_seconds=2.0, scratch_mib=63 + WORKER)  # by which this worker's processes are known
 PAIRS = """
 class P:
     def __init__(self, a): self.a = a
     def twice(self): return 2 * self.a
+    def __eq__(self, other): return self.a == getattr(other, 'a', other)
+    def __hash__(self): return hash(self.a)
+    def __lt__(self, other): return self.a < other.a
+    def __len__(self): return self.a
+    def __repr__(self): return f'P{self.a}'
+    def __getitem__(self, place): return self.a + place
+    def __contains__(self, number): return number < self.a
+    def __add__(self, other): return P(self.a + other.a)
 def f(pairs): return sum(pair.a for pair in pairs)
 """
 
@@ -182,7 +191,7 @@ def test_a_forged_verdict_is_none(name, sandbox):
     verdict = sandbox.judge(Program(forgery(name), TEST, None))
     assert not verdict.passed
     assert verdict.result.startswith("failed: ") or verdict.result == "timed out"
-    assert len(verdict.result) < 400
+    assert len(verdict.result) < 400 and verdict.result.isprintable()
     assert _gone()
 
 
@@ -191,7 +200,7 @@ def test_programs_end_with_the_process_that_judges_them(tmp_path):
     """Killed outright, it leaves no program running."""
     script = (
         "from dylo_moe.evaluate.sandbox import *\n"
-        "s = open_sandbox('bubblewrap', Limits(timeout_seconds=60, scratch_mib=63))\n"
+        f"s = open_sandbox('bubblewrap', Limits(timeout_seconds=60, scratch_mib={LIMITS.scratch_mib}))\n"
         "print('go', flush=True)\ns.judge(Program('while True: pass', '', None))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
@@ -222,7 +231,13 @@ def test_programs_end_with_the_process_that_judges_them(tmp_path):
         ),
         ("def f(t, *, kind): return [x for x in t if type(x) is kind]", "assert f((1, 'a', 2.5), kind=int) == [1]"),
         ("def f(): yield from (1, 2)", "assert list(f()) == [1, 2] and f() != [1, 2]"),
-        (PAIRS, "p = P(2); p.a = 3; assert f([p, P(a=4)]) == 7 and p.twice() == 6 and p == p and p != P(3)"),
+        ("def f(): return range(3), 2 * 3 * [0]", "assert f() == (range(3), [0] * 6)"),
+        ("import json\ndef f(): return json.loads('{')", "try: f()\nexcept ValueError: pass\nelse: raise KeyError"),
+        ("def f():\n    while True: yield 7", "g = f(); assert next(g) + next(g) == 14"),
+        (PAIRS, "assert len(P(2)) == 2 and str(P(3)) == 'P3' and f'{P(3)!r}' == 'P3' and P(2)[1] == 3 and not P(0)"),
+        (PAIRS, "assert P(1) == P(1) != P(2) and P(1) < P(2) and sorted([P(2), P(1)])[0].a == 1 and 2 in P(5)"),
+        (PAIRS, "assert (P(1) + P(2)).a == 3 and P(1) != 1 and P(1) != 'P1' and P(1) in [P(1)]"),
+        (PAIRS, "p = P(2); p.a = 3; assert f([p, P(a=4)]) == 7 and p.twice() == 6 and p == p and p != P(4)"),
         ("def f(x): raise KeyError(x)", "try: f(1)\nexcept KeyError: pass\nelse: raise AssertionError"),
         ("import math", "assert math.isclose(0.1 + 0.2, 0.3)"),
     ],
@@ -230,6 +245,23 @@ def test_programs_end_with_the_process_that_judges_them(tmp_path):
 def test_values_reach_the_test_as_they_are(source, test, sandbox):
     assert sandbox.judge(Program(source, test, None)) == Verdict(True, "passed")
     assert not sandbox.judge(Program(source, test + "\nassert False", None)).passed
+
+
+@needs_bubblewrap
+def test_hashes_are_the_same_in_every_run(sandbox):
+    """So a program that depends on the order of a set has one verdict."""
+    source = "def f(): return [hash('a'), *{'a', 'b', 'c', 'd'}]"
+    seen = {sandbox.judge(Program(source, "assert False, f()", None)).result for _ in range(4)}
+    assert len(seen) == 1 and "'a'" in seen.pop()
+
+
+@needs_bubblewrap
+def test_numpy_in_the_test_sees_nothing_of_what_the_program_holds(sandbox):
+    """An object that says where its memory lies would have numpy read the judge's own."""
+    test = "import numpy as np\nfound = np.asarray(add(1, 2))\n"
+    test += "assert found.dtype == object and not np.array_equal(found, 3)"
+    name = "answers numpy of the test with memory of its choice"
+    assert sandbox.judge(Program(forgery(name), test, None)) == Verdict(True, "passed")
 
 
 @needs_bubblewrap

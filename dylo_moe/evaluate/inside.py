@@ -6,7 +6,7 @@ interpreter, its own process and its end of the line, it passes only by answerin
 
 This file is run as a script, with the standard library alone.
 
-    judge: python -I -S inside.py judge        candidate: python -I -S inside.py candidate
+    judge: python -s -S inside.py judge        candidate: python -s -S inside.py candidate
     first line in: {"limits": {...}, ...}      then questions in, answers out
     out: "." ready, "?" a question for the candidate, "!" the verdict
 """
@@ -17,6 +17,7 @@ import builtins
 import importlib
 import json
 import numbers
+import operator
 import os
 import resource
 import sys
@@ -45,6 +46,8 @@ def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
         raise RecursionError(f"a value is nested deeper than {MAX_DEPTH}")
     if value is None or value is True or value is False:
         return value
+    if isinstance(value, Remote):
+        return {"is": "held", "of": hold(value)}
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         value = value.item()  # numpy's scalars
     if isinstance(value, numbers.Integral):
@@ -69,6 +72,8 @@ def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
         return {"is": "Fraction", "of": [value.numerator, value.denominator]}
     if isinstance(value, type) and value in vars(builtins).values():
         return {"is": "type", "of": value.__name__}
+    if isinstance(value, range):
+        return {"is": "range", "of": [value.start, value.stop, value.step]}
     return {"is": "held", "of": hold(value), "type": type(value).__name__}
 
 
@@ -94,10 +99,11 @@ def decode(message: Any, held: Held, depth: int = 0) -> Any:
             raise ValueError(f"{of} is no type")
         return known
     if kind == "held":
-        return held(int(of), str(message["type"]))
+        return held(int(of), str(message.get("type", "")))
     plain: dict[str, Callable[[], Any]] = {
         "bytes": lambda: bytes.fromhex(of),
         "complex": lambda: complex(*of),
+        "range": lambda: range(*of),
         "Decimal": lambda: Decimal(of),
         "Fraction": lambda: Fraction(*of),
     }
@@ -107,11 +113,16 @@ def decode(message: Any, held: Held, depth: int = 0) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Why a program failed, in one short text."""
+    """Why a program failed, in one short text, without what a terminal would obey."""
     try:
-        return str(error)[:MAX_REASON]
+        return "".join(letter if letter.isprintable() else "?" for letter in str(error)[:MAX_REASON])
     except BaseException:  # its own __str__ fails
         return type(error).__name__
+
+
+def raised(error: BaseException) -> dict[str, Any]:
+    """An error as an answer: the names of its classes, the nearest first, and its text."""
+    return {"raised": [[kind.__name__ for kind in type(error).__mro__], reason(error)]}
 
 
 class Line:
@@ -169,18 +180,21 @@ def candidate(line: Line, source: str) -> None:
         exec(source, namespace)
         line.write({"value": {"is": "list", "of": [name for name in namespace if name != "__builtins__"]}})
     except BaseException as error:
-        line.write({"raised": [type(error).__name__, reason(error)]})
+        line.write(raised(error))
     while True:
         question = line.read()
         try:
             value = answer(question, namespace, lambda number, _: held[number])
             line.write({"value": encode(value, hold)})
         except BaseException as error:
-            line.write({"raised": [type(error).__name__, reason(error)]})
+            line.write(raised(error))
+
+
+BUILTINS: dict[str, Callable[[Any], Any]] = {"str": str, "repr": repr, "bool": bool, "len": len, "next": next}
 
 
 def answer(question: dict[str, Any], namespace: dict[str, Any], held: Held) -> Any:
-    """What one question asks for: a name, a call, an attribute, or the items of something."""
+    """What one question asks for: a name, a call, an attribute, an operation, or the items of something."""
     do = question["do"]
     if do == "name":
         return namespace[question["name"]]
@@ -190,6 +204,10 @@ def answer(question: dict[str, Any], namespace: dict[str, Any], held: Held) -> A
         return target(*args, **kwargs)
     if do == "get":
         return getattr(target, question["name"])
+    if do == "operation":
+        return getattr(operator, question["name"])(target, *decode(question["args"], held))
+    if do == "builtin":
+        return BUILTINS[question["name"]](target)
     if do == "set":
         return setattr(target, question["name"], decode(question["value"], held))
     return list(target)
@@ -205,8 +223,11 @@ class Failed(Exception):
 class Remote:
     """Something that the candidate holds: it can be called, asked for attributes, gone through, and handed back.
 
-    It is equal to itself alone, whatever its own __eq__ would say.
+    What it is asked, its own methods answer. But it is equal to nothing that the judge has of its own, whatever its
+    __eq__ would say, and no attribute with a special name is asked for: libraries in the judge act on those.
     """
+
+    _dylora: tuple[Callable[..., Any], int, str]
 
     def __init__(self, ask: Callable[..., Any], number: int, kind: str) -> None:
         object.__setattr__(self, "_dylora", (ask, number, kind))
@@ -216,7 +237,9 @@ class Remote:
         return ask("call", of=number, args=list(args), kwargs=kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        ask, number, _ = object.__getattribute__(self, "_dylora")
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        ask, number, _ = self._dylora
         return ask("get", of=number, name=name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -227,8 +250,56 @@ class Remote:
         ask, number, _ = self._dylora
         return iter(ask("items", of=number))
 
+    def _as(self, name: str, kind: type) -> Any:
+        """What str, repr, bool or len make of it, of the type that they promise."""
+        ask, number, _ = self._dylora
+        value = ask("builtin", of=number, name=name)
+        if type(value) is not kind:
+            raise TypeError(f"{name} of a value of the program is no {kind.__name__}")
+        return value
+
+    def __str__(self) -> str:
+        return self._as("str", str)
+
     def __repr__(self) -> str:
-        return f"<{self._dylora[2]} of the program>"
+        return self._as("repr", str)
+
+    def __bool__(self) -> bool:
+        return self._as("bool", bool)
+
+    def __len__(self) -> int:
+        return self._as("len", int)
+
+    def __next__(self) -> Any:
+        ask, number, _ = self._dylora
+        return ask("builtin", of=number, name="next")
+
+    def __hash__(self) -> int:
+        return hash(self._dylora[1])
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Remote) and bool(_operation("eq")(self, other)))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+def _operation(name: str, *, own_kind: bool = True) -> Callable[..., Any]:
+    """An operator that the candidate carries out; where it compares, only between two things that it holds."""
+
+    def operate(self: Remote, *others: Any) -> Any:
+        if own_kind and not all(isinstance(other, Remote) for other in others):
+            return NotImplemented
+        ask, number, _ = self._dylora
+        return ask("operation", of=number, name=name, args=list(others))
+
+    return operate
+
+
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(Remote, f"__{_name}__", _operation(_name))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "getitem", "setitem", "contains"):
+    setattr(Remote, f"__{_name}__", _operation(_name, own_kind=False))
 
 
 def judge(line: Line, test: str, setup: str, entry_point: str | None) -> None:
@@ -274,13 +345,19 @@ def judge(line: Line, test: str, setup: str, entry_point: str | None) -> None:
 
 
 def received(message: Any, held: Held) -> Any:
-    """The value of an answer; raises what the candidate raised."""
-    if "raised" in message:
-        kind, text = message["raised"]
-        known = getattr(builtins, str(kind), None)
-        error: type[Exception] = known if isinstance(known, type) and issubclass(known, Exception) else Failed
-        raise error(str(text)[:MAX_REASON])
-    return decode(message["value"], held)
+    """The value of an answer; raises what the candidate raised, as the nearest of its classes that Python has."""
+    if "raised" not in message:
+        return decode(message["value"], held)
+    names, text = message["raised"]
+    for name in names:
+        known = vars(builtins).get(name)
+        if isinstance(known, type) and issubclass(known, Exception):
+            try:
+                error = known(str(text)[:MAX_REASON])
+            except TypeError:  # some want more than a text
+                continue
+            raise error
+    raise Failed(str(text)[:MAX_REASON])
 
 
 def names_in(code: CodeType) -> set[str]:
@@ -295,7 +372,7 @@ def names_in(code: CodeType) -> set[str]:
 def main() -> None:
     """Say that it is ready, take the first message, and play the role."""
     role, line = sys.argv[1], Line()
-    sys.path += sys.argv[2:]
+    sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))] + sys.argv[2:]
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
     line.write("ready", ".")

@@ -6,6 +6,7 @@ import ast
 import builtins
 import hashlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -42,8 +43,9 @@ class Problem(NamedTuple):
 
     @property
     def builtin_in_question(self) -> str | None:
-        """The builtin whose name the function in question has, as in one task of MBPP."""
-        own = set(re.findall(r"^def (\w+)", self.solution, re.MULTILINE)) & vars(builtins).keys()
+        """The builtin, or module of the standard library, whose name the function in question has."""
+        known = vars(builtins).keys() | sys.stdlib_module_names
+        own = set(re.findall(r"^def (\w+)", self.solution, re.MULTILINE)) & known
         return next((name for name in sorted(own) if re.search(rf"\b{name}\(", "\n".join(self.tests))), None)
 
 

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,16 +96,17 @@ class Sandbox:
 
     @contextmanager
     def _process(self, role: str) -> Iterator[Process]:
-        with tempfile.TemporaryDirectory(prefix="dylora-") as scratch:
+        needs_folder = self.kind == RLIMITS_ONLY  # the others have their scratch folder inside
+        with tempfile.TemporaryDirectory(prefix="dylora-") if needs_folder else nullcontext("/") as folder:
             read_end, write_end = os.pipe()
             try:
                 os.write(write_end, self._filter)  # a filter is a few hundred bytes, far less than a pipe holds
                 os.close(write_end)
                 process = Process(
                     self._command(role, read_end),
-                    own_name=f"dylora-{os.path.basename(scratch)}" if self.kind == DOCKER else None,
+                    own_name=f"dylora-{uuid.uuid4().hex}" if self.kind == DOCKER else None,
                     pass_fds=(read_end,) if self._filter else (),
-                    cwd=scratch,
+                    cwd=folder,
                 )
             finally:
                 os.close(read_end)
@@ -115,11 +117,11 @@ class Sandbox:
 
     def _command(self, role: str, filter_fd: int) -> list[str]:
         if self.kind == BUBBLEWRAP:
-            python = [str(Path(sys.executable).resolve()), "-I", "-S", "-B", "/inside.py", role, PACKAGES]
+            python = [str(Path(sys.executable).resolve()), "-s", "-S", "-B", "/inside.py", role, PACKAGES]
             return [self._tool, *bubblewrap(self.limits.scratch_mib), "--seccomp", str(filter_fd), "--", *python]
         if self.kind == DOCKER:
-            return [self._tool, *docker(self.limits), DOCKER_IMAGE, "python", "-I", "-B", "/inside.py", role]
-        return [sys.executable, "-I", "-B", str(INSIDE), role]
+            return [self._tool, *docker(self.limits), DOCKER_IMAGE, "python", "-s", "-B", "/inside.py", role]
+        return [sys.executable, "-s", "-B", str(INSIDE), role]
 
 
 class Process:

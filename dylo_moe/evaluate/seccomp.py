@@ -10,12 +10,16 @@ ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 """Actions of libseccomp."""
 MASKED_EQUAL = 7
 """Its comparison (argument & mask) == value."""
-CLONE_THREAD = 0x00010000
+EVERY_BIT = 0xFFFFFFFF
+MAP_SHARED = 1
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
 REFUSED = (  # noqa: SIM905
-    "fork vfork "  # a program is one process; its threads are bounded by its memory
+    "fork vfork clone "  # one process and one thread: nothing else bounds how many there are
     "socket socketpair "
-    "memfd_create shmget shmat mq_open msgget semget "  # memory that is not counted as the process's own
+    # Memory that is not counted as the process's own.
+    "memfd_create memfd_secret vmsplice io_setup shmget shmat mq_open msgget semget "
+    "inotify_init inotify_init1 inotify_add_watch fanotify_init "  # which tell what others do with files
     "ptrace process_vm_readv process_vm_writev kcmp pidfd_open pidfd_getfd pidfd_send_signal "
     "mount umount2 pivot_root chroot unshare setns open_tree move_mount fsopen fsmount "
     "add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register "
@@ -23,6 +27,9 @@ REFUSED = (  # noqa: SIM905
     "reboot swapon swapoff acct quotactl syslog personality settimeofday clock_settime sethostname setdomainname"
 ).split()
 """System calls that fail with EPERM."""
+
+SINCE = {"memfd_secret": 447}
+"""Numbers, the same on every processor, of calls that an older libseccomp has no name for."""
 
 
 class Unavailable(OSError):
@@ -61,12 +68,16 @@ def _fill(library: ctypes.CDLL, context: ctypes.c_void_p) -> None:
     for name in REFUSED:
         _refuse(library, context, name, errno.EPERM)
     _refuse(library, context, "clone3", errno.ENOSYS)  # its flags lie in memory; the C library then takes clone
-    not_a_thread = _Comparison(0, MASKED_EQUAL, CLONE_THREAD, 0)
-    _refuse(library, context, "clone", errno.EPERM, not_a_thread)
+    # A limit on a process's memory counts what is mapped: shared pages stay where most of a mapping is given back, and
+    # so do huge ones.
+    _refuse(library, context, "mmap", errno.EPERM, _Comparison(3, MASKED_EQUAL, MAP_SHARED, MAP_SHARED))
+    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+        _refuse(library, context, "madvise", errno.EPERM, _Comparison(2, MASKED_EQUAL, EVERY_BIT, advice))
 
 
 def _refuse(library: ctypes.CDLL, context: ctypes.c_void_p, name: str, code: int, *when: _Comparison) -> None:
     number = library.seccomp_syscall_resolve_name(name.encode())
+    number = SINCE.get(name, -1) if number == -1 else number
     if number == -1:
         raise Unavailable(f"the installed libseccomp does not know the system call {name}; it must be 2.5 or newer")
     rule = (_Comparison * len(when))(*when)

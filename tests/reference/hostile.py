@@ -70,6 +70,38 @@ try:
 except BaseException: pass
 won = count > 2000
 """,
+    "starts one thread": """
+done = []
+thread = threading.Thread(target=lambda: done.append(1))
+thread.start()
+thread.join()
+won = bool(done)
+""",
+    "keeps shared memory that it has given back": """
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+size = 2**26
+for _ in range(4):
+    place = libc.mmap(None, ctypes.c_size_t(size), 3, 0x21, -1, ctypes.c_long(0))
+    if place in (None, 2**64 - 1): break
+    ctypes.memset(place, 1, size)
+    libc.munmap(place + 4096, size - 4096)
+else:
+    won = True
+""",
+    "keeps pages in a pipe": """
+libc = ctypes.CDLL(None, use_errno=True)
+ends = os.pipe()
+page = ctypes.create_string_buffer(4096)
+class Vector(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]
+won = libc.vmsplice(ends[1], ctypes.byref(Vector(ctypes.addressof(page), 4096)), 1, 0) > 0
+""",
+    "takes secret memory": "won = ctypes.CDLL(None).syscall(447, 0) > 2",
+    "watches what others do with files": """
+libc = ctypes.CDLL(None, use_errno=True)
+won = libc.inotify_add_watch(libc.inotify_init(), os.path.dirname(os.__file__).encode(), 0x20) >= 0
+""",
     "connects to a server": """
 socket.create_connection(('127.0.0.1', PORT), 1)
 won = True
@@ -143,6 +175,10 @@ SEEN_TO_WIN = (
     "runs Python",
     "clones a process past the C library",
     "takes memory that is no process's",
+    "starts one thread",
+    "keeps shared memory that it has given back",
+    "keeps pages in a pipe",
+    "watches what others do with files",
     "connects to a server",
     "makes a socket",
     "talks to the kernel",
@@ -281,6 +317,14 @@ for number in range(3, 64):
         while True: os.write(number, b'x' * 2**20)
     except OSError: pass
 """,
+    "answers numpy of the test with memory of its choice": """
+class Any:
+    __array_interface__ = {'shape': (1,), 'typestr': '<i8', 'version': 3, 'data': (0x1234560, False)}
+    __array_priority__ = 1e9
+    def __array__(self, *args, **kwargs): return 3
+def add(a, b): return Any()
+""",
+    "answers what the terminal would obey": "raise ValueError('\\x1b[2J\\ud800' * 3)",
     "returns a list that never ends": """
 x = []
 x.append(x)
