@@ -33,8 +33,9 @@ from .config import (
     RouterConfig,
 )
 from .flags import Parser, Refusal, UsageError, parse, plain_options
+from .ranks import from_first, num_ranks
 from .recipe import as_words, last_value, with_recipe
-from .resume import CONFIG_FILE, Resumption, changes, find
+from .resume import CONFIG_FILE, Resumption, changes, find, shared_out
 from .tracking import download_checkpoint
 
 SHOWN = (  # noqa: SIM905
@@ -56,8 +57,6 @@ REFUSED = {
     "torch_compile": "not tested with routing yet",
     "torch_compile_backend": "not tested with routing yet",
     "torch_compile_mode": "not tested with routing yet",
-    "fsdp": "not tested with routing yet",
-    "fsdp_config": "not tested with routing yet",
     "deepspeed": "not tested with routing yet",
     "parallelism_config": "not tested with routing yet",
     "auto_find_batch_size": "it would restart on experts that were already trained",
@@ -76,7 +75,8 @@ REFUSED = {
 }
 """Flags of the Trainer that would do nothing, or something wrong, here; each with the reason."""
 NEW_RUN = "new"
-NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifact")
+NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifact", "fsdp", "fsdp_config")
+"""Where a run is written and goes on from, and how its processes share the work: none of it makes another run of it."""
 REFUSED_PREFIXES = ("hub_", "trackio_")
 
 
@@ -223,7 +223,11 @@ class TrainArguments(TrainingArguments):
         has_evaluations = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
         if has_evaluations and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # so that the best checkpoint is known and kept
+        if str(self.fsdp).lower() in ("true", "false"):  # as a recipe says it
+            self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # one process trains on one GPU; several are for torchrun and accelerate launch
         patience = self.early_stopping_patience
         if patience is not None and (patience < 1 or not has_evaluations):
             rule = "it must be at least 1" if patience < 1 else "but eval_strategy is no, so nothing is evaluated"
@@ -303,7 +307,7 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
     resumed = _resumption(words)
     if resumed is not None:
         own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
-        words = [*as_words(resumed.settings), "--output_dir", str(own), *words]
+        words = [*as_words(shared_out(resumed, num_ranks())), "--output_dir", str(own), *words]
     model, data, train = parse(parser, words, refusal_of)
     check_four_bit(model, train)
     model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
@@ -311,12 +315,15 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
     if resumed is None or resumed.checkpoint is None:
         return arguments
     saved = in_full(resumed.settings, (ModelArguments, DataConfig))
-    refused, allowed = changes(saved, settings_of(arguments))
+    processes = (resumed.record.get("world_size", 1), num_ranks())
+    refused, allowed = changes(saved, settings_of(arguments), processes=processes)
     if refused:
         raise UsageError(
             f"cannot go on from {resumed.checkpoint} with other settings: {'; '.join(refused)}. Leave them out, or "
             "start a new run"
         )
+    if processes[0] != processes[1]:
+        allowed.append(f"the run has {processes[1]} processes, had {processes[0]}: a step has the same rows")
     return arguments._replace(changed=tuple(allowed))
 
 
@@ -340,7 +347,8 @@ def _resumption(words: list[str]) -> Resumption | None:
     if wanted and artifact:
         raise UsageError("--resume_from_checkpoint and --wandb_checkpoint_artifact cannot both be given")
     if artifact:
-        wanted = str(download_checkpoint(artifact, fresh_folder(Path("artifacts"), artifact.rpartition("/")[2])))
+        into = fresh_folder(Path("artifacts"), artifact.rpartition("/")[2])
+        wanted = from_first(lambda: str(download_checkpoint(artifact, into)))
     return find(wanted, last_value(words, "--output_dir")) if wanted else None
 
 
@@ -376,7 +384,7 @@ def save_config(settings: dict[str, Any], path: Path) -> None:
 
 
 def settings_of(arguments: Arguments) -> dict[str, Any]:
-    """What a run was resolved to. Without where it is written and what it goes on from."""
+    """What a run was resolved to, without `NOT_SETTINGS`."""
     return plain_settings((arguments.model, arguments.data), arguments.train, refusal_of)
 
 

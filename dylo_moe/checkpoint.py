@@ -169,8 +169,7 @@ def write_files(
     for expert in model.experts:
         name = f"experts/{expert.name}"
         (folder / name).mkdir(parents=True)
-        state = get_peft_model_state_dict(model, adapter_name=expert.name, save_embedding_layers=False)
-        _save_tensors(state, folder / name / ADAPTER_FILES[1])
+        _save_tensors(expert_state(model, expert.name), folder / name / ADAPTER_FILES[1])
         config = LoraConfig(**_plain(model.peft_config[expert.name]))
         config.inference_mode = True
         config.base_model_name_or_path = model.base_id or None
@@ -214,6 +213,13 @@ def write_files(
         _sync(folder / name)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(folder / MANIFEST)
+
+
+def expert_state(model: DyLoRAMoE, name: str) -> dict[str, Tensor]:
+    """An expert's matrices under the names that PEFT gives them in its files."""
+    # Not all of the model's state: the base's may lie in parts on several ranks, and is none of our business.
+    matrices = {key: value.detach() for key, value in model.named_parameters() if ".lora_" in key}
+    return get_peft_model_state_dict(model, state_dict=matrices, adapter_name=name, save_embedding_layers=False)
 
 
 def _sync(path: Path) -> None:
@@ -434,7 +440,7 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
 
 def _load_expert(model: DyLoRAMoE, entry: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
     name = entry["name"]
-    problems = state_problems(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), state)
+    problems = state_problems(expert_state(model, name), state)
     if problems:
         raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
     model.experts.cast(name, next(iter(state.values())).dtype)

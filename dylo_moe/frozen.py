@@ -17,6 +17,9 @@ REPACKS = "support_avx512bf16_for_cpu"
 REPACKED = "packing_format_for_cpu"
 """Of the state of 4-bit weights: whether it did."""
 
+SHARDED = "_fingerprint_before_sharding"
+"""Attribute of a base whose weights lie in parts on several devices: what `fingerprint` gave when they were whole."""
+
 
 def check_base(base: object) -> None:
     """Raises ValueError for what cannot be a base."""
@@ -100,6 +103,8 @@ def fingerprint(base: PreTrainedModel) -> dict[str, Any]:
         "tensors": {name: shape}, "samples": base64 of int16 bf16 patterns in the order of the names,
         "dtype": of the first tensor, "quantized": whether samples were left out for that.
     """
+    if SHARDED in vars(base):  # no process has all of it any more
+        return vars(base)[SHARDED]
     tensors = dict(sorted(_base_tensors(base).items()))
     quantized = getattr(base, "hf_quantizer", None) is not None
     patterns = [] if quantized else [_samples(tensor) for tensor in tensors.values()]

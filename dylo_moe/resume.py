@@ -27,11 +27,24 @@ MAY_CHANGE = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
     "greater_is_better early_stopping_patience early_stopping_threshold report_to run_name project use_cpu tf32 "
     "attn_implementation loss_chunk_size gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
-    "activation_checkpointing_kwargs ddp_timeout eval_benchmark eval_benchmark_steps allow_code_execution sandbox"
+    "activation_checkpointing_kwargs eval_benchmark eval_benchmark_steps allow_code_execution sandbox"
 ).split()
 """Settings that may be others when a run goes on. More epochs or steps stretch what is left of the learning rate's
-schedule; another device, attention, chunk of the loss or gradient checkpointing may round differently."""
-MAY_CHANGE_PREFIXES = ("logging_", "eval_s", "eval_d", "save_", "dataloader_num", "dataloader_p", "log_", "torch_empty")
+schedule; another device, attention, chunk of the loss, gradient checkpointing or number of processes may round
+differently."""
+MAY_CHANGE_PREFIXES = (
+    "logging_",
+    "eval_s",
+    "eval_d",
+    "save_",
+    "dataloader_num",
+    "dataloader_p",
+    "log_",
+    "torch_empty",
+    "ddp_",
+)
+ROWS, TURNS = "per_device_train_batch_size", "gradient_accumulation_steps"
+"""With the number of processes, the rows of an optimizer step: none of the three matters but their product."""
 
 
 class Resumption(NamedTuple):
@@ -125,14 +138,46 @@ def _from_checkpoint(folder: Path) -> Resumption:
     return Resumption(folder.parent, folder, record["settings"], record)
 
 
-def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Settings that differ: those that may not, and those that may, in words."""
+def shared_out(resumed: Resumption, num_processes: int) -> dict[str, Any]:
+    """The settings of a checkpoint for another number of processes, which share the rows of a step among them.
+
+    Each takes as many at once as before, or, where that does not come out even, the next smaller number that does.
+
+    Raises:
+        CheckpointError: where no number does.
+    """
+    settings, before = resumed.settings, resumed.record.get("world_size", 1)
+    if num_processes == before or ROWS not in settings:
+        return settings
+    at_once, turns = settings[ROWS], settings.get(TURNS, 1)
+    total = at_once * turns * before
+    if total % num_processes:
+        fitting = [str(number) for number in range(1, total + 1) if total % number == 0]
+        raise CheckpointError(
+            f"{resumed.checkpoint} was trained with {total} rows a step, which {num_processes} processes cannot share "
+            f"evenly; go on with {', '.join(fitting[:8])}{' or more' if len(fitting) > 8 else ''}"
+        )
+    each = total // num_processes
+    at_once = next(number for number in range(min(at_once, each), 0, -1) if each % number == 0)
+    return {**settings, ROWS: at_once, TURNS: each // at_once}
+
+
+def changes(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, processes: tuple[int, int] = (1, 1)
+) -> tuple[list[str], list[str]]:
+    """Settings that differ: those that may not, and those that may, in words.
+
+    Args:
+        processes: how many there were, and are.
+    """
+    rows = [settings.get(ROWS, 1) * settings.get(TURNS, 1) for settings in (saved, now)]
+    is_same_step = rows[0] * processes[0] == rows[1] * processes[1]
     refused: list[str] = []
     allowed: list[str] = []
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) == now.get(name) or name in LOCATIONS:
             continue
-        free = name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES)
+        free = name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES) or (name in (ROWS, TURNS) and is_same_step)
         (allowed if free else refused).append(f"{name} is {now.get(name)!r}, was {saved.get(name)!r}")
     return refused, allowed
 

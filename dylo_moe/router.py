@@ -264,6 +264,19 @@ class Router(nn.Module):
         selected_E = (routing.weights.detach() > 0).flatten(0, 1).sum(0)
         self.step_counts.copy_(torch.where(changed, 0, self.step_counts) + selected_E)
 
+    @torch.no_grad()
+    def collect_counts(self, *, are_whole: bool) -> None:
+        """Make the running step's counts those of the first rank alone; their sum over the ranks is what counts.
+
+        Args:
+            are_whole: each rank holds the sum, as read from a checkpoint; else its own part.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if not are_whole:
+                torch.distributed.all_reduce(self.step_counts)
+            if torch.distributed.get_rank() > 0:
+                self.step_counts.zero_()
+
     def _values(self) -> Tensor:
         """All gate rows, behind one another."""
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters()])

@@ -16,6 +16,7 @@ from .expert import ExpertPool
 from .features import causal_exponential_mean
 from .frozen import decoder_layers
 from .lora_config import listed
+from .ranks import are_joined
 from .router import Router, Routing, force_routing, make_dispatch
 from .router_cache import RouterCacheLayer, find_router_layer, router_cache_layer
 from .spans import prompt_ends, text_starts, token_mask
@@ -208,6 +209,8 @@ class RoutingHooks:
             )
         if context.ends_at_router:
             raise _RouterReached(context)
+        if self.router.training and not hidden.requires_grad and torch.is_grad_enabled() and are_joined():
+            hidden.requires_grad_()  # a rank whose tokens chose no expert takes part in the others' backward all the same
 
     def _mask(self, context: ForwardContext, hidden: Tensor, cache: Cache | None) -> Tensor:
         batch, seq = hidden.shape[:2]

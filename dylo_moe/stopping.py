@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .ranks import largest
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -20,11 +22,18 @@ class Stopped(Exception):
         self.signal = number
 
 
+class RankLost(Exception):
+    """Another process of the run has gone, so that this one cannot go on either."""
+
+
 class StopRequest(TrainerCallback):
     """Hears SIGTERM and SIGINT while it is entered (`with`), in the main thread.
 
     In training the running optimizer step is finished, the Trainer saves and ends; an evaluation is left at its next
     batch. Anywhere else the program is left at once. A second signal always leaves at once.
+
+    A signal may reach one rank a step before another. So each of these points is one where the ranks agree: what one
+    has heard, all act upon.
 
     Raises:
         Stopped: where the run is left.
@@ -32,7 +41,10 @@ class StopRequest(TrainerCallback):
 
     def __init__(self) -> None:
         self.number: int | None = None
+        """The signal that all ranks act upon."""
         self.is_training = False
+        self._heard = 0
+        self._is_leaving = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -43,24 +55,40 @@ class StopRequest(TrainerCallback):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._is_leaving:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        again, self.number = self.number is not None, number
+        if self._is_leaving:
+            return
+        again, self._heard = self._heard != 0, number
         if again or not self.is_training:
+            self.number = number
             raise Stopped(number)
+
+    def agree(self) -> None:
+        """All ranks take up what any has heard."""
+        self.number = largest(self._heard) or None
+
+    def leave(self) -> None:
+        """The program ends, with something to tell: from here on no signal cuts it, for a launcher stops all ranks as
+        soon as one has gone."""
+        self._is_leaving = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a signal waits for the end of the step."""
         self.is_training = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on it does not."""
+        """From here on it does not; what was heard by now counts."""
         self.is_training = False
+        self.agree()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop, if asked."""
+        self.agree()
         if self.number is not None:
             control.should_save = control.should_training_stop = True
 
@@ -71,6 +99,7 @@ class StopRequest(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the evaluation, if asked."""
+        self.agree()
         if self.number is not None:
             raise Stopped(self.number)
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from . import ranks
 from .arguments import Arguments, ModelArguments, new_output_dir, save_config, settings_of
 from .base import four_bit, load_base, load_tokenizer
 from .checkpoint import save_checkpoint
@@ -38,7 +39,8 @@ from .meter import Reading
 from .model import DyLoRAMoE
 from .progress import MetricsFile, ProgressBar
 from .resume import CONFIG_FILE, Resumption, checkpoint_name, checkpoints_in, clear_unfinished, data_changes
-from .stopping import EarlyStopping, Stopped, StopRequest
+from .sharding import Sharding, shard_base, take_sharding
+from .stopping import EarlyStopping, RankLost, Stopped, StopRequest
 from .summary import Sample, show_data, show_legend, show_losses, show_sample, show_shares, write_plots
 from .tracking import CheckpointArtifacts, log_plots, log_settings, prepare
 from .trainer import DyLoRATrainer
@@ -104,15 +106,40 @@ def run(arguments: Arguments) -> Path:
 
     Raises:
         Stopped: when SIGTERM or SIGINT ended it; what was trained is saved, and the message says how to go on.
+        RankLost: when another process of the run has gone.
     """
     with StopRequest() as stop:
-        return _run(arguments, stop)
+        try:
+            return _run(arguments, stop)
+        except (RuntimeError, ValueError, OSError) as error:
+            if ranks.num_ranks() > 1:
+                stop.leave()
+            if ranks.is_lost_peer(error):
+                raise RankLost(how_to_go_on(arguments)) from error
+            raise
+
+
+def how_to_go_on(arguments: Arguments) -> str:
+    """Where a run stands that lost one of its processes."""
+    folder = Path(arguments.train.output_dir)
+    found = checkpoints_in(folder)
+    if not found:
+        return f"another process of this run has gone; {folder} has no checkpoint yet: start again"
+    return f"another process of this run has gone; the last whole checkpoint is {found[-1][1]}. {go_on(folder)}"
+
+
+def go_on(folder: Path) -> str:
+    """How a run is taken up."""
+    how = f"with: {command()} train" if ranks.num_ranks() == 1 else "with the same launcher and: train.py"
+    return f"Go on {how} --resume_from_checkpoint {folder}"
 
 
 def _run(arguments: Arguments, stop: StopRequest) -> Path:
     started = time.time()
     transformers_logging.disable_progress_bar()
-    console = Console()
+    console = ranks.console()
+    settings, sharding = settings_of(arguments), take_sharding(arguments.train)
+    show_processes(console, arguments, sharding)
     show_resumption(console, arguments)
     set_seed(arguments.train.seed)
     plan = benchmark_plan(arguments)
@@ -128,19 +155,26 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
         check_texts_kept_apart(model, model.base)
     show_model(console, model)
     show_loss(console, model, arguments.model.loss_chunk_size)
-    folder = run_folder(console, arguments)
+    folder = Path(ranks.from_first(lambda: str(run_folder(console, arguments, settings))))
+    arguments.train.output_dir = str(folder)
     prepare(arguments.train, folder)
-    log_settings(settings_of(arguments))
+    log_settings(settings)
     collator = Collator(tokenizer)
     resumed = arguments.resumed
     checkpoint = resumed.checkpoint if resumed is not None else None
     if checkpoint is None and model.router_config.is_learned:
         start_router(model, data, collator, seed=arguments.train.seed)
     metrics = MetricsFile(folder / "metrics.jsonl")
-    training = {"settings": settings_of(arguments), "data": data.fingerprint, "facts": run_facts(model, data)}
-    write_json(folder / "run.json", training["facts"])
+    facts = {**run_facts(model, data), "processes": ranks.num_ranks()}
+    training = {"settings": settings, "data": data.fingerprint, "facts": facts}
+    if ranks.is_first():
+        write_json(folder / "run.json", facts)
+    if sharding is not None:
+        shard_base(model, sharding, device=arguments.train.device)
 
     def tell(step: int, sentences: list[str]) -> None:
+        if not ranks.is_first():
+            return
         metrics.write(step, {"alarms": sentences})
         for sentence in sentences:
             console.print(Text(f"step {step}: {sentence}", style="yellow"), soft_wrap=True)
@@ -166,6 +200,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     if plan is not None:
         trainer.add_callback(benchmark_callback(plan, trainer, tokenizer, folder, console))
     state = take_up_log(console, metrics, checkpoint)
+    ranks.wait()
     if checkpoint is None:
         before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
     else:
@@ -174,21 +209,35 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     train_on(trainer, stop, checkpoint, state)
     final = folder / "checkpoint"
     record = {**training, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
-    if trainer.is_world_process_zero():
+    if ranks.is_first():
         save_checkpoint(model, final, training=record)
     after = evaluate(trainer, console, "after training")
-    if trainer.is_world_process_zero():
+    samples = sample_of_each(model, tokenizer, data)
+    if ranks.is_first():
         losses = {"before": before, "after": {name: reading.loss for name, reading in after.items()}}
         save_checkpoint(model, final, training=record, losses=losses)
         plots = write_plots(folder / "plots", folder / "metrics.jsonl", after)
         log_plots(plots)
         show_best(console, trainer)
-        finish(console, model, tokenizer, data, before, after, folder, plots)
+        finish(console, model, tokenizer, samples, before, after, folder, plots)
         console.print(f"The whole run took {time.time() - started:.0f} s.", highlight=False)
+    ranks.leave()
     return final
 
 
 # Where it begins.
+
+
+def show_processes(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
+    """How many train together, and GPUs of this machine that do not."""
+    train, count = arguments.train, ranks.num_ranks()
+    if count > 1:
+        each, turns = train.per_device_train_batch_size, train.gradient_accumulation_steps
+        how = "each with all of the base" if sharding is None else "each with a share of the base (FSDP2)"
+        console.print(f"{count} processes, {how}: {count} x {turns} x {each} rows a step", highlight=False)
+    idle = torch.cuda.device_count() - 1
+    if count == 1 and idle > 0 and train.device.type == "cuda":
+        console.print(f"one process trains on one GPU; {idle} more are idle here (docs/distributed.md)", style="yellow")
 
 
 def show_resumption(console: Console, arguments: Arguments) -> None:
@@ -214,7 +263,7 @@ def check_same_data(resumed: Resumption | None, data: LoadedData) -> None:
         raise ValueError(f"cannot go on from {resumed.checkpoint} with other data: {'; '.join(differences)}")
 
 
-def run_folder(console: Console, arguments: Arguments) -> Path:
+def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any]) -> Path:
     """The folder of this run, with its settings in it: a new one, or that of the run which goes on.
 
     Raises:
@@ -233,8 +282,7 @@ def run_folder(console: Console, arguments: Arguments) -> Path:
             console.print(f"removed {name}, which an interrupted save left", highlight=False)
     else:
         folder = new_output_dir(arguments.train.output_dir)
-    arguments.train.output_dir = str(folder)
-    save_config(settings_of(arguments), folder / CONFIG_FILE)
+    save_config(settings, folder / CONFIG_FILE)
     return folder
 
 
@@ -282,9 +330,12 @@ def start_router(model: DyLoRAMoE, data: LoadedData, collator: Collator, *, seed
 def take_up_log(console: Console, metrics: MetricsFile, checkpoint: Path | None) -> TrainerState | None:
     """Bring metrics.jsonl to where training begins; returns the Trainer's state there, None at the very beginning."""
     if checkpoint is None:
-        metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        if ranks.is_first():
+            metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         return None
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if not ranks.is_first():
+        return state
     dropped = metrics.rewind(state.log_history)
     if dropped:
         console.print(f"{dropped} lines of metrics.jsonl came after it; they are logged again", highlight=False)
@@ -311,8 +362,7 @@ def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None,
         folder = Path(str(trainer.args.output_dir))
         raise Stopped(
             stop.number,
-            f"saved {folder / checkpoint_name(trainer.state.global_step)}. Go on with: "
-            f"{command()} train --resume_from_checkpoint {folder}",
+            f"saved {folder / checkpoint_name(trainer.state.global_step)}. {go_on(folder)}",
         )
 
 
@@ -375,22 +425,26 @@ def show_loss(console: Console, model: DyLoRAMoE, wanted: int | None) -> None:
         console.print(text, highlight=False, markup=False)
 
 
+def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[Sample]:
+    """A text from each dataset's prompt; all ranks generate the same, for none has all of a sharded base."""
+    model.eval()
+    return [
+        sample(model, ids, end_ids=end_ids(tokenizer), max_new_tokens=SAMPLE_TOKENS, label=domain)
+        for domain, ids in data.sample_prompts.items()
+    ]
+
+
 def finish(
     console: Console,
     model: DyLoRAMoE,
     tokenizer: PreTrainedTokenizerBase,
-    data: LoadedData,
+    samples: list[Sample],
     before: dict[str, float],
     after: dict[str, Reading],
     folder: Path,
     plots: list[Path],
 ) -> None:
     """Tables, samples, where things lie, and what to type next. Also kept as a picture, result.svg."""
-    model.eval()
-    samples = [
-        sample(model, ids, end_ids=end_ids(tokenizer), max_new_tokens=SAMPLE_TOKENS, label=domain)
-        for domain, ids in data.sample_prompts.items()
-    ]
     write_json(folder / "samples.json", [readable(item, tokenizer) for item in samples])
     recorder = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     for target in (console, recorder):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -20,6 +21,7 @@ from .checkpoint import CheckpointError, check_finite, load_into, replace_folder
 from .meter import Meter, Reading, token_losses
 from .model import DyLoRAMoE
 from .resume import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, trainable_set, unfinished
+from .sharding import average_gradients, is_sharded
 from .watch import AlarmBell, alarms, as_metrics, gate_drift, gradient_norms
 
 Tell = Callable[[int, list[str]], None]
@@ -40,6 +42,10 @@ class DyLoRATrainer(Trainer):
     Of several evaluation datasets, `eval_loss` is the mean of their losses, each counting alike.
 
     With `use_liger_kernel` Liger's kernels serve but for its loss, in whose place the model's `loss_chunk_size` does.
+
+    In several processes each optimizer step is that of one process with as many rows: losses, gradients, utilisation
+    and balance are over all ranks, and a row that only fills up the last batch of a pass counts for nothing. They train
+    under DistributedDataParallel, or, where `shard_base` left each of them a part of the base, as it says.
 
     Args:
         domains: names of the datasets.
@@ -90,12 +96,32 @@ class DyLoRATrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Also counts the real tokens of the whole optimizer step, over all ranks."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = map(self._without_repeats, epoch_iterator)
+        samples, num_items = super().get_batch_samples(rows, num_batches, device)
         counts = [batch["attention_mask"].sum() for batch in samples if "attention_mask" in batch]
         self._step_tokens = torch.stack(counts).sum().to(device) if len(counts) == len(samples) and counts else None
         if self._step_tokens is not None and self.args.average_tokens_across_devices and self.args.world_size > 1:
             self._step_tokens = self.accelerator.gather(self._step_tokens).sum()
         return samples, num_items
+
+    def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch whose repeated rows are empty.
+
+        At the end of a pass Accelerate gives the ranks rows of its beginning again, so that all have as many; the real
+        ones are the first `remainder` of all ranks' together.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        count = len(batch["labels"])
+        real = min(max(state.remainder - count * self.args.process_index, 0), count)
+        labels, mask = batch["labels"].clone(), batch["attention_mask"].clone()
+        labels[real:], mask[real:] = -100, 0
+        return {**batch, "labels": labels, "attention_mask": mask}
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Of an evaluation, in which each row counts once."""
+        return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
 
     def compute_loss(
         self,
@@ -129,6 +155,8 @@ class DyLoRATrainer(Trainer):
             self._gate_start = self._gate_rows()
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
+            if is_sharded(self._own_model()):
+                average_gradients(self._own_model())
             self._balance_steps += 1
             scaler = getattr(self.accelerator, "scaler", None)
             scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -155,11 +183,26 @@ class DyLoRATrainer(Trainer):
 
     def _learning(self, model: nn.Module) -> Any:
         """What stands for a model where only its parameters are asked for: those that may have a gradient."""
-        if self.is_fsdp_enabled:  # which recognises its model by them
-            return model
         ours = self._own_model()
         learning = [*ours.experts.learning(), *ours.router.parameters()]
         return SimpleNamespace(parameters=lambda: learning)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Where its base is sharded, all of it is there."""
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Made here, as Accelerate makes no DistributedDataParallel of a model that was evaluated before, without a word."""
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if not training or wrapped is not model or self.args.world_size == 1:
+            return wrapped
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        if is_sharded(model):
+            return model
+        device = self.args.device
+        device_ids = None if device.type == "cpu" else [device]
+        return DistributedDataParallel(model, device_ids=device_ids, **self.accelerator.ddp_handler.to_kwargs())
 
     def _gate_rows(self) -> dict[str, Tensor]:
         return {name: row.detach().float().cpu().clone() for name, row in self._own_model().router.gate.items()}
@@ -172,6 +215,12 @@ class DyLoRATrainer(Trainer):
         meter.reset()
         return reading
 
+    def _over_ranks(self, number: float) -> float:
+        """The sum of all ranks' numbers."""
+        if self.args.world_size == 1:
+            return number
+        return float(self.accelerator.reduce(torch.tensor(number, device=self.args.device), "sum"))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds to a training log what the tokens since the last one did."""
         reading = self._shared(self.train_meter) if "loss" in logs else None
@@ -180,7 +229,7 @@ class DyLoRATrainer(Trainer):
             logs = {
                 **logs,
                 "lm_loss": reading.loss,
-                "balance_loss": self._balance_sum / max(self._balance_steps, 1),
+                "balance_loss": self._over_ranks(self._balance_sum) / max(self._balance_steps, 1),
                 **as_metrics(reading),
                 "tokens_per_second": reading.num_tokens / seconds,
                 **{f"grad_norm_{name}": float(norm) for name, norm in self._gradient_norms.items()},
@@ -245,6 +294,7 @@ class DyLoRATrainer(Trainer):
             ValueError: for weights with NaN or infinity.
         """
         started = time.monotonic()
+        self._own_model().router.collect_counts(are_whole=False)
         folder, step = Path(self._get_output_dir(trial)), self.state.global_step
         target = folder / checkpoint_name(step)
         aside = unfinished(target)
@@ -322,11 +372,13 @@ class DyLoRATrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._resumed = load_into(self._own_model(), folder).get("training", {})
+        self._own_model().router.collect_counts(are_whole=True)
         if (folder / GATE_START_FILE).is_file():
             self._gate_start = load_file(folder / GATE_START_FILE)
 
     def _load_best_model(self) -> None:
         load_into(self._own_model(), str(self.state.best_model_checkpoint))
+        self._own_model().router.collect_counts(are_whole=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Refuses a state that is of other parameters, which PyTorch would tell by their number only."""
