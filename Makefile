@@ -13,7 +13,7 @@ CANDIDATES := $(PYTHON)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart browser sandbox test test-oldest lint format clean
+.PHONY: help quickstart browser sandbox test test-oldest image-check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: lint ## everything that CI checks: lint, types and tests; ends with the ta
 
 test-oldest: $(OLDEST)/.installed-dev ## the tests on the oldest supported versions, in a .venv-oldest of their own
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
+
+image-check: $(VENV)/.made ## run the container image's own install steps and entry point in a fresh environment
+	$(BIN)/python benchmarks/image_check.py
 
 lint: $(VENV)/.installed-dev ## check style and types, change nothing
 	$(BIN)/ruff check .
