@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "train": "train several experts and their router together on one frozen model",
     "stream": "learn datasets one after another: what is new grows an expert, and nothing is forgotten",
+    "submit": "train on Google Cloud: any flags of train as a job of Vertex AI that goes on when it was preempted",
     "plan": "parameters, steps, memory and checkpoint size of a training run, without running it",
     "data": "list datasets, show examples as the model sees them, check what training would be on",
     "experts": "the experts of a checkpoint: list them, remove one, fit the gate anew",
     "eval": "held-out losses with intervals, and pass@k of HumanEval and MBPP, of a trained model",
     "compare": "ours against the base, single LoRAs of equal size, and routing that is not learned; says if it wins",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
+    "export": "an adapter for each expert with the command that serves them, or one plain model; says what that loses",
     "report": "one page about a run or a stream: losses, routing, matrix, settings; it needs no network",
 }
 
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
         print(f"dylora: there is no command {name!r}{hint}", file=sys.stderr)
         return 2
+    if os.environ.get("WORLD_SIZE", "1") != "1" and name != "train":
+        _tell(f"dylora {name}: this command runs in one process; start it without torchrun or accelerate launch")
+        return 2
     # PEFT reads a name that Transformers is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
@@ -51,11 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise
-        print(f"dylora {name}: {error}", file=sys.stderr)
+        _tell(f"dylora {name}: {error}")
         return 2
     except KeyboardInterrupt:
         print(f"dylora {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _tell(text: str) -> None:
+    """Print why a command ends; in a run of several processes once, though all of them may know."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from .ranks import speaks
+
+        if not speaks():
+            return
+    print(text, file=sys.stderr, flush=True)
 
 
 def _overview() -> str:
@@ -71,14 +86,19 @@ def train(words: list[str]) -> int:
     if any(word in ("-h", "--help", "--help_all") for word in words):
         build_parser("dylora train", show_all="--help_all" in words).print_help()
         return 0
-    from .stopping import Stopped
+    from .stopping import RankLost, Stopped
     from .train import run
 
     try:
         run(parse_train(words))
     except Stopped as stopped:
-        print(f"dylora train: {stopped}", file=sys.stderr)
+        _tell(f"dylora train: {stopped}")
         return 128 + stopped.signal
+    except RankLost as lost:
+        if os.environ.get("DYLORA_TRACEBACK"):
+            raise
+        _tell(f"dylora train: {lost}")
+        return 1
     return 0
 
 
@@ -97,6 +117,19 @@ def stream(words: list[str]) -> int:
     except Stopped as stopped:
         print(f"dylora stream: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
+    return 0
+
+
+def submit(words: list[str]) -> int:
+    """`dylora submit`, and `python submit_full_training.py`."""
+    from .cloud_request import build_submit_parser, parse_submit
+
+    if not words or any(word in ("-h", "--help", "--help_all") for word in words):
+        build_submit_parser(show_all="--help_all" in words).print_help()
+        return 0
+    from .cloud import run
+
+    run(parse_submit(words))
     return 0
 
 
@@ -238,6 +271,20 @@ def generate(words: list[str]) -> int:
     return 0
 
 
+def export(words: list[str]) -> int:
+    """`dylora export`."""
+    from .export_arguments import build_export_parser, parse_export
+
+    if not words or any(word in ("-h", "--help") for word in words):
+        build_export_parser().print_help()
+        return 0
+    request = parse_export(words)
+    from .export import run
+
+    run(request)
+    return 0
+
+
 def report(words: list[str]) -> int:
     """`dylora report`."""
     parser = argparse.ArgumentParser(prog="dylora report", allow_abbrev=False, description=COMMANDS["report"])
@@ -253,12 +300,14 @@ def report(words: list[str]) -> int:
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "stream": stream,
+    "submit": submit,
     "plan": plan,
     "data": data,
     "experts": experts,
     "eval": evaluate,
     "compare": compare,
     "generate": generate,
+    "export": export,
     "report": report,
 }
 

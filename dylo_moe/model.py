@@ -127,6 +127,8 @@ class DyLoRAMoE(PeftModelForCausalLM):
         hidden_size = base.config.get_text_config().hidden_size
         self.router = Router(router, hidden_size=hidden_size, names=names).to(self.device)
         self._hooks = RoutingHooks(self.base, router=self.router, pool=self._pool, slot=self._slot)
+        self._ddp_params_and_buffers_to_ignore = ["router.step_counts", "router.seen_values"]
+        """Of each rank its own; DistributedDataParallel, which reads this, would give all those of the first."""
 
     @classmethod
     def from_base(
@@ -805,7 +807,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
     # Checkpoints.
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the folder that docs/checkpoint.md describes: experts, router, and how to check them.
+        """Write the folder that docs/checkpoints.md describes: experts, router, and how to check them.
 
         Args:
             save_directory: a new folder, or an older checkpoint of ours, which is replaced. The Trainer's own

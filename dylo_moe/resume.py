@@ -58,6 +58,8 @@ class Resumption(NamedTuple):
     """Its settings, as a recipe."""
     record: dict[str, Any]
     """The manifest's record of the training; empty without a checkpoint."""
+    broken: tuple[str, ...] = ()
+    """Newer checkpoints that are not whole, each with what is wrong; only "auto" passes them over."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -96,7 +98,7 @@ def find(wanted: str, output_dir: str | None) -> Resumption | None:
     """What `--resume_from_checkpoint` means.
 
     Args:
-        wanted: "latest", "auto", a run's folder or a checkpoint's.
+        wanted: "latest", "auto", a run's folder or a checkpoint's. "auto" goes back to the newest that is whole.
         output_dir: as typed; needed for the first two, which look there.
 
     Returns:
@@ -121,11 +123,32 @@ def find(wanted: str, output_dir: str | None) -> Resumption | None:
             return _from_checkpoint(run)
         if not (run / CONFIG_FILE).is_file():
             raise CheckpointError(f"{run} is neither a checkpoint (no dylora.json) nor a run (no {CONFIG_FILE})")
-    found = checkpoints_in(run)
-    if found:
-        return _from_checkpoint(found[-1][1])
+    broken: list[str] = []
+    for _, checkpoint in reversed(checkpoints_in(run)):
+        try:
+            return _from_checkpoint(checkpoint)._replace(broken=tuple(broken))
+        except CheckpointError as error:
+            if wanted != AUTO:  # nobody is there to be asked
+                raise
+            broken.append(str(error))
     settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    return Resumption(run, None, settings, {})
+    return Resumption(run, None, settings, {}, tuple(broken))
+
+
+def set_aside(run: Path, newest: Path | None) -> list[str]:
+    """Rename the checkpoints that come after `newest`, which are not whole, so that none takes them for one."""
+    numbered = checkpoints_in(run)
+    after = 0 if newest is None else next(place for place, (_, path) in enumerate(numbered, 1) if path == newest)
+    names = []
+    for _, checkpoint in numbered[after:]:
+        target = next(
+            path
+            for path in (run / f"broken-{checkpoint.name}{end}" for end in ["", *(f"-{n}" for n in range(2, 1000))])
+            if not path.exists()
+        )
+        checkpoint.rename(target)
+        names.append(target.name)
+    return names
 
 
 def _from_checkpoint(folder: Path) -> Resumption:

@@ -210,7 +210,7 @@ class RoutingHooks:
         if context.ends_at_router:
             raise _RouterReached(context)
         if self.router.training and not hidden.requires_grad and torch.is_grad_enabled() and are_joined():
-            hidden.requires_grad_()  # a rank whose tokens chose no expert takes part in the others' backward all the same
+            hidden.requires_grad_()  # so that a rank whose tokens chose no expert takes part in the others' backward
 
     def _mask(self, context: ForwardContext, hidden: Tensor, cache: Cache | None) -> Tensor:
         batch, seq = hidden.shape[:2]

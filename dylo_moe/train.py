@@ -38,7 +38,7 @@ from .generate import end_ids, sample
 from .meter import Reading
 from .model import DyLoRAMoE
 from .progress import MetricsFile, ProgressBar
-from .resume import CONFIG_FILE, Resumption, checkpoint_name, checkpoints_in, clear_unfinished, data_changes
+from .resume import CONFIG_FILE, Resumption, checkpoint_name, checkpoints_in, clear_unfinished, data_changes, set_aside
 from .sharding import Sharding, shard_base, take_sharding
 from .stopping import EarlyStopping, RankLost, Stopped, StopRequest
 from .summary import Sample, show_data, show_legend, show_losses, show_sample, show_shares, write_plots
@@ -245,6 +245,8 @@ def show_resumption(console: Console, arguments: Arguments) -> None:
     resumed = arguments.resumed
     if resumed is None:
         return
+    for problem in resumed.broken:
+        console.print(Text(f"passed over: {problem}", style="yellow"), soft_wrap=True)
     if resumed.checkpoint is None:
         text = f"{resumed.run} was interrupted before its first checkpoint: it starts at its beginning."
         console.print(Text(text, style="yellow"), soft_wrap=True)
@@ -272,6 +274,9 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
     resumed = arguments.resumed
     if resumed is not None and Path(arguments.train.output_dir).resolve() == resumed.run.resolve():
         folder = resumed.run
+        if resumed.broken:
+            for name in set_aside(folder, resumed.checkpoint):
+                console.print(f"kept aside as {name}", highlight=False, style="yellow")
         newer = [path.name for _, path in checkpoints_in(folder)]
         if resumed.checkpoint is not None and newer[-1] != resumed.checkpoint.name:
             raise ValueError(

@@ -96,32 +96,40 @@ class DyLoRATrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Also counts the real tokens of the whole optimizer step, over all ranks."""
-        rows = map(self._without_repeats, epoch_iterator)
-        samples, num_items = super().get_batch_samples(rows, num_batches, device)
+        num_rows, each = len(cast(Any, self.train_dataset)), self._train_batch_size
+        batches = (self._without_repeats(batch, num_rows, each) for batch in epoch_iterator)
+        samples, num_items = super().get_batch_samples(batches, num_batches, device)
         counts = [batch["attention_mask"].sum() for batch in samples if "attention_mask" in batch]
         self._step_tokens = torch.stack(counts).sum().to(device) if len(counts) == len(samples) and counts else None
         if self._step_tokens is not None and self.args.average_tokens_across_devices and self.args.world_size > 1:
             self._step_tokens = self.accelerator.gather(self._step_tokens).sum()
         return samples, num_items
 
-    def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _without_repeats(self, batch: dict[str, Any], num_rows: int, each: int) -> dict[str, Any]:
         """A batch whose repeated rows are empty.
 
-        At the end of a pass Accelerate gives the ranks rows of its beginning again, so that all have as many; the real
-        ones are the first `remainder` of all ranks' together.
+        At the end of a pass Accelerate gives the ranks rows of its beginning again, so that all have as many; of all
+        ranks' rows behind one another, the real ones come first. How many, its own `remainder` tells wrongly where a
+        run goes on in the middle of a pass.
+
+        Args:
+            num_rows: of the whole pass.
+            each: rows that a rank takes at once.
         """
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        left = num_rows % (each * self.args.world_size)
+        is_last = self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader
+        if not is_last or left == 0 or self.args.dataloader_drop_last:
             return batch
-        count = len(batch["labels"])
-        real = min(max(state.remainder - count * self.args.process_index, 0), count)
+        real = max(left - each * self.args.process_index, 0)
         labels, mask = batch["labels"].clone(), batch["attention_mask"].clone()
         labels[real:], mask[real:] = -100, 0
         return {**batch, "labels": labels, "attention_mask": mask}
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Of an evaluation, in which each row counts once."""
-        return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
+        num_rows = len(cast(Any, self.callback_handler.eval_dataloader).dataset)
+        inputs = self._without_repeats(inputs, num_rows, self.args.eval_batch_size)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -193,7 +201,7 @@ class DyLoRATrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Made here, as Accelerate makes no DistributedDataParallel of a model that was evaluated before, without a word."""
+        """Made here, for Accelerate leaves a model that was evaluated before as it is: its ranks would train apart."""
         wrapped = super()._wrap_model(model, training, dataloader)
         if not training or wrapped is not model or self.args.world_size == 1:
             return wrapped

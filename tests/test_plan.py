@@ -27,6 +27,8 @@ PUBLISHED = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "Qwen/Qwen2.5-Coder-1.5B": 1_543_714_304,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
 }
 

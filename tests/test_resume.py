@@ -103,6 +103,22 @@ def test_a_run_goes_on_in_its_own_folder(wanted, interrupted, whole):
     assert not (interrupted / ".checkpoint-15.partial").exists()
 
 
+def test_auto_goes_back_to_the_newest_whole_checkpoint(interrupted, whole, capsys):
+    """A job that is started again by itself would else stay where it is for ever."""
+    newest = checkpoints_in(interrupted)[-1][1]
+    (newest / "optimizer.pt").unlink()
+    words = ["--output_dir", str(interrupted)]
+    with pytest.raises(CheckpointError, match=f"{newest.name} is not whole: optimizer.pt is missing"):
+        parse_train(["--resume_from_checkpoint", "latest", *words])
+    run(parse_train(["--resume_from_checkpoint", "auto", *words]))
+    said = capsys.readouterr().out
+    assert f"passed over: checkpoint {newest} is not whole: optimizer.pt is missing" in said
+    assert f"kept aside as broken-{newest.name}" in said
+    assert (interrupted / f"broken-{newest.name}" / "dylora.json").is_file()
+    assert files_of(interrupted / "checkpoint") == files_of(whole / "checkpoint")
+    assert trained(interrupted) == trained(whole)
+
+
 def test_a_finished_run_is_finished_again_without_a_step(whole, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
