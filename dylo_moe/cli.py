@@ -122,12 +122,12 @@ def stream(words: list[str]) -> int:
 
 def submit(words: list[str]) -> int:
     """`dylora submit`, and `python submit_full_training.py`."""
-    from .cloud_request import build_submit_parser, parse_submit
+    from .cloud.request import build_submit_parser, parse_submit
 
     if not words or any(word in ("-h", "--help", "--help_all") for word in words):
         build_submit_parser(show_all="--help_all" in words).print_help()
         return 0
-    from .cloud import run
+    from .cloud.command import run
 
     run(parse_submit(words))
     return 0
@@ -273,13 +273,13 @@ def generate(words: list[str]) -> int:
 
 def export(words: list[str]) -> int:
     """`dylora export`."""
-    from .export_arguments import build_export_parser, parse_export
+    from .export.export_arguments import build_export_parser, parse_export
 
     if not words or any(word in ("-h", "--help") for word in words):
         build_export_parser().print_help()
         return 0
     request = parse_export(words)
-    from .export import run
+    from .export.command import run
 
     run(request)
     return 0

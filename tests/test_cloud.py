@@ -24,13 +24,13 @@ from google.cloud import aiplatform_v1
 from reference.runs import files_of, flags, tiny_run_folder, trained
 from reference.vertex_server import JOB_NAME, StandInService, secret_manager
 
-from dylo_moe import cloud_start
 from dylo_moe.cli import main
-from dylo_moe.cloud import explained
-from dylo_moe.cloud_arguments import CloudArguments
-from dylo_moe.cloud_job import as_yaml, build
-from dylo_moe.cloud_machines import Machine, resolve
-from dylo_moe.cloud_request import parse_submit
+from dylo_moe.cloud import start as cloud_start
+from dylo_moe.cloud.command import explained
+from dylo_moe.cloud.job import as_yaml, build
+from dylo_moe.cloud.job_arguments import CloudArguments
+from dylo_moe.cloud.machines import Machine, resolve
+from dylo_moe.cloud.request import parse_submit
 from dylo_moe.resume import checkpoints_in
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_every_field_of_a_job():
                         "disk_spec": {"boot_disk_size_gb": 300},
                         "container_spec": {
                             "image_uri": IMAGE,
-                            "command": ["python", "-m", "dylo_moe.cloud_start"],
+                            "command": ["python", "-m", "dylo_moe.cloud.start"],
                             "args": [
                                 *("--secret", "WANDB_API_KEY=projects/my-project/secrets/wandb/versions/latest"),
                                 *("--secret", "HF_TOKEN=projects/other/secrets/hub/versions/3"),
@@ -147,7 +147,7 @@ def test_a_job_of_the_defaults_says_nothing_that_was_not_meant():
                     "replica_count": "1",
                     "container_spec": {
                         "image_uri": IMAGE,
-                        "command": ["python", "-m", "dylo_moe.cloud_start"],
+                        "command": ["python", "-m", "dylo_moe.cloud.start"],
                         "args": [
                             *("--run_folder", "/gcs/my-runs/dylora/code/run", "--", "python", "train.py"),
                             *("--output_dir", "/gcs/my-runs/dylora/code/run", "--resume_from_checkpoint", "auto"),

@@ -18,10 +18,10 @@ from dylo_moe import DyLoRAMoE
 from dylo_moe.base import four_bit, load_base
 from dylo_moe.cli import main
 from dylo_moe.evaluate.held_out import held_out
-from dylo_moe.export_arguments import mixture_weights
-from dylo_moe.export_losses import BASE_ALONE, PER_REQUEST, PLAIN, ROUTED, routed_shares
-from dylo_moe.merged import bake
-from dylo_moe.request_routing import expert_for, experts_for
+from dylo_moe.export.export_arguments import mixture_weights
+from dylo_moe.export.losses import BASE_ALONE, PER_REQUEST, PLAIN, ROUTED, routed_shares
+from dylo_moe.export.merged import bake
+from dylo_moe.export.request_routing import expert_for, experts_for
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +367,7 @@ def test_nothing_is_written_over_and_nothing_is_left_behind(trained, tmp_path, c
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("dylo_moe.export.write_json", full)
+    monkeypatch.setattr("dylo_moe.export.command.write_json", full)
     for words in (["--to", "vllm"], ["--to", "merged", "--expert", "expert_0"]):
         assert export(checkpoint, tmp_path / "new", *words) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

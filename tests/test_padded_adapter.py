@@ -13,8 +13,8 @@ from reference.tiny import tiny_base, tokens
 from safetensors.torch import load_file, save_file
 
 from dylo_moe.adapter_files import read_adapter
-from dylo_moe.padded_adapter import padded, stored_alphas
-from dylo_moe.serving_rules import SERVER_RANKS, next_server_rank, rule_problems, serve_command
+from dylo_moe.export.padded_adapter import padded, stored_alphas
+from dylo_moe.export.serving_rules import SERVER_RANKS, next_server_rank, rule_problems, serve_command
 
 MIXED = {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"v_proj": 11}}
 LORAS = {

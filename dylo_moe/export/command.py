@@ -16,19 +16,19 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import export_losses
-from .base import load_base, load_tokenizer
-from .checkpoint import ADAPTER_FILES, MANIFEST, read_manifest
-from .evaluate.held_out import HeldOut, held_out
-from .evaluate.losses import measure
+from ..base import load_base, load_tokenizer
+from ..checkpoint import ADAPTER_FILES, MANIFEST, read_manifest
+from ..evaluate.held_out import HeldOut, held_out
+from ..evaluate.losses import measure
+from ..facts import write_json
+from ..model import DyLoRAMoE
+from . import losses
 from .export_arguments import MEASURED, MERGED, ExportArguments, ExportRequest, mixture_weights
-from .export_folder import check_free, files_below, sha256, whole_folder
-from .export_losses import PER_REQUEST, PLAIN, Measured, in_words, measure_requests, measure_routed, routed_shares
-from .export_page import NOT_MEASURED, markdown_table, merged_page, vllm_page
-from .facts import write_json
+from .folder import check_free, files_below, sha256, whole_folder
+from .losses import PER_REQUEST, PLAIN, Measured, in_words, measure_requests, measure_routed, routed_shares
 from .merged import bake
-from .model import DyLoRAMoE
 from .padded_adapter import PaddedAdapter, padded
+from .page import NOT_MEASURED, markdown_table, merged_page, vllm_page
 from .serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
 
 FORMAT_VERSION = 1
@@ -256,7 +256,7 @@ def of_quantised(export: Export, what: str) -> list[str]:
 
 def told(export: Export, measured: Measured | None) -> dict[str, Any] | None:
     """The losses as plain values; None where they were not measured."""
-    return None if measured is None else export_losses.as_json(measured, seed=export.options.seed)
+    return None if measured is None else losses.as_json(measured, seed=export.options.seed)
 
 
 def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
@@ -266,11 +266,11 @@ def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
     seed = export.options.seed
     sentences = [in_words(measured, way, seed=seed)] if way in measured.ways else []
     notes = [f"- {note}" for note in measured.notes]
-    table = markdown_table(export_losses.table_of(measured, seed=seed))
+    table = markdown_table(losses.table_of(measured, seed=seed))
     return "\n\n".join(
         [
             *sentences,
-            f"{export_losses.TITLE[0].upper()}{export_losses.TITLE[1:]}:",
+            f"{losses.TITLE[0].upper()}{losses.TITLE[1:]}:",
             table,
             *(["\n".join(notes)] if notes else []),
         ]
@@ -282,6 +282,6 @@ def show_losses(export: Export, measured: Measured | None, way: str) -> None:
     if measured is None:
         export.console.print(Text(NOT_MEASURED.replace("*", ""), style="yellow"), soft_wrap=True)
         return
-    export_losses.show(export.console, measured, seed=export.options.seed)
+    losses.show(export.console, measured, seed=export.options.seed)
     if way in measured.ways:
         export.console.print(Text(in_words(measured, way, seed=export.options.seed)), soft_wrap=True)

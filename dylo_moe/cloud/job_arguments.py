@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .card import SECRET_NAME
-from .cloud_machines import resolve
-from .cloud_start import ARTIFACT_VARIABLE
+from ..card import SECRET_NAME
+from .machines import resolve
+from .start import ARTIFACT_VARIABLE
 
 STANDARD, SPOT, FLEX_START = "STANDARD", "SPOT", "FLEX_START"
 FLEX_START_MOST_HOURS = 7 * 24

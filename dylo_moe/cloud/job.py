@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .cloud_arguments import CloudArguments
-from .cloud_request import SubmitRequest
-from .cloud_start import ARTIFACT_VARIABLE, GO_ON
+from .job_arguments import CloudArguments
+from .request import SubmitRequest
+from .start import ARTIFACT_VARIABLE, GO_ON
 
 if TYPE_CHECKING:
     from google.cloud import aiplatform_v1
@@ -44,7 +44,7 @@ def build(request: SubmitRequest) -> aiplatform_v1.CustomJob:
     types, options = client_library(), request.options
     container = types.ContainerSpec(
         image_uri=options.image,
-        command=["python", "-m", "dylo_moe.cloud_start"],
+        command=["python", "-m", "dylo_moe.cloud.start"],
         args=container_args(request),
         env=[types.EnvVar(name=name, value=value) for name, value in environment(request).items()],
     )
@@ -71,7 +71,7 @@ def run_folder(options: CloudArguments) -> str:
 
 
 def container_args(request: SubmitRequest) -> list[str]:
-    """What follows `python -m dylo_moe.cloud_start`: the secrets' places, the run's folder, and the training itself."""
+    """What follows `python -m dylo_moe.cloud.start`: the secrets' places, the run's folder, and the training itself."""
     secrets = request.options.secret_references.items()
     num_processes = request.machine.accelerator_count
     several = ["torchrun", "--standalone", f"--nproc_per_node={num_processes}"]

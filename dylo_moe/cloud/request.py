@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 from transformers import HfArgumentParser
 
-from .arguments import ModelArguments, TrainArguments, check_four_bit, refusal_of, training_parser
-from .cloud_arguments import IN_CLEAR, SPOT, CloudArguments
-from .cloud_machines import Machine
-from .cloud_start import ARTIFACT_VARIABLE
-from .config import DataConfig
-from .data.places import locate
-from .flags import UsageError, parse
-from .recipe import with_recipe
-from .tracking import REFERENCE
+from ..arguments import ModelArguments, TrainArguments, check_four_bit, refusal_of, training_parser
+from ..config import DataConfig
+from ..data.places import locate
+from ..flags import UsageError, parse
+from ..recipe import with_recipe
+from ..tracking import REFERENCE
+from .job_arguments import IN_CLEAR, SPOT, CloudArguments
+from .machines import Machine
+from .start import ARTIFACT_VARIABLE
 
 NOT_OFFERED = {
     "output_dir": "it is made of --bucket and --display_name, so that the same command goes on where it was",

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import UNIFORM
-from .model import DyLoRAMoE
+from ..config import UNIFORM
+from ..model import DyLoRAMoE
 
 
 @torch.no_grad()

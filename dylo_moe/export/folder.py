@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import replace_folder
+from ..checkpoint import replace_folder
 
 
 def check_free(target: Path) -> None:

@@ -17,14 +17,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .card import short_name
-from .config import BASE, UNIFORM
-from .data import Collator
-from .evaluate.held_out import HeldOut
-from .evaluate.losses import DatasetLosses, Losses, estimates, measure, shown
-from .model import DyLoRAMoE
+from ..card import short_name
+from ..config import BASE, UNIFORM
+from ..data import Collator
+from ..evaluate.held_out import HeldOut
+from ..evaluate.losses import DatasetLosses, Losses, estimates, measure, shown
+from ..model import DyLoRAMoE
+from ..spans import prompt_ends
 from .request_routing import experts_for
-from .spans import prompt_ends
 
 ROUTED = "each token routed"
 PER_REQUEST = "one expert a request"

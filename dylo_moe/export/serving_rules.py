@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import EMBEDDED_BASE
-from .config import BASE
-from .lora_config import listed
+from ..base import EMBEDDED_BASE
+from ..config import BASE
+from ..lora_config import listed
 
 VLLM_VERSION = "0.33.0"
 """Whose rules these are."""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from transformers import HfArgumentParser
 
-from .config import BASE
-from .flags import Parser, UsageError, parse, plain_options
+from ..config import BASE
+from ..flags import Parser, UsageError, parse, plain_options
 
 VLLM, MERGED = "vllm", "merged"
 MEASURED = "measured"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .cloud_arguments import CloudArguments
-from .cloud_job import as_yaml, build, client_library, parent, run_folder
-from .cloud_request import SubmitRequest
+from .job import as_yaml, build, client_library, parent, run_folder
+from .job_arguments import CloudArguments
+from .request import SubmitRequest
 
 if TYPE_CHECKING:
     from google.cloud import aiplatform_v1

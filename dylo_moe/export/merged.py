@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .model import DyLoRAMoE
+from ..model import DyLoRAMoE
 
 
 @torch.no_grad()

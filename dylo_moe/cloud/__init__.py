@@ -1,0 +1,1 @@
+"""`dylora submit`: a training as a custom job of Vertex AI."""

@@ -1,0 +1,1 @@
+"""`dylora export`: what other engines serve, and what that loses."""
