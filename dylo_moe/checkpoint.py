@@ -12,7 +12,6 @@ Weights are safetensors only, the base is never in it. A folder is written aside
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -38,6 +37,7 @@ from .frozen import base_identity, check_base, compare_base, fingerprint, quanti
 from .lora_config import listed
 from .routing_hooks import broken_weights
 from .skill_library import SkillLibrary
+from .whole_file import sha256
 
 if TYPE_CHECKING:
     from .model import DyLoRAMoE
@@ -206,7 +206,7 @@ def write_files(
         card = model_card(manifest, known.get("facts"), losses, known.get("settings"), known.get("step"))
         (folder / CARD).write_text(card, encoding="utf-8")
     manifest["files"] = {
-        name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
         for name in sorted(_files_below(folder))
     }
     for name in manifest["files"]:
@@ -245,14 +245,6 @@ def _plain(config: PeftConfig) -> dict[str, Any]:
 
 def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
@@ -318,7 +310,7 @@ def _file_problems(folder: Path, files: dict[str, tuple[str, int]], *, strict: b
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
-        elif _sha256(file) != digest:
+        elif sha256(file) != digest:
             problems.append(f"{name} was altered: its sha256 is not the one in {MANIFEST}")
     present = _files_below(folder, "." if strict else "experts")
     problems += [f"{name} does not belong to it" for name in sorted(present - files.keys() - {MANIFEST})]

@@ -143,6 +143,10 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     show_resumption(console, arguments)
     set_seed(arguments.train.seed)
     plan = benchmark_plan(arguments)
+    if plan is not None and sharding is not None:
+        raise ValueError(
+            "eval_benchmark has one process answer, which with FSDP holds a part of the base only; leave one of them out"
+        )
     tokenizer = load_tokenizer(arguments.model.model)
     with arguments.train.main_process_first(desc="tokenising"):
         data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)

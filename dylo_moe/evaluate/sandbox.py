@@ -250,7 +250,8 @@ def open_sandbox(kind: str, limits: Limits) -> Sandbox:
 def _refusal(why: str) -> str:
     return (
         f"generated code cannot be isolated here: {why}. Install bubblewrap (Debian, Ubuntu: apt-get install "
-        "bubblewrap), or use --sandbox docker; --sandbox rlimits_only runs it with your rights, for code you trust"
+        "bubblewrap; in a container it also needs leave for user namespaces, see docs/docker.md), or use --sandbox "
+        "docker; --sandbox rlimits_only runs it with your rights, for code you trust"
     )
 
 

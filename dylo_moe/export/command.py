@@ -22,9 +22,10 @@ from ..evaluate.held_out import HeldOut, held_out
 from ..evaluate.losses import measure
 from ..facts import write_json
 from ..model import DyLoRAMoE
+from ..whole_file import sha256
 from . import losses
 from .export_arguments import MEASURED, MERGED, ExportArguments, ExportRequest, mixture_weights
-from .folder import check_free, files_below, sha256, whole_folder
+from .folder import check_free, files_below, whole_folder
 from .losses import PER_REQUEST, PLAIN, Measured, in_words, measure_requests, measure_routed, routed_shares
 from .merged import bake
 from .padded_adapter import PaddedAdapter, padded
