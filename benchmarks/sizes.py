@@ -25,6 +25,7 @@ from dylo_moe.chunked_loss import chunk_loss
 from dylo_moe.memory import ACTIVATIONS, ADAM_STATES, Batch, Simulation
 from dylo_moe.model import DyLoRAMoE
 from dylo_moe.plan import components, routed_model
+from dylo_moe.process_share import base_share
 
 BASES = (
     "HuggingFaceTB/SmolLM2-135M",
@@ -282,23 +283,17 @@ def nodes() -> Iterator[str]:
         "base gathered, MB a forward",
     )
     for name in BASES:
-        of = shape(name)
+        of, base = shape(name), built(name).base
         trained = 4 * (16 * of.expert + of.router_row)
         for count in (2, 8, 32):
-            others = (count - 1) / count
+            others, share = (count - 1) / count, base_share(base, count, reshard_after_forward=True)
             sizes = (
                 2 * others * FP32 * trained,
                 BF16 * of.parameters,
-                sharded_bytes(of, count),
+                share.kept + share.gathered,
                 others * BF16 * of.parameters,
             )
             yield row(short(name), str(count), *(f"{size / MB:,.0f}" for size in sizes))
-
-
-def sharded_bytes(of: Shape, count: int) -> float:
-    """A share of the base; whole: two layers, the one at work and the next, and all that is in no layer."""
-    outside = of.parameters - of.num_layers * of.layer
-    return BF16 * (of.parameters / count + 2 * of.layer + outside)
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {

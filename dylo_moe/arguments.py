@@ -59,6 +59,10 @@ REFUSED = {
     "torch_compile_mode": "not tested with routing yet",
     "deepspeed": "not tested with routing yet",
     "parallelism_config": "not tested with routing yet",
+    "ddp_find_unused_parameters": "experts that no token chose have no gradient, which has to be allowed for",
+    "ddp_static_graph": "which experts take part differs from step to step",
+    "average_tokens_across_devices": "a step's loss is over the tokens of all processes",
+    "dataloader_drop_last": "rows would be left out; where a pass does not come out even, its last batch is smaller",
     "auto_find_batch_size": "it would restart on experts that were already trained",
     "push_to_hub": "upload the checkpoint folder with the `hf` command instead",
     "do_train": "this command always trains",
@@ -225,7 +229,18 @@ class TrainArguments(TrainingArguments):
             self.metric_for_best_model = "loss"  # so that the best checkpoint is known and kept
         if str(self.fsdp).lower() in ("true", "false"):  # as a recipe says it
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
+        if self.fsdp_config and not self.fsdp:
+            raise ValueError(
+                "fsdp_config is given, but nothing is shared without --fsdp true; add that, or leave it out"
+            )
         super().__post_init__()
+        sharing = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+        others = [name for name, ours in sharing.items() if getattr(self.accelerator_config, name) not in (ours, None)]
+        if others:
+            raise ValueError(
+                f"accelerator_config sets {', '.join(others)}, but how processes share rows is fixed: each takes "
+                "per_device_train_batch_size at once"
+            )
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process trains on one GPU; several are for torchrun and accelerate launch
         patience = self.early_stopping_patience
@@ -296,18 +311,22 @@ def refusal_of(name: str) -> str | None:
     return REFUSED.get(name)
 
 
-def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments:
+def parse_train(argv: Sequence[str], *, prog: str = "dylora train", num_processes: int | None = None) -> Arguments:
     """Read the command line and the recipe it names.
+
+    Args:
+        num_processes: that the run will have; None: as many as it has.
 
     Raises:
         UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
     """
     parser = build_parser(prog)
+    count = num_ranks() if num_processes is None else num_processes
     words = with_recipe(argv, parser, refusal_of)
     resumed = _resumption(words)
     if resumed is not None:
         own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
-        words = [*as_words(shared_out(resumed, num_ranks())), "--output_dir", str(own), *words]
+        words = [*as_words(shared_out(resumed, count)), "--output_dir", str(own), *words]
     model, data, train = parse(parser, words, refusal_of)
     check_four_bit(model, train)
     model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
@@ -315,7 +334,7 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train") -> Arguments
     if resumed is None or resumed.checkpoint is None:
         return arguments
     saved = in_full(resumed.settings, (ModelArguments, DataConfig))
-    processes = (resumed.record.get("world_size", 1), num_ranks())
+    processes = (resumed.record.get("world_size", 1), count)
     refused, allowed = changes(saved, settings_of(arguments), processes=processes)
     if refused:
         raise UsageError(

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(f"dylora {name}: {error}")
         return 2
     except KeyboardInterrupt:
-        print(f"dylora {name}: interrupted", file=sys.stderr)
+        _tell(f"dylora {name}: interrupted")
         return 130
 
 
@@ -135,14 +135,14 @@ def submit(words: list[str]) -> int:
 
 def plan(words: list[str]) -> int:
     """`dylora plan`, with the flags of `dylora train`."""
-    from .arguments import build_parser, parse_train
+    from .plan_arguments import build_plan_parser, parse_plan
 
     if any(word in ("-h", "--help", "--help_all") for word in words):
-        build_parser("dylora plan", show_all="--help_all" in words).print_help()
+        build_plan_parser(show_all="--help_all" in words).print_help()
         return 0
     from .plan import run
 
-    run(parse_train(words, prog="dylora plan"))
+    run(*parse_plan(words))
     return 0
 
 

@@ -32,6 +32,7 @@ from .model import DyLoRAMoE
 from .progress import MetricsFile, ProgressBar
 from .report import run as write_report
 from .resume import CONFIG_FILE, checkpoints_in, data_changes
+from .run_view import command, show_loss
 from .stage_trainer import StageTrainer
 from .stopping import Stopped, StopRequest
 from .stream_arguments import StreamRequest
@@ -46,7 +47,7 @@ from .stream_state import (
     write_view,
 )
 from .summary import show_data
-from .train import base_options, build_model, command, show_loss, take_up_log, train_on
+from .train import base_options, build_model, take_up_log, train_on
 from .trainer import DyLoRATrainer
 
 SKILL_BATCH = 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,17 +16,18 @@ from transformers.utils import logging as transformers_logging
 
 from .architectures import base_config
 from .arguments import Arguments
-from .base import load_tokenizer
 from .chunked_loss import chunk_loss
-from .data import PackedTexts, epoch_of, load_data
-from .memory import ADAM_STATES, BASE, EXPERTS, PARTS, Batch, Simulation
+from .memory import ADAM_STATES, BASE, EXPERTS, GRADIENTS, OPTIMIZER, PARTS, Batch, Simulation
 from .model import DyLoRAMoE
+from .process_share import FLAT, Processes, one_process, processes_of, trained_bytes
 from .train import ROUTER_START_ROWS, build_model
+from .workload import Workload, workload
 
 BF16_BYTES = 2
 MB = 1e6
 EXPERTS_LISTED = 8
 """Up to so many experts get a line each."""
+ALONE = Processes()
 
 
 class Component(NamedTuple):
@@ -38,26 +38,8 @@ class Component(NamedTuple):
     trainable: bool
 
 
-class Workload(NamedTuple):
-    """What the data amount to."""
-
-    rows: int
-    """Of an epoch; packed ones where texts are packed."""
-    tokens: int
-    """Real ones of an epoch."""
-    steps_per_epoch: int
-    """Optimizer steps."""
-    steps: int
-    """Of the whole training, unless it stops early."""
-    batch: Batch
-    """The largest of training."""
-    eval_batch: Batch
-    start_tokens: int
-    """Of the rows that start the router."""
-
-
 class Peak(NamedTuple):
-    """The most memory that is held at once, in bytes by part, and when."""
+    """The most memory that one process holds at once, in bytes by part, and when."""
 
     when: str
     parts: dict[str, int]
@@ -90,6 +72,8 @@ class Plan(NamedTuple):
     """One expert in bf16."""
     expert_training_bytes: int
     """One expert while it trains: its weights, their gradients and AdamW's states."""
+    processes: Processes = ALONE
+    """That train; memory is of one of them."""
 
 
 def routed_model(arguments: Arguments, *, dtype: torch.dtype | None = None) -> DyLoRAMoE:
@@ -129,70 +113,43 @@ def describe_head(model: DyLoRAMoE) -> str:
     return f"of the base, the output head has {weight.numel():,} parameters: {shared}"
 
 
-def workload(arguments: Arguments) -> Workload:
-    """Read and tokenise the data as training would.
+def peak_memory(arguments: Arguments, load: Workload, *, bf16: bool, processes: Processes = ALONE) -> Peak:
+    """The largest moment of one process: the router's start, a training step, or an evaluation.
 
-    Raises:
-        ValueError, OSError: where the tokenizer or a dataset cannot be had.
-    """
-    train = arguments.train
-    data = load_data(arguments.data, load_tokenizer(arguments.model.model), seed=train.seed)
-    rows = epoch_of(data.train, arguments.data)
-    lengths = data.train.with_format("numpy")["length"][:]
-    packed = isinstance(rows, PackedTexts)
-    longest = int(lengths.max())
-    if isinstance(rows, PackedTexts):
-        longest = max(int(rows.lengths[row].sum()) for row in rows.rows)
-    batch_size = train.per_device_train_batch_size * train.world_size
-    batches = len(rows) // batch_size if train.dataloader_drop_last else math.ceil(len(rows) / batch_size)
-    steps_per_epoch = max(math.ceil(batches / train.gradient_accumulation_steps), 1)
-    evaluation = data.evaluation.values()
-    return Workload(
-        rows=len(rows),
-        tokens=int(lengths.sum()),
-        steps_per_epoch=steps_per_epoch,
-        steps=train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * steps_per_epoch),
-        batch=Batch(min(train.per_device_train_batch_size, len(rows)), longest, packed),
-        eval_batch=Batch(
-            min(train.per_device_eval_batch_size, max(len(part) for part in evaluation)),
-            max(int(part.with_format("numpy")["length"][:].max()) for part in evaluation),
-        ),
-        start_tokens=int(lengths[:ROUTER_START_ROWS].sum()),
-    )
-
-
-def peak_memory(arguments: Arguments, load: Workload, *, bf16: bool) -> Peak:
-    """The largest of the router's start, a training step, and an evaluation.
+    On a GPU the router's start is none, for the model is not there yet.
 
     Args:
         bf16: as with that flag; else as the flags say.
     """
     train = arguments.train
+    device = train.device.type
     autocast = torch.bfloat16 if bf16 else torch.float16 if train.fp16 else None
     model = routed_model(arguments, dtype=torch.bfloat16 if bf16 else None)
     if getattr(train, "activation_checkpointing", False) or train.gradient_checkpointing:  # the newer name, the older
         model.gradient_checkpointing_enable()
-    hidden = model.router.hidden_size
-    simulation = Simulation(model, device=train.device.type, autocast=autocast)
+    one, trained = one_process(model, processes, device=device), trained_bytes(model)
+    simulation = Simulation(model, device=device, autocast=autocast)
     simulation.inside(lambda: chunk_loss(model, arguments.model.loss_chunk_size))
-    held = {part: size for part, size in simulation.tracker.live.items() if part in (BASE, EXPERTS)}
+    live = simulation.tracker.live
+    held = {part: size for part, size in live.items() if part in (BASE, EXPERTS)}
+    step = simulation.train_step(
+        load.batch, micro_batches=train.gradient_accumulation_steps, label_smoothing=train.label_smoothing_factor
+    )
     stages = [
-        Peak(
-            "a training step",
-            simulation.train_step(
-                load.batch,
-                micro_batches=train.gradient_accumulation_steps,
-                label_smoothing=train.label_smoothing_factor,
-            ),
-        ),
-        # The features of the texts, fp32, once text by text and once behind one another.
-        Peak("the start of the router", {**held, "features of the first rows": 2 * 4 * hidden * load.start_tokens}),
-        Peak("an evaluation", simulation.evaluation(load.eval_batch)),
+        Peak("a training step", one.holds(step)),
+        Peak("an evaluation", one.holds(simulation.evaluation(load.eval_batch))),
     ]
+    if device == "cpu":
+        # The features of the texts, fp32, once text by text and once behind one another. The base is not shared yet.
+        features = 2 * 4 * model.router.hidden_size * load.start_tokens
+        stages.append(Peak("the start of the router", {**held, "features of the first rows": features}))
+    if processes.sharding is not None:  # when the backward is over
+        after = {**held, OPTIMIZER: live[OPTIMIZER], GRADIENTS: trained, FLAT: trained}
+        stages.append(Peak("the averaging of gradients", one.holds(after, gathers=False)))
     return max(stages, key=lambda stage: stage.total)
 
 
-def make_plan(arguments: Arguments) -> Plan:
+def make_plan(arguments: Arguments, processes: Processes = ALONE) -> Plan:
     """What the run would be. No weights are read or made.
 
     Raises:
@@ -200,14 +157,13 @@ def make_plan(arguments: Arguments) -> Plan:
     """
     model = routed_model(arguments)
     parts, head = components(model), describe_head(model)
-    adapters = [item for item in model.parameters() if item.requires_grad]
-    trained_bytes = sum(item.nbytes for item in adapters)
+    trained = trained_bytes(model)
     one = model.experts[0].parameters
     expert_bytes = sum(item.nbytes for item in model.experts.parameters(model.experts[0].name))
     del model
     load, not_known = None, ""
     try:
-        load = workload(arguments)
+        load = workload(arguments, num_processes=processes.num)
     except (ValueError, OSError) as error:
         not_known = " ".join(str(error).split())
     process_bytes = resident_bytes()
@@ -215,19 +171,20 @@ def make_plan(arguments: Arguments) -> Plan:
     full = Batch(train.per_device_train_batch_size, seq, arguments.data.packing)
     eval_full = Batch(train.per_device_eval_batch_size, seq)
     assumed = load or Workload(0, 0, 0, 0, full, eval_full, ROUTER_START_ROWS * seq)
-    peak_bf16 = peak_memory(arguments, assumed, bf16=True)
+    peak_bf16 = peak_memory(arguments, assumed, bf16=True, processes=processes)
     return Plan(
         components=parts,
         head=head,
         workload=load,
         not_known=not_known,
         batch=assumed.batch,
-        peak=peak_bf16 if train.bf16 else peak_memory(arguments, assumed, bf16=False),
+        peak=peak_bf16 if train.bf16 else peak_memory(arguments, assumed, bf16=False, processes=processes),
         peak_bf16=peak_bf16,
         process_bytes=process_bytes,
-        checkpoint_bytes=(1 + ADAM_STATES) * trained_bytes,
+        checkpoint_bytes=(1 + ADAM_STATES) * trained,
         expert_served_bytes=BF16_BYTES * one,
         expert_training_bytes=(2 + ADAM_STATES) * expert_bytes,
+        processes=processes,
     )
 
 
@@ -237,8 +194,8 @@ def resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def run(arguments: Arguments) -> None:
-    """Print the plan of a run.
+def run(arguments: Arguments, num_processes: int = 1) -> None:
+    """Print the plan of a run in so many processes.
 
     Raises:
         ValueError: where it cannot be made; see `make_plan`.
@@ -250,7 +207,8 @@ def run(arguments: Arguments) -> None:
         )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    plan, console = make_plan(arguments), Console()
+    processes = processes_of(arguments.train, num_processes)
+    plan, console = make_plan(arguments, processes), Console()
     show_components(console, arguments, plan)
     show_workload(console, arguments, plan)
     show_memory(console, arguments, plan)
@@ -296,11 +254,12 @@ def show_workload(console: Console, arguments: Arguments, plan: Plan) -> None:
         console.print(f"tokens per epoch, steps: not known: {plan.not_known}", highlight=False, markup=False)
     else:
         rows = "packed rows" if load.batch.packed else "rows"
+        count = "" if plan.processes.num == 1 else f"{plan.processes.num} x "
         epochs = f"{train.num_train_epochs:g} epochs" if train.max_steps <= 0 else "--max_steps"
         console.print(f"tokens per epoch: {load.tokens:,} in {load.rows:,} {rows}", highlight=False)
         console.print(
             f"steps: {load.steps:,} ({epochs}; {load.steps_per_epoch:,} an epoch, each of "
-            f"{train.gradient_accumulation_steps} x {train.per_device_train_batch_size} rows)",
+            f"{count}{train.gradient_accumulation_steps} x {train.per_device_train_batch_size} rows)",
             highlight=False,
         )
     console.print(
@@ -313,7 +272,8 @@ def show_memory(console: Console, arguments: Arguments, plan: Plan) -> None:
     """The peaks' parts, side by side."""
     batch, train = plan.batch, arguments.train
     columns = [("bf16", plan.peak_bf16)] if train.bf16 else [("as the flags say", plan.peak), ("bf16", plan.peak_bf16)]
-    title = f"estimated peak on {train.device.type}, MB: {batch.rows} rows of {batch.seq} tokens"
+    of_one = "" if plan.processes.num == 1 else " of one process"
+    title = f"estimated peak{of_one} on {train.device.type}, MB: {batch.rows} rows of {batch.seq} tokens"
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("part")
     for name, _ in columns:

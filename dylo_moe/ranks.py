@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import distributed
 
 STORE_TIMEOUT = timedelta(seconds=10)
-"""How long a rank that failed waits for what the launcher keeps, to learn whether another one has told of it."""
+"""How long a rank tries to reach what the launcher keeps."""
 WORK_TIMEOUT = timedelta(hours=1)
 """How long ranks wait for what the first one makes, such as a download."""
 _CALLS = itertools.count()
@@ -56,7 +56,8 @@ def from_first(make: Callable[[], str]) -> str:
     """
     if num_ranks() == 1:
         return make()
-    store, key = _store(WORK_TIMEOUT), f"dylora/first/{next(_CALLS)}"
+    store, key = _store(), f"dylora/first/{next(_CALLS)}"
+    store.set_timeout(WORK_TIMEOUT)
     if is_first():
         try:
             made = make()
@@ -106,15 +107,15 @@ def speaks() -> bool:
     if num_ranks() == 1:
         return True
     try:
-        return _store(STORE_TIMEOUT).add("dylora/told", 1) == 1
+        return _store().add("dylora/told", 1) == 1
     except (KeyError, ValueError, RuntimeError):  # the launcher keeps no store, or is gone
         return is_first()
 
 
-def _store(timeout: timedelta) -> distributed.PrefixStore:
+def _store() -> distributed.PrefixStore:
     """What the launcher keeps for all ranks of one start."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+    store = distributed.TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
     return distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
@@ -123,9 +124,8 @@ def is_lost_peer(error: BaseException) -> bool:
     if num_ranks() == 1 or not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()
-    return isinstance(error, distributed.DistError) or any(
-        part in text for part in ("closed by peer", "reset by peer", "gloo", "broken pipe", "timed out waiting")
-    )
+    signs = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting")
+    return isinstance(error, distributed.DistError) or any(sign in text for sign in signs)
 
 
 def _device() -> torch.device:

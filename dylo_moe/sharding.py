@@ -42,11 +42,12 @@ class Sharding(NamedTuple):
     """What the user says a decoder layer is called; empty: nothing."""
 
 
-def take_sharding(arguments: Any) -> Sharding | None:
+def take_sharding(arguments: Any, *, num_processes: int) -> Sharding | None:
     """What --fsdp or `accelerate launch --use_fsdp` asks for; they are taken back, as the Trainer is to see DDP alone.
 
     Args:
         arguments: `transformers.TrainingArguments`.
+        num_processes: that share the base.
 
     Raises:
         ValueError: for what cannot be done, every reason at once.
@@ -57,7 +58,7 @@ def take_sharding(arguments: Any) -> Sharding | None:
     if asked is None:
         return None
     plugin = FullyShardedDataParallelPlugin(**{**asked, "cpu_ram_efficient_loading": False})
-    problems = _problems(plugin)
+    problems = _problems(plugin, num_processes)
     if problems:
         raise ValueError("FSDP cannot be used so: " + "; ".join(problems))
     arguments.fsdp, arguments.fsdp_plugin_args = None, None
@@ -69,11 +70,11 @@ def take_sharding(arguments: Any) -> Sharding | None:
     )
 
 
-def _problems(plugin: FullyShardedDataParallelPlugin) -> list[str]:
+def _problems(plugin: FullyShardedDataParallelPlugin, num_processes: int) -> list[str]:
     problems = []
     if plugin.fsdp_version != 2:
         problems.append(f"its version is {plugin.fsdp_version}, which is on its way out; set it to 2")
-    if num_ranks() == 1:
+    if num_processes == 1:
         problems.append(
             "there is one process, which has nobody to share with; start with torchrun or accelerate launch"
         )

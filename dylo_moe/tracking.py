@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,10 @@ class CheckpointArtifacts(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for what is still on its way, so that a failure is known."""
+        deadline = time.monotonic() + UPLOAD_TIMEOUT_SECONDS  # for all of them: other ranks are waiting
         for folder, artifact in self.pending:
             try:
-                artifact.wait(timeout=UPLOAD_TIMEOUT_SECONDS)
+                artifact.wait(timeout=max(int(deadline - time.monotonic()), 1))
             except Exception as error:
                 self._failed(error, folder)
         self.pending.clear()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,20 +25,29 @@ from . import ranks
 from .arguments import Arguments, ModelArguments, new_output_dir, save_config, settings_of
 from .base import four_bit, load_base, load_tokenizer
 from .checkpoint import save_checkpoint
-from .chunked_loss import chunk_loss
 from .config import GrowthConfig, RouterConfig, parse_router_layer
-from .data import Collator, LoadedData, PackedTexts, check_texts_kept_apart, epoch_of, load_data, padding_share
+from .data import Collator, LoadedData, check_texts_kept_apart, epoch_of, load_data
 from .evaluate.callback import BenchmarkCallback, Plan, plan_benchmarks
 from .facts import run_facts, write_json
-from .frozen import count_parameters
 from .generate import end_ids, sample
 from .meter import Reading
 from .model import DyLoRAMoE
 from .progress import MetricsFile, ProgressBar
 from .resume import CONFIG_FILE, Resumption, checkpoint_name, checkpoints_in, clear_unfinished, data_changes, set_aside
-from .sharding import Sharding, shard_base, take_sharding
+from .run_view import (
+    finish,
+    go_on,
+    how_to_go_on,
+    show_best,
+    show_loss,
+    show_model,
+    show_packing,
+    show_processes,
+    show_resumption,
+)
+from .sharding import shard_base, take_sharding
 from .stopping import EarlyStopping, RankLost, Stopped, StopRequest
-from .summary import Sample, show_data, show_legend, show_losses, show_sample, show_shares, write_plots
+from .summary import Sample, show_data, write_plots
 from .tracking import CheckpointArtifacts, log_plots, log_settings, prepare
 from .trainer import DyLoRATrainer
 
@@ -119,33 +125,18 @@ def run(arguments: Arguments) -> Path:
             raise
 
 
-def how_to_go_on(arguments: Arguments) -> str:
-    """Where a run stands that lost one of its processes."""
-    folder = Path(arguments.train.output_dir)
-    found = checkpoints_in(folder)
-    if not found:
-        return f"another process of this run has gone; {folder} has no checkpoint yet: start again"
-    return f"another process of this run has gone; the last whole checkpoint is {found[-1][1]}. {go_on(folder)}"
-
-
-def go_on(folder: Path) -> str:
-    """How a run is taken up."""
-    how = f"with: {command()} train" if ranks.num_ranks() == 1 else "with the same launcher and: train.py"
-    return f"Go on {how} --resume_from_checkpoint {folder}"
-
-
 def _run(arguments: Arguments, stop: StopRequest) -> Path:
     started = time.time()
     transformers_logging.disable_progress_bar()
     console = ranks.console()
-    settings, sharding = settings_of(arguments), take_sharding(arguments.train)
+    settings, sharding = settings_of(arguments), take_sharding(arguments.train, num_processes=ranks.num_ranks())
     show_processes(console, arguments, sharding)
     show_resumption(console, arguments)
     set_seed(arguments.train.seed)
     plan = benchmark_plan(arguments)
     if plan is not None and sharding is not None:
         raise ValueError(
-            "eval_benchmark has one process answer, which with FSDP holds a part of the base only; leave one of them out"
+            "eval_benchmark has one process answer, and with FSDP that holds a part of the base: leave one of them out"
         )
     tokenizer = load_tokenizer(arguments.model.model)
     with arguments.train.main_process_first(desc="tokenising"):
@@ -213,6 +204,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     train_on(trainer, stop, checkpoint, state)
     final = folder / "checkpoint"
     record = {**training, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
+    model.router.collect_counts(are_whole=False)
     if ranks.is_first():
         save_checkpoint(model, final, training=record)
     after = evaluate(trainer, console, "after training")
@@ -230,34 +222,6 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
 
 
 # Where it begins.
-
-
-def show_processes(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
-    """How many train together, and GPUs of this machine that do not."""
-    train, count = arguments.train, ranks.num_ranks()
-    if count > 1:
-        each, turns = train.per_device_train_batch_size, train.gradient_accumulation_steps
-        how = "each with all of the base" if sharding is None else "each with a share of the base (FSDP2)"
-        console.print(f"{count} processes, {how}: {count} x {turns} x {each} rows a step", highlight=False)
-    idle = torch.cuda.device_count() - 1
-    if count == 1 and idle > 0 and train.device.type == "cuda":
-        console.print(f"one process trains on one GPU; {idle} more are idle here (docs/distributed.md)", style="yellow")
-
-
-def show_resumption(console: Console, arguments: Arguments) -> None:
-    """What the run goes on from, and what is not as it was."""
-    resumed = arguments.resumed
-    if resumed is None:
-        return
-    for problem in resumed.broken:
-        console.print(Text(f"passed over: {problem}", style="yellow"), soft_wrap=True)
-    if resumed.checkpoint is None:
-        text = f"{resumed.run} was interrupted before its first checkpoint: it starts at its beginning."
-        console.print(Text(text, style="yellow"), soft_wrap=True)
-        return
-    console.print(f"going on from {resumed.checkpoint}, step {resumed.record['step']}", highlight=False, soft_wrap=True)
-    for change in arguments.changed:
-        console.print(f"changed, as it may: {change}", highlight=False, soft_wrap=True)
 
 
 def check_same_data(resumed: Resumption | None, data: LoadedData) -> None:
@@ -381,57 +345,11 @@ def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
     return state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history))
 
 
-def show_best(console: Console, trainer: DyLoRATrainer) -> None:
-    """Which checkpoint was the best, and which one the run ends with."""
-    state = trainer.state
-    if state.best_metric is None:
-        return
-    kept = f"kept as {state.best_model_checkpoint}" if state.best_model_checkpoint else "not saved"
-    ends = "the run ends with it" if trainer.args.load_best_model_at_end else "the run ends with the last one"
-    console.print(
-        f"best eval_{trainer.args.metric_for_best_model} {state.best_metric:.4f} at step {state.best_global_step}, "
-        f"{kept}; {ends} (step {state.global_step})",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def show_packing(console: Console, rows: Any, *, batch_size: int) -> None:
-    """How full packed rows are, against the same texts a row each."""
-    if isinstance(rows, PackedTexts):
-        padding = padding_share(rows.lengths, batch_size)
-        console.print(
-            f"packing: {len(rows.lengths):,} texts in {len(rows):,} rows of {rows.max_seq_length} tokens, "
-            f"{rows.fill:.1%} full; a row each, {padding:.1%} of a batch of {batch_size} would be padding",
-            highlight=False,
-        )
-
-
 def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, Reading]:
     """The held-out reading of every dataset."""
     with console.status(f"evaluating {when}"):
         trainer.evaluate()
     return dict(trainer.readings)
-
-
-def show_model(console: Console, model: DyLoRAMoE) -> None:
-    """What is frozen and what trains, counted from the model itself."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen = count_parameters(parameter for parameter in model.parameters() if not parameter.requires_grad)
-    expert = model.experts[0]
-    router = sum(parameter.numel() for parameter in model.router.parameters())
-    console.print(
-        f"{model.base_id}: {frozen:,} parameters frozen, {trainable:,} trained: {len(model.experts)} experts of rank "
-        f"{expert.rank} with {expert.parameters:,} each, a router of {router:,}",
-        highlight=False,
-    )
-
-
-def show_loss(console: Console, model: DyLoRAMoE, wanted: int | None) -> None:
-    """Choose how the loss is computed, and say so."""
-    text = chunk_loss(model, wanted)
-    if text:
-        console.print(text, highlight=False, markup=False)
 
 
 def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[Sample]:
@@ -441,59 +359,3 @@ def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: L
         sample(model, ids, end_ids=end_ids(tokenizer), max_new_tokens=SAMPLE_TOKENS, label=domain)
         for domain, ids in data.sample_prompts.items()
     ]
-
-
-def finish(
-    console: Console,
-    model: DyLoRAMoE,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: list[Sample],
-    before: dict[str, float],
-    after: dict[str, Reading],
-    folder: Path,
-    plots: list[Path],
-) -> None:
-    """Tables, samples, where things lie, and what to type next. Also kept as a picture, result.svg."""
-    write_json(folder / "samples.json", [readable(item, tokenizer) for item in samples])
-    recorder = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    for target in (console, recorder):
-        show_losses(target, before, after)
-        show_shares(target, after)
-        show_legend(target, model.router.names)
-        for item in samples:
-            show_sample(target, item, tokenizer, model.router.names)
-    recorder.save_svg(str(folder / "result.svg"), title="dylora train")
-    recorder.file.close()
-    checkpoint = folder / "checkpoint"
-    console.rule(style="dim")
-    for label, path in (
-        ("checkpoint", checkpoint),
-        ("metrics", folder / "metrics.jsonl"),
-        *(("plot", plot) for plot in plots),
-        ("picture", folder / "result.svg"),
-        ("settings", folder / "config.yaml"),
-    ):
-        console.print(f"{label:11s} {path}", highlight=False, soft_wrap=True)
-    console.print("\nNext, ask it something:\n")
-    question = "Write the Python function `clamp`. Limit a number to a range."
-    console.print(
-        f"  {command()} generate --checkpoint {checkpoint} --prompt {question!r}".replace("`", ""),
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
-    console.print()
-
-
-def readable(item: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A sample as it is kept in samples.json: the text of each token, and its expert."""
-    tokens = [str(tokenizer.decode([token])) for token in item.ids]
-    return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}
-
-
-def command() -> str:
-    """How the reader can call this very installation: by name where that finds it, else by its path."""
-    beside, found = Path(sys.executable).with_name("dylora"), shutil.which("dylora")
-    if found and Path(found).resolve() == beside.resolve():
-        return "dylora"
-    return os.path.relpath(beside) if beside.exists() else f"{sys.executable} -m dylo_moe.cli"

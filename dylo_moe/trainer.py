@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .checkpoint import CheckpointError, check_finite, load_into, replace_folder, write_files
 from .meter import Meter, Reading, token_losses
 from .model import DyLoRAMoE
+from .ranks import is_lost_peer
 from .resume import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, trainable_set, unfinished
 from .sharding import average_gradients, is_sharded
 from .watch import AlarmBell, alarms, as_metrics, gate_drift, gradient_norms
@@ -91,7 +92,8 @@ class DyLoRATrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return EpochLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+            rows = sampler.batch_size * self.args.world_size  # of a step, however many processes share it
+            return EpochLengthGroupedSampler(rows, lengths=sampler.lengths, seed=seed)
         return sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -101,7 +103,7 @@ class DyLoRATrainer(Trainer):
         samples, num_items = super().get_batch_samples(batches, num_batches, device)
         counts = [batch["attention_mask"].sum() for batch in samples if "attention_mask" in batch]
         self._step_tokens = torch.stack(counts).sum().to(device) if len(counts) == len(samples) and counts else None
-        if self._step_tokens is not None and self.args.average_tokens_across_devices and self.args.world_size > 1:
+        if self._step_tokens is not None and self.args.world_size > 1:
             self._step_tokens = self.accelerator.gather(self._step_tokens).sum()
         return samples, num_items
 
@@ -118,7 +120,7 @@ class DyLoRATrainer(Trainer):
         """
         left = num_rows % (each * self.args.world_size)
         is_last = self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader
-        if not is_last or left == 0 or self.args.dataloader_drop_last:
+        if not is_last or left == 0:
             return batch
         real = max(left - each * self.args.process_index, 0)
         labels, mask = batch["labels"].clone(), batch["attention_mask"].clone()
@@ -203,7 +205,7 @@ class DyLoRATrainer(Trainer):
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Made here, for Accelerate leaves a model that was evaluated before as it is: its ranks would train apart."""
         wrapped = super()._wrap_model(model, training, dataloader)
-        if not training or wrapped is not model or self.args.world_size == 1:
+        if not training or self.args.world_size == 1 or isinstance(wrapped, DistributedDataParallel):
             return wrapped
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         if is_sharded(model):
@@ -324,7 +326,10 @@ class DyLoRATrainer(Trainer):
                 self._seal(aside)
                 replace_folder(aside, target)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # RuntimeError: torch.save on a full disk
-            shutil.rmtree(aside, ignore_errors=True)
+            if is_lost_peer(error):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(self._cannot_save(target, error)) from error
         if self.args.should_save:
             self._rotate(folder)
