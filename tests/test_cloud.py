@@ -173,8 +173,8 @@ def test_a_recipe_travels_as_flags_and_the_command_line_wins(tmp_path):
 
 
 def test_a_flag_that_switches_off_travels_as_it_is():
-    words = ["--no_logging_nan_inf_filter", "--fsdp_config", '{"version": 2}']
-    assert parse_submit([*NEEDED, *words]).flags == words
+    words = ["--no_logging_nan_inf_filter", "--fsdp", "true", "--fsdp_config", '{"version": 2}']
+    assert parse_submit([*NEEDED, "--machine_type", "g2-standard-24", *words]).flags == words
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,8 @@ def test_all_that_is_missing_is_named_at_once(capsys):
         (["--model", "~/base"], "write /gcs/BUCKET/data/base"),
         (["--model", "gs://my-runs/base"], "write /gcs/my-runs/base"),
         (["--data_dir", "/data"], "data_dir is /data, which is on this machine"),
-        (["--fsdp_config", "fsdp.json"], "fsdp.json"),
+        (["--fsdp", "true"], "g2-standard-12 has 1; leave it out, or take a larger machine"),
+        (["--fsdp", "true", "--fsdp_config", "fsdp.json"], "fsdp.json"),
         (["--report_to", "wandb"], "--secrets WANDB_API_KEY=SECRET:latest"),
         (["--wandb_checkpoint_artifact", "x", "--secrets", "WANDB_API_KEY=w:1"], "must be ENTITY/PROJECT/NAME:ALIAS"),
         (["--wandb_checkpoint_artifact", "a/b/c:d"], "needs a key in the job"),

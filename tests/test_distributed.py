@@ -27,10 +27,16 @@ from dylo_moe.train import build_model
 from dylo_moe.train import run as train
 from dylo_moe.trainer import DyLoRATrainer
 
+pytestmark = pytest.mark.xdist_group("several processes")  # which share what is made once, and keep two cores busy
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-PLAIN = ("--lora_dropout", "0", "--learning_rate", "1e-3", "--num_epochs", "2", "--logging_steps", "1")
-"""No dropout, whose masks depend on who draws them; two passes of five steps, the last of each half empty."""
+PLAIN = (
+    *("--lora_dropout", "0", "--optim", "sgd", "--learning_rate", "0.1", "--num_epochs", "2", "--logging_steps", "1"),
+)
+"""No dropout, whose masks depend on who draws them, and plain gradient descent: AdamW's first steps are little more
+than the signs of gradients, which rounding may turn where they are almost nothing. Two passes of five steps, of which
+the last is half empty."""
 MANY = ("--num_experts", "12", "--save_strategy", "steps", "--save_steps", "6")
 """So many experts that a rank, and in some step every rank, has none for some of them."""
 
@@ -77,7 +83,7 @@ def distance(ours: Path, theirs: Path) -> float:
 
 def near(laws: Laws, law: str, ours: Path, theirs: Path) -> None:
     found = torch.tensor(distance(ours / "checkpoint", theirs / "checkpoint"))
-    laws.close(law, found, torch.zeros(()), atol=5e-5)
+    laws.close(law, found, torch.zeros(()), atol=2e-6)
 
 
 def close(ours: Path, theirs: Path) -> None:
@@ -148,10 +154,10 @@ def test_a_checkpoint_of_two_goes_on_with_another_number(processes, folder, alon
     assert trained(into)[-1]["eval_loss"] == pytest.approx(trained(alone)[-1]["eval_loss"], rel=1e-5)
 
 
-def test_rows_that_cannot_be_shared_are_refused(pair, monkeypatch):
+def test_rows_that_cannot_be_shared_are_refused(alone, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(CheckpointError, match=r"with 24 rows a step, which 5 processes .* go on with 1, 2, 3, 4, 6, 8"):
-        parse_train(["--resume_from_checkpoint", str(pair)])
+        parse_train(["--resume_from_checkpoint", str(alone)])
 
 
 @pytest.mark.parametrize(

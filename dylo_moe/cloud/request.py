@@ -85,6 +85,11 @@ def parse_submit(argv: Sequence[str]) -> SubmitRequest:
         check_four_bit(model, train)
     artifact = train.wandb_checkpoint_artifact or os.environ.get(ARTIFACT_VARIABLE) or None
     problems = [*_place_problems(model, data, groups), *_tracking_problems(options, train, artifact)]
+    if "fsdp" in groups and options.machine.accelerator_count < 2:
+        problems.append(
+            f"fsdp shares the base among the processes of several accelerators, and {options.machine.machine_type} has "
+            f"{options.machine.accelerator_count}; leave it out, or take a larger machine"
+        )
     if problems:
         raise UsageError("; ".join(problems))
     own = {item.name for item in fields(CloudArguments)} | {"wandb_checkpoint_artifact"}
