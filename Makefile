@@ -34,10 +34,10 @@ sandbox: ## install bubblewrap, which isolates generated code (Debian or Ubuntu,
 
 test: lint ## everything that CI checks: lint, types and tests; ends with the table of the laws
 	-@$(MAKE) --no-print-directory sandbox # without it, what needs isolation is skipped, and counted so
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --laws
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --laws
 
 test-oldest: $(OLDEST)/.installed-dev ## the tests on the oldest supported versions, in a .venv-oldest of their own
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
 
 image-check: $(VENV)/.made ## run the container image's own install steps and entry point in a fresh environment
 	$(BIN)/python benchmarks/image_check.py

@@ -62,7 +62,8 @@ def take_sharding(arguments: Any, *, num_processes: int) -> Sharding | None:
     if problems:
         raise ValueError("FSDP cannot be used so: " + "; ".join(problems))
     arguments.fsdp, arguments.fsdp_plugin_args = None, None
-    os.environ[ACCELERATE_SWITCH] = os.environ[EMPTY_ELSEWHERE] = "false"
+    for name in {ACCELERATE_SWITCH, EMPTY_ELSEWHERE} & os.environ.keys():
+        os.environ[name] = "false"
     return Sharding(
         reshard_after_forward=bool(plugin.reshard_after_forward),
         cpu_offload=isinstance(plugin.cpu_offload, fsdp.CPUOffloadPolicy),

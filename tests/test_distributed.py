@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from reference.laws import Laws
 from reference.runs import files_of, flags, tiny_run_folder, trained
 from safetensors.torch import load_file
@@ -26,8 +28,6 @@ from dylo_moe.stopping import RankLost
 from dylo_moe.train import build_model
 from dylo_moe.train import run as train
 from dylo_moe.trainer import DyLoRATrainer
-
-pytestmark = pytest.mark.xdist_group("several processes")  # which share what is made once, and keep two cores busy
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -94,17 +94,32 @@ def close(ours: Path, theirs: Path) -> None:
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), (one["step"], key)
 
 
+def once(folder: Path, name: str, make: Callable[[], object]) -> Path:
+    """`folder/name`, which `make` makes; several workers of a test run make it once, as it takes long."""
+    with FileLock(folder / f"{name}.lock"):
+        if not (folder / f"{name}.made").exists():
+            make()
+            (folder / f"{name}.made").touch()
+    return folder / name
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_run_folder(tmp_path_factory.mktemp("distributed"))
+    """Shared by the workers of one test run."""
+    run_of_tests = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run_of_tests is None:
+        return tiny_run_folder(tmp_path_factory.mktemp("distributed"))
+    shared = tmp_path_factory.getbasetemp().parent / "distributed"
+    shared.mkdir(exist_ok=True)
+    once(shared, "base", lambda: tiny_run_folder(shared))
+    return shared
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
     """One process with 24 rows a step."""
     words = flags(folder, folder / "alone", *PLAIN, *MANY, "--per_device_train_batch_size", "24")
-    assert main(["train", *words]) == 0
-    return folder / "alone"
+    return once(folder, "alone", lambda: main(["train", *words]))
 
 
 def words_of_half(folder: Path, into: Path) -> list[str]:
@@ -114,8 +129,8 @@ def words_of_half(folder: Path, into: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def pair(folder, alone):
     """Two processes with 12 rows each."""
-    run(words_of_half(folder, folder / "pair"), folder / "pair.log", kind="accelerate_ddp")
-    return folder / "pair"
+    words = words_of_half(folder, folder / "pair")
+    return once(folder, "pair", lambda: run(words, folder / "pair.log", kind="accelerate_ddp"))
 
 
 def test_two_processes_give_the_weights_of_one(alone, pair, laws):
@@ -236,8 +251,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
-    run(flags(folder, folder / "whole", *LONG), folder / "whole.log")
-    return folder / "whole"
+    return once(folder, "whole", lambda: run(flags(folder, folder / "whole", *LONG), folder / "whole.log"))
 
 
 def test_an_interrupted_run_says_so_once_and_ends_bit_equal(folder, uninterrupted, tmp_path):
