@@ -205,11 +205,11 @@ class DyLoRATrainer(Trainer):
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Made here, for Accelerate leaves a model that was evaluated before as it is: its ranks would train apart."""
         wrapped = super()._wrap_model(model, training, dataloader)
-        if not training or self.args.world_size == 1 or isinstance(wrapped, DistributedDataParallel):
+        if not training or self.args.world_size == 1 or isinstance(wrapped, (DistributedDataParallel, Whole)):
             return wrapped
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         if is_sharded(model):
-            return model
+            return Whole(model)
         device = self.args.device
         device_ids = None if device.type == "cpu" else [device]
         return DistributedDataParallel(model, device_ids=device_ids, **self.accelerator.ddp_handler.to_kwargs())
@@ -420,6 +420,18 @@ class DyLoRATrainer(Trainer):
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+
+class Whole(nn.Module):
+    """A model that nothing else may wrap: to the Trainer, what is another object than its model is wrapped already."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self.module(*args, **kwargs)
 
 
 def without_fused_loss(config: dict[str, bool] | None) -> dict[str, bool]:
