@@ -234,13 +234,7 @@ class TrainArguments(TrainingArguments):
                 "fsdp_config is given, but nothing is shared without --fsdp true; add that, or leave it out"
             )
         super().__post_init__()
-        sharing = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
-        others = [name for name, ours in sharing.items() if getattr(self.accelerator_config, name) not in (ours, None)]
-        if others:
-            raise ValueError(
-                f"accelerator_config sets {', '.join(others)}, but how processes share rows is fixed: each takes "
-                "per_device_train_batch_size at once"
-            )
+        self._check_rows_are_shared_evenly()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process trains on one GPU; several are for torchrun and accelerate launch
         patience = self.early_stopping_patience
@@ -251,6 +245,15 @@ class TrainArguments(TrainingArguments):
             raise ValueError("use_liger_kernel needs Liger's kernels: pip install liger-kernel")
         if self.use_liger_kernel and self.device.type == "cpu":
             raise ValueError("use_liger_kernel needs a GPU, for which its kernels are written; leave it out")
+
+    def _check_rows_are_shared_evenly(self) -> None:
+        fixed = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+        others = [name for name, ours in fixed.items() if getattr(self.accelerator_config, name) not in (ours, None)]
+        if others:
+            raise ValueError(
+                f"accelerator_config sets {', '.join(others)}, but how processes share rows is fixed: each takes "
+                "per_device_train_batch_size at once"
+            )
 
 
 class Arguments(NamedTuple):

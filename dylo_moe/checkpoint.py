@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,7 +37,7 @@ from .frozen import base_identity, check_base, compare_base, fingerprint, quanti
 from .lora_config import listed
 from .routing_hooks import broken_weights
 from .skill_library import SkillLibrary
-from .whole_file import sha256
+from .whole_file import files_below, listing, sha256, sync
 
 if TYPE_CHECKING:
     from .model import DyLoRAMoE
@@ -115,11 +115,7 @@ def _foreign_files(folder: Path) -> list[str]:
         own = {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
-    return sorted(_files_below(folder) - own)
-
-
-def _files_below(folder: Path, scope: str = ".") -> set[str]:
-    return {file.relative_to(folder).as_posix() for file in (folder / scope).rglob("*") if not file.is_dir()}
+    return sorted(files_below(folder) - own)
 
 
 def replace_folder(aside: Path, target: Path) -> None:
@@ -169,7 +165,7 @@ def write_files(
     for expert in model.experts:
         name = f"experts/{expert.name}"
         (folder / name).mkdir(parents=True)
-        _save_tensors(expert_state(model, expert.name), folder / name / ADAPTER_FILES[1])
+        _save_tensors(model.experts.state(expert.name), folder / name / ADAPTER_FILES[1])
         config = LoraConfig(**_plain(model.peft_config[expert.name]))
         config.inference_mode = True
         config.base_model_name_or_path = model.base_id or None
@@ -205,27 +201,11 @@ def write_files(
         known = training or {}
         card = model_card(manifest, known.get("facts"), losses, known.get("settings"), known.get("step"))
         (folder / CARD).write_text(card, encoding="utf-8")
-    manifest["files"] = {
-        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in sorted(_files_below(folder))
-    }
+    manifest["files"] = listing(folder)
     for name in manifest["files"]:
-        _sync(folder / name)
+        sync(folder / name)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
-
-
-def expert_state(model: DyLoRAMoE, name: str) -> dict[str, Tensor]:
-    """An expert's matrices under the names that PEFT gives them in its files."""
-    # Not all of the model's state: the base's may lie in parts on several ranks, and is none of our business.
-    matrices = {key: value.detach() for key, value in model.named_parameters() if ".lora_" in key}
-    return get_peft_model_state_dict(model, state_dict=matrices, adapter_name=name, save_embedding_layers=False)
-
-
-def _sync(path: Path) -> None:
-    """The rename must not reach the disk before what it names."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync(folder / MANIFEST)
 
 
 def _sort_lists(path: Path) -> None:
@@ -312,7 +292,7 @@ def _file_problems(folder: Path, files: dict[str, tuple[str, int]], *, strict: b
             problems.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
         elif sha256(file) != digest:
             problems.append(f"{name} was altered: its sha256 is not the one in {MANIFEST}")
-    present = _files_below(folder, "." if strict else "experts")
+    present = files_below(folder, "." if strict else "experts")
     problems += [f"{name} does not belong to it" for name in sorted(present - files.keys() - {MANIFEST})]
     return problems
 
@@ -432,7 +412,7 @@ def _build(cls: type[DyLoRAMoE], folder: Path, manifest: dict[str, Any], base: P
 
 def _load_expert(model: DyLoRAMoE, entry: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
     name = entry["name"]
-    problems = state_problems(expert_state(model, name), state)
+    problems = state_problems(model.experts.state(name), state)
     if problems:
         raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
     model.experts.cast(name, next(iter(state.values())).dtype)
@@ -446,6 +426,7 @@ def _load_router(model: DyLoRAMoE, state: dict[str, Tensor], folder: Path) -> No
     if problems:
         raise CheckpointError(f"{folder / ROUTER_FILE}: " + "; ".join(problems[:5]))
     model.router.load_state_dict(state)
+    model.router.keep_counts_on_first()
 
 
 def _load_library(folder: Path, manifest: dict[str, Any]) -> SkillLibrary | None:

@@ -73,6 +73,23 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _until_stopped(name: str, run: Callable[[], object]) -> int:
+    """Run what saves and leaves when it is asked to, or when another process of it has gone; the exit status."""
+    from .stopping import RankLost, Stopped
+
+    try:
+        run()
+    except Stopped as stopped:
+        _tell(f"dylora {name}: {stopped}")
+        return 128 + stopped.signal
+    except RankLost as lost:
+        if os.environ.get("DYLORA_TRACEBACK"):
+            raise
+        _tell(f"dylora {name}: {lost}")
+        return 1
+    return 0
+
+
 def _overview() -> str:
     lines = [DESCRIPTION, "", "usage: dylora COMMAND [--FLAG VALUE ...]", ""]
     lines += [f"  {name:10s} {text}" for name, text in COMMANDS.items()]
@@ -86,20 +103,9 @@ def train(words: list[str]) -> int:
     if any(word in ("-h", "--help", "--help_all") for word in words):
         build_parser("dylora train", show_all="--help_all" in words).print_help()
         return 0
-    from .stopping import RankLost, Stopped
     from .train import run
 
-    try:
-        run(parse_train(words))
-    except Stopped as stopped:
-        _tell(f"dylora train: {stopped}")
-        return 128 + stopped.signal
-    except RankLost as lost:
-        if os.environ.get("DYLORA_TRACEBACK"):
-            raise
-        _tell(f"dylora train: {lost}")
-        return 1
-    return 0
+    return _until_stopped("train", lambda: run(parse_train(words)))
 
 
 def stream(words: list[str]) -> int:
@@ -110,14 +116,8 @@ def stream(words: list[str]) -> int:
         build_stream_parser(show_all="--help_all" in words).print_help()
         return 0
     from .continual import run
-    from .stopping import Stopped
 
-    try:
-        run(parse_stream(words))
-    except Stopped as stopped:
-        print(f"dylora stream: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
-    return 0
+    return _until_stopped("stream", lambda: run(parse_stream(words)))
 
 
 def submit(words: list[str]) -> int:
@@ -239,14 +239,8 @@ def compare(words: list[str]) -> int:
         build_compare_parser(show_all="--help_all" in words).print_help()
         return 0
     from .compare import run
-    from .stopping import Stopped
 
-    try:
-        run(parse_compare(words))
-    except Stopped as stopped:
-        print(f"dylora compare: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
-    return 0
+    return _until_stopped("compare", lambda: run(parse_compare(words)))
 
 
 def generate(words: list[str]) -> int:

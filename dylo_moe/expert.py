@@ -165,8 +165,7 @@ class ExpertPool:
         except Exception as error:  # values that only PEFT knows to be wrong
             raise ValueError(f"adapter {path} cannot be an expert: {type(error).__name__}: {error}") from error
         self.pack()
-        expected = get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
-        problems = state_problems(expected, state)
+        problems = state_problems(self.state(name), state)
         if problems:
             self.remove(name)
             raise ValueError(f"adapter {path} does not fit: " + "; ".join(problems[:5]))
@@ -174,6 +173,12 @@ class ExpertPool:
         self.cast(name, dtype)
         self.pack()
         return expert
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """An expert's matrices under the names that PEFT gives them in its files."""
+        # Not all of the model's state: the base's may lie in parts on several ranks, and is none of our business.
+        own = {key: value.detach() for key, value in self._model.named_parameters() if ".lora_" in key}
+        return get_peft_model_state_dict(self._model, state_dict=own, adapter_name=name, save_embedding_layers=False)
 
     def copy(self, source: str, target: str) -> None:
         """Give an expert the values of another; of different ranks, the leading components of the smaller."""

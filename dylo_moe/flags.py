@@ -43,6 +43,21 @@ def parse(parser: HfArgumentParser, words: list[str], refusal: Refusal, given: S
         raise UsageError(str(error).strip()) from error
 
 
+def parse_behind_checkpoint(argv: Sequence[str], parser: HfArgumentParser) -> tuple[str, Any, set[str]]:
+    """`CHECKPOINT [--FLAG VALUE ...]`: the checkpoint, the dataclass of the flags, and which flags were typed.
+
+    Raises:
+        UsageError: where no checkpoint comes first, and as `parse` does.
+    """
+    words = list(argv)
+    if not words or words[0].startswith("--"):
+        raise UsageError(
+            f"no checkpoint is named; type its folder right behind the command: {parser.prog} RUN/checkpoint"
+        )
+    (values,) = parse(parser, words[1:], lambda name: None)
+    return words[0], values, {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+
+
 def options(parser: HfArgumentParser) -> set[str]:
     """Every flag that a parser knows, with its dashes."""
     return set(parser._option_string_actions)

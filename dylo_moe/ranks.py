@@ -23,29 +23,28 @@ WORK_TIMEOUT = timedelta(hours=1)
 _CALLS = itertools.count()
 
 
-def rank() -> int:
-    """This process's number; 0 in a run of one."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def num_ranks() -> int:
-    """How many processes the run has."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes the run has; before they are joined, as the launcher says."""
+    return distributed.get_world_size() if _is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
     """Whether this process is the one that prints, and writes files."""
-    return rank() == 0
+    return (distributed.get_rank() if _is_initialized() else int(os.environ.get("RANK", "0"))) == 0
+
+
+def are_joined() -> bool:
+    """Whether there are others, and they can be talked to."""
+    return _is_initialized() and distributed.get_world_size() > 1
+
+
+def _is_initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def console() -> Console:
     """What the run tells is printed once."""
     return Console(quiet=not is_first())
-
-
-def are_joined() -> bool:
-    """Whether there are others, and they can be talked to."""
-    return num_ranks() > 1 and distributed.is_available() and distributed.is_initialized()
 
 
 def from_first(make: Callable[[], str]) -> str:
@@ -88,12 +87,6 @@ def differing(value: Any) -> list[int]:
     values: list[Any] = [None] * num_ranks()
     distributed.all_gather_object(values, value)
     return [index for index, other in enumerate(values) if other != values[0]]
-
-
-def wait() -> None:
-    """Until all ranks are here."""
-    if are_joined():
-        distributed.barrier()
 
 
 def leave() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .clusters import kmeans
 from .config import BASE, UNIFORM, RouterConfig
 from .dispatch import Dispatch, Layout, dispatch_to_all, dispatch_to_selected
+from .ranks import are_joined, is_first
 
 GATE_WIDTH = 64
 """The gate's product is padded to a multiple of this many rows, because products of different widths
@@ -257,7 +258,7 @@ class Router(nn.Module):
         """
         changed = self._has_changed()
         total_E = self.step_counts.clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if are_joined():
             torch.distributed.all_reduce(total_E)
         count = total_E.sum()
         self.shares.copy_(torch.where(changed & (count > 0), total_E / count.clamp_min(1), self.shares))
@@ -265,17 +266,17 @@ class Router(nn.Module):
         self.step_counts.copy_(torch.where(changed, 0, self.step_counts) + selected_E)
 
     @torch.no_grad()
-    def collect_counts(self, *, are_whole: bool) -> None:
-        """Make the running step's counts those of the first rank alone; their sum over the ranks is what counts.
+    def collect_counts(self) -> None:
+        """Give the first rank what all have counted of the running step, as a checkpoint holds it."""
+        if are_joined():
+            torch.distributed.all_reduce(self.step_counts)
+        self.keep_counts_on_first()
 
-        Args:
-            are_whole: each rank holds the sum, as read from a checkpoint; else its own part.
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if not are_whole:
-                torch.distributed.all_reduce(self.step_counts)
-            if torch.distributed.get_rank() > 0:
-                self.step_counts.zero_()
+    @torch.no_grad()
+    def keep_counts_on_first(self) -> None:
+        """What every rank holds of the running step, as read from a checkpoint, is counted once."""
+        if are_joined() and not is_first():
+            self.step_counts.zero_()
 
     def _values(self) -> Tensor:
         """All gate rows, behind one another."""

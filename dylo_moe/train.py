@@ -195,7 +195,6 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     if plan is not None:
         trainer.add_callback(benchmark_callback(plan, trainer, tokenizer, folder, console))
     state = take_up_log(console, metrics, checkpoint)
-    ranks.wait()
     if checkpoint is None:
         before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
     else:
@@ -204,7 +203,7 @@ def _run(arguments: Arguments, stop: StopRequest) -> Path:
     train_on(trainer, stop, checkpoint, state)
     final = folder / "checkpoint"
     record = {**training, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
-    model.router.collect_counts(are_whole=False)
+    model.router.collect_counts()
     if ranks.is_first():
         save_checkpoint(model, final, training=record)
     after = evaluate(trainer, console, "after training")

@@ -98,8 +98,8 @@ class DyLoRATrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Also counts the real tokens of the whole optimizer step, over all ranks."""
-        num_rows, each = len(cast(Any, self.train_dataset)), self._train_batch_size
-        batches = (self._without_repeats(batch, num_rows, each) for batch in epoch_iterator)
+        rows, each = self.train_dataset, self._train_batch_size
+        batches = (self._without_repeats(batch, rows, each) for batch in epoch_iterator)
         samples, num_items = super().get_batch_samples(batches, num_batches, device)
         counts = [batch["attention_mask"].sum() for batch in samples if "attention_mask" in batch]
         self._step_tokens = torch.stack(counts).sum().to(device) if len(counts) == len(samples) and counts else None
@@ -107,7 +107,7 @@ class DyLoRATrainer(Trainer):
             self._step_tokens = self.accelerator.gather(self._step_tokens).sum()
         return samples, num_items
 
-    def _without_repeats(self, batch: dict[str, Any], num_rows: int, each: int) -> dict[str, Any]:
+    def _without_repeats(self, batch: dict[str, Any], rows: Any, each: int) -> dict[str, Any]:
         """A batch whose repeated rows are empty.
 
         At the end of a pass Accelerate gives the ranks rows of its beginning again, so that all have as many; of all
@@ -115,12 +115,13 @@ class DyLoRATrainer(Trainer):
         run goes on in the middle of a pass.
 
         Args:
-            num_rows: of the whole pass.
-            each: rows that a rank takes at once.
+            rows: of the whole pass.
+            each: how many of them a rank takes at once.
         """
-        left = num_rows % (each * self.args.world_size)
-        is_last = self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader
-        if not is_last or left == 0:
+        if self.args.world_size == 1 or not self.accelerator.gradient_state.end_of_dataloader:
+            return batch
+        left = len(rows) % (each * self.args.world_size)
+        if left == 0:
             return batch
         real = max(left - each * self.args.process_index, 0)
         labels, mask = batch["labels"].clone(), batch["attention_mask"].clone()
@@ -129,8 +130,8 @@ class DyLoRATrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Of an evaluation, in which each row counts once."""
-        num_rows = len(cast(Any, self.callback_handler.eval_dataloader).dataset)
-        inputs = self._without_repeats(inputs, num_rows, self.args.eval_batch_size)
+        rows = cast(Any, self.callback_handler.eval_dataloader).dataset
+        inputs = self._without_repeats(inputs, rows, self.args.eval_batch_size)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
@@ -304,7 +305,7 @@ class DyLoRATrainer(Trainer):
             ValueError: for weights with NaN or infinity.
         """
         started = time.monotonic()
-        self._own_model().router.collect_counts(are_whole=False)
+        self._own_model().router.collect_counts()
         folder, step = Path(self._get_output_dir(trial)), self.state.global_step
         target = folder / checkpoint_name(step)
         aside = unfinished(target)
@@ -385,13 +386,11 @@ class DyLoRATrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._resumed = load_into(self._own_model(), folder).get("training", {})
-        self._own_model().router.collect_counts(are_whole=True)
         if (folder / GATE_START_FILE).is_file():
             self._gate_start = load_file(folder / GATE_START_FILE)
 
     def _load_best_model(self) -> None:
         load_into(self._own_model(), str(self.state.best_model_checkpoint))
-        self._own_model().router.collect_counts(are_whole=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Refuses a state that is of other parameters, which PyTorch would tell by their number only."""

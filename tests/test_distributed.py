@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,7 +17,6 @@ import torch
 from filelock import FileLock
 from reference.laws import Laws
 from reference.runs import files_of, flags, tiny_run_folder, trained
-from safetensors.torch import load_file
 
 from dylo_moe.arguments import UsageError, parse_train
 from dylo_moe.base import load_tokenizer
@@ -69,20 +69,14 @@ def told(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("dylora train:")]
 
 
-def distance(ours: Path, theirs: Path) -> float:
-    """The largest difference of any number of two checkpoints, relative to the largest of its tensor."""
-    worst = 0.0
-    assert files_of(ours).keys() == files_of(theirs).keys()
-    for name in files_of(ours):
-        one, other = load_file(ours / name), load_file(theirs / name)
-        for key in one:
-            scale = max(float(one[key].abs().max()), 1e-12)
-            worst = max(worst, float((one[key].double() - other[key].double()).abs().max()) / scale)
-    return worst
+SPEC = importlib.util.spec_from_file_location("processes", ROOT / "benchmarks" / "processes.py")
+processes_benchmark = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(processes_benchmark)
 
 
 def near(laws: Laws, law: str, ours: Path, theirs: Path) -> None:
-    found = torch.tensor(distance(ours / "checkpoint", theirs / "checkpoint"))
+    assert files_of(ours / "checkpoint").keys() == files_of(theirs / "checkpoint").keys()
+    found = torch.tensor(processes_benchmark.distance(ours / "checkpoint", theirs / "checkpoint"))
     laws.close(law, found, torch.zeros(()), atol=2e-6)
 
 
@@ -213,7 +207,6 @@ def test_a_peer_lost_while_saving_is_no_failure_of_the_save(folder, tmp_path, mo
         DyLoRATrainer, "_save_rng_state", lambda self, folder: (_ for _ in ()).throw(RuntimeError(lost))
     )
     monkeypatch.setattr("dylo_moe.ranks.num_ranks", lambda: 2)
-    monkeypatch.setattr("dylo_moe.ranks.are_joined", lambda: False)
     monkeypatch.setattr("dylo_moe.ranks.from_first", lambda make: make())
     with pytest.raises(RankLost, match=r"another process of this run has gone; .* has no checkpoint yet"):
         train(parse_train(flags(folder, tmp_path / "run")))

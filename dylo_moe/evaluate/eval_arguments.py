@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import HfArgumentParser
 
-from ..flags import Parser, UsageError, parse, plain_options
+from ..flags import Parser, UsageError, parse_behind_checkpoint, plain_options
 from .problems import BENCHMARKS
 from .prompts import STYLES
 from .sandbox import BUBBLEWRAP, SANDBOXES, Limits
@@ -171,14 +171,10 @@ def parse_eval(argv: Sequence[str]) -> EvalRequest:
         UsageError: without a checkpoint, for an unknown flag, a value out of range, a flag that would do nothing, or
             code to be run without leave.
     """
-    words = list(argv)
-    if not words or words[0].startswith("--"):
-        raise UsageError("no checkpoint is named; type its folder right behind the command: dylora eval RUN/checkpoint")
-    (options,) = parse(build_eval_parser(), words[1:], lambda name: None)
-    given = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    checkpoint, options, given = parse_behind_checkpoint(argv, build_eval_parser())
     check_given(options, given)
     check_leave(options)
-    return EvalRequest(words[0], options)
+    return EvalRequest(checkpoint, options)
 
 
 def check_given(options: EvalArguments, given: set[str]) -> None:

@@ -22,10 +22,10 @@ from ..evaluate.held_out import HeldOut, held_out
 from ..evaluate.losses import measure
 from ..facts import write_json
 from ..model import DyLoRAMoE
-from ..whole_file import sha256
+from ..whole_file import listing, sha256
 from . import losses
 from .export_arguments import MEASURED, MERGED, ExportArguments, ExportRequest, mixture_weights
-from .folder import check_free, files_below, whole_folder
+from .folder import check_free, whole_folder
 from .losses import PER_REQUEST, PLAIN, Measured, in_words, measure_requests, measure_routed, routed_shares
 from .merged import bake
 from .padded_adapter import PaddedAdapter, padded
@@ -94,7 +94,7 @@ def export_adapters(export: Export) -> None:
             text = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
             (folder / name / ADAPTER_FILES[0]).write_text(text, encoding="utf-8")
         record = {**adapters_record(export, adapters), "measured": told(export, measured)}
-        record["files"] = files_below(folder)
+        record["files"] = listing(folder)
         write_json(folder / RECORD, record)
         page = vllm_page(record, page_of_losses(export, measured, PER_REQUEST))
         (folder / PAGE).write_text(page, encoding="utf-8")
@@ -182,7 +182,7 @@ def export_merged(export: Export) -> None:
             "dtype": json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"],
             "notes": of_quantised(export, "here they are inside the weights in full, which differ by that rounding"),
             "measured": told(export, measured),
-            "files": files_below(folder),
+            "files": listing(folder),
         }
         write_json(folder / RECORD, record)
         (folder / PAGE).write_text(merged_page(record, page_of_losses(export, measured, PLAIN)), encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from transformers import HfArgumentParser
 
 from ..config import BASE
-from ..flags import Parser, UsageError, parse, plain_options
+from ..flags import Parser, UsageError, parse_behind_checkpoint, plain_options
 
 VLLM, MERGED = "vllm", "merged"
 MEASURED = "measured"
@@ -125,13 +125,7 @@ def parse_export(argv: Sequence[str]) -> ExportRequest:
     Raises:
         UsageError: without a checkpoint, for an unknown flag, a value out of range, or a flag that would do nothing.
     """
-    words = list(argv)
-    if not words or words[0].startswith("--"):
-        raise UsageError(
-            "no checkpoint is named; type its folder right behind the command: dylora export RUN/checkpoint"
-        )
-    (options,) = parse(build_export_parser(), words[1:], lambda name: None)
-    given = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    checkpoint, options, given = parse_behind_checkpoint(argv, build_export_parser())
     reasons = []
     if options.to != MERGED:
         reasons.append((given & set(ONLY_FOR_MERGED), f"--to {options.to} writes every expert as it is"))
@@ -140,7 +134,7 @@ def parse_export(argv: Sequence[str]) -> ExportRequest:
     idle = [f"{', '.join(f'--{name}' for name in sorted(names))}: {reason}" for names, reason in reasons if names]
     if idle:
         raise UsageError("these flags would change nothing: " + "; ".join(idle))
-    return ExportRequest(words[0], options)
+    return ExportRequest(checkpoint, options)
 
 
 def mixture_weights(text: str, members: Collection[str]) -> dict[str, float]:

@@ -1,17 +1,15 @@
-"""A folder that is there whole or not at all, and what lies in it."""
+"""A folder that is there whole or not at all."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint import replace_folder
-from ..whole_file import sha256
+from ..whole_file import sync
 
 
 def check_free(target: Path) -> None:
@@ -30,17 +28,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for path in aside.rglob("*"):
             if path.is_file():
                 path.chmod(0o644)  # safetensors keeps its files from all other users, such as a server's
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())  # the rename must not reach the disk before what it names
+                sync(path)
         replace_folder(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def files_below(folder: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and size of every file, by its path in the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths
-    }
