@@ -165,9 +165,8 @@ def show(console: Console, measured: Measured, *, seed: int) -> None:
     """The losses as a table, and the notes."""
     head, *lines = table_of(measured, seed=seed)
     table = Table(title=TITLE, box=SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(head):
-        outer = place in (0, len(head) - 1)
-        table.add_column(name, justify="right" if place else "left", overflow="fold", no_wrap=outer)
+    for place, name in enumerate(head):  # of a narrow window names are folded, and numbers, of five characters, are not
+        table.add_column(name, justify="right" if place else "left", overflow="fold", no_wrap=not place, min_width=5)
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     console.print(table)
