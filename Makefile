@@ -40,7 +40,7 @@ test-oldest: $(OLDEST)/.installed-dev ## the tests on the oldest supported versi
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
 
 image-check: $(VENV)/.made ## run the container image's own install steps and entry point in a fresh environment
-	$(BIN)/python benchmarks/image_check.py
+	$(BIN)/python benchmarks/deployment/image_check.py
 
 lint: $(VENV)/.installed-dev ## check style and types, change nothing
 	$(BIN)/ruff check .

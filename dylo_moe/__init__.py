@@ -1,10 +1,52 @@
 """DyLoRA-MoE: one frozen language model, many LoRA experts, a router that sends each token to the right ones."""
 
-from .checkpoint import CheckpointError
-from .config import DataConfig, RouterConfig
-from .model import DyLoRAMoE, DyLoRAMoEOutput
-from .router import Routing
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dylo_moe.continual.config import GrowthConfig
+    from dylo_moe.data.config import DataConfig
+    from dylo_moe.model.checkpoint import CheckpointError
+    from dylo_moe.model.model import DyLoRAMoE
+    from dylo_moe.model.output import DyLoRAMoEOutput
+    from dylo_moe.routing.config import RouterConfig
+    from dylo_moe.routing.router import Routing
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "DataConfig", "DyLoRAMoE", "DyLoRAMoEOutput", "RouterConfig", "Routing", "__version__"]
+_HOMES = {
+    "CheckpointError": "dylo_moe.model.checkpoint",
+    "DataConfig": "dylo_moe.data.config",
+    "DyLoRAMoE": "dylo_moe.model.model",
+    "DyLoRAMoEOutput": "dylo_moe.model.output",
+    "GrowthConfig": "dylo_moe.continual.config",
+    "RouterConfig": "dylo_moe.routing.config",
+    "Routing": "dylo_moe.routing.router",
+}
+"""The module of each public name. It is imported when the name is first used: torch, Transformers and PEFT take
+seconds, and `dylora --help` needs none of them."""
+
+__all__ = [
+    "CheckpointError",
+    "DataConfig",
+    "DyLoRAMoE",
+    "DyLoRAMoEOutput",
+    "GrowthConfig",
+    "RouterConfig",
+    "Routing",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

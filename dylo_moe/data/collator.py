@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .encoding import IGNORED
+from dylo_moe.data.encoding import IGNORED
 
 
 class Collator:

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..config import DataConfig
-from .reading import read_test
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.sources.read import read_test
 
 NGRAM = 8
 """Words."""
@@ -25,6 +25,7 @@ SHARE = 0.5
 """Of a question's or a solution's n-grams, in one row."""
 
 _WORD = re.compile(r"\w+")
+
 _EXAMPLES = re.compile(r"^\s*(?:>>>|(?:for )?examples?\b)", re.MULTILINE | re.IGNORECASE)
 
 

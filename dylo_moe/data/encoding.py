@@ -17,13 +17,14 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..config import ALL, CUT, DROP, RESPONSE
-from .formats import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError
+from dylo_moe.data.config import ALL, CUT, DROP, RESPONSE
+from dylo_moe.data.sources.formats import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError
 
 IGNORED = -100
 """The label that the loss leaves out."""
 
 _PROBE = "probe"
+
 # Some templates write today's date; rows must be the same tomorrow. The date is what Llama 3's writes if it knows none.
 _FIXED_DATE = (
     "{%- macro strftime_now(form) -%}"

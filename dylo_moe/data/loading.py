@@ -11,16 +11,16 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ..config import DataConfig
-from .contamination import Benchmarks, load_benchmarks
-from .encoding import TextFormat, text_format
-from .formats import Fate
-from .mixing import Share, epoch_rows, interleave, measure_shares, pass_over
-from .places import locate_all
-from .reading import Reading, read
-from .rows import CUT_PROMPT, CUT_RESPONSE
-from .splitting import hold_out, order_keys, subset
-from .tables import Reason, Table, tokenise_all
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.contamination import Benchmarks, load_benchmarks
+from dylo_moe.data.encoding import TextFormat, text_format
+from dylo_moe.data.mixing import Share, epoch_rows, interleave, measure_shares, pass_over
+from dylo_moe.data.sources.formats import Fate
+from dylo_moe.data.sources.locate import locate_all
+from dylo_moe.data.sources.read import Reading, read
+from dylo_moe.data.splitting import hold_out, order_keys, subset
+from dylo_moe.data.tokenized import Reason, Table, tokenise_all
+from dylo_moe.data.tokenizing import CUT_PROMPT, CUT_RESPONSE
 
 SAMPLE_TEXT_TOKENS = 24
 """Tokens of a held-out plain text that a sample is generated from."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .splitting import order_keys
+from dylo_moe.data.splitting import order_keys
 
 
 class Share(NamedTuple):

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import DataConfig
-from .encoding import IGNORED
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.encoding import IGNORED
 
 WINDOW = 100_000
 """Texts that are packed together at most; bounds memory, and keeps an epoch's order in large."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .rows import hash64
+from dylo_moe.data.tokenizing import hash64
 
 HELD_OUT_SHARE = 0.1
 """Share of a dataset's rows that is held out where it has no validation split, in whole documents."""

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
 from dylo_moe import DyLoRAMoE
-from dylo_moe.router import Routing
+from dylo_moe.routing.router import Routing
 
 from .tiny import padded, tiny_base, tiny_moe, tokens
 

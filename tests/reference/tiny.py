@@ -139,7 +139,7 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], *,
 def force_path(monkeypatch: Any, path: str) -> None:
     """Make every forward of a routed model take the "dense" or the "sparse" kernel path, where it has a choice."""
     monkeypatch.setattr(
-        "dylo_moe.dispatch.dense_is_quicker",
+        "dylo_moe.routing.dispatch.dense_is_quicker",
         lambda **shapes: path == "dense" or shapes["top_k"] >= shapes["num_experts"],
     )
 

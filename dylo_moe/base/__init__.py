@@ -1,0 +1,1 @@
+"""The frozen base model: found, loaded, checked, and recognised by its fingerprint."""

@@ -1,0 +1,84 @@
+"""What a base must be, how it is kept frozen, and how it is recognised again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+REPACKS = "support_avx512bf16_for_cpu"
+"""Of a 4-bit linear of bitsandbytes: whether it may pack its weights anew."""
+
+REPACKED = "packing_format_for_cpu"
+"""Of the state of 4-bit weights: whether it did."""
+
+
+def check_base(base: object) -> None:
+    """Raises ValueError for what cannot be a base."""
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"base is a {type(base).__name__}; pass a hub id, a folder or a loaded causal language model")
+    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
+        raise ValueError(f"{type(base).__name__} is no decoder-only causal language model")
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError("base already carries adapters; merge or unload them, then pass the plain model")
+    if any(getattr(getattr(p, "quant_state", None), REPACKED, False) for p in base.parameters()):
+        raise ValueError(
+            "base has 4-bit weights that a forward in eval mode packed anew, and nothing can be trained through those; "
+            "load the base again, and make the DyLoRAMoE model before its first forward"
+        )
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise ValueError("base has gradient checkpointing on; switch it on with the DyLoRAMoE model's own method")
+
+
+def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The base's stack of decoder layers and its module name.
+
+    Raises:
+        ValueError: when the architecture has none that can be told.
+    """
+    num_layers = base.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(base).__name__} has no stack of {num_layers} decoder layers, so there is nothing to route; "
+            "DyLoRA-MoE takes decoder-only causal language models"
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
+    """How its weights were quantised when it was loaded, as `load_base` takes it; None where they were not, or where
+    they lie quantised in the base's own files."""
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return None
+    return {name: value for name, value in quantizer.quantization_config.to_dict().items() if name[0] != "_"}
+
+
+def switch_off_dropout(base: PreTrainedModel) -> None:
+    """The base's own dropout, as a module or as the number that attention reads, becomes 0.
+
+    So does what bitsandbytes does to 4-bit weights on some CPUs when a forward is in eval mode: it packs them anew, in
+    place, for a product in bf16 that has no backward.
+    """
+    for module in base.modules():
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def count_parameters(parameters: Iterable[Tensor]) -> int:
+    """How many numbers these stand for; an element of 4-bit weights holds two or more."""
+    states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in parameters]
+    return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)

@@ -1,1 +1,0 @@
-"""`dylora submit`: a training as a custom job of Vertex AI."""

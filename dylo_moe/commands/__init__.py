@@ -1,0 +1,1 @@
+"""The commands of `dylora`, a module or folder each."""

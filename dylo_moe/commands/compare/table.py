@@ -1,0 +1,274 @@
+"""What a comparison says: one line for each arm, the differences from ours, and whether ours wins, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from dylo_moe.commands.compare.arguments import ARMS, BASE_ARM, OURS
+from dylo_moe.evaluation.losses import Estimate, Estimates, Losses, estimates, mean_loss
+
+WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "unknown"
+"""Ours against another arm."""
+
+
+class Rate(NamedTuple):
+    """pass@1 of one run's greedy answers, a share, with its interval over tasks."""
+
+    value: float
+    interval: list[float] | None
+
+
+class ArmRun(NamedTuple):
+    """One arm, trained with one seed and judged."""
+
+    losses: Losses
+    """Of the seed's held-out rows."""
+    parameters: int
+    """Trained: adapters, and the gate where it learns."""
+    active: int
+    """Of these, what one token uses."""
+    tokens: int
+    """Real ones that it trained on."""
+    pass_at_1: dict[str, Rate]
+    """By benchmark."""
+
+
+class Line(NamedTuple):
+    """One arm over all seeds."""
+
+    arm: str
+    parameters: int
+    active: int
+    tokens: list[int]
+    """Of each seed."""
+    losses: Estimates
+    """Pooled over seeds."""
+    difference: Estimates | None
+    """This arm less ours, row by row; None of ours itself."""
+    by_seed: list[float]
+    """Mean loss over datasets, of each seed."""
+    difference_by_seed: list[float]
+    """This arm's less ours'."""
+    pass_at_1: dict[str, list[Rate]]
+    """Of each seed."""
+
+    @property
+    def verdict(self) -> str | None:
+        """How ours fares against this arm by the mean loss; None of ours itself."""
+        if self.difference is None:
+            return None
+        interval = self.difference.mean.interval
+        if math.isnan(interval.low):
+            return UNKNOWN
+        return TIES if not interval.excludes_zero else WINS if interval.low > 0 else LOSES
+
+
+def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[Line]:
+    """The lines of the table, in the order of `ARMS`.
+
+    Args:
+        runs: of each arm, ours among them, its runs in the order of the seeds.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: for arms that were not trained on as many tokens, or not judged on the same rows.
+    """
+    ours = runs[OURS]
+    lines = []
+    for arm in [arm for arm in ARMS if arm in runs]:
+        mine = runs[arm]
+        if arm != BASE_ARM and [run.tokens for run in mine] != [run.tokens for run in ours]:
+            raise ValueError(
+                f"{arm} trained on {[run.tokens for run in mine]} tokens and {OURS} on {[run.tokens for run in ours]}; "
+                "they cannot be compared"
+            )
+        losses = [run.losses for run in mine]
+        means = [mean_loss(one) for one in losses]
+        difference = None if arm == OURS else estimates(losses, [run.losses for run in ours], seed=seed)
+        of_ours = [mean_loss(run.losses) for run in ours]
+        rates = {name: [run.pass_at_1[name] for run in mine] for name in mine[0].pass_at_1}
+        lines.append(
+            Line(
+                arm,
+                mine[0].parameters,
+                mine[0].active,
+                [run.tokens for run in mine],
+                estimates(losses, seed=seed),
+                difference,
+                means,
+                [] if arm == OURS else [one - other for one, other in zip(means, of_ours, strict=True)],
+                rates,
+            )
+        )
+    return lines
+
+
+def sentences(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
+    """What the table says, an arm a sentence, and what its intervals are."""
+    found = [_sentence(line, len(seeds)) for line in lines if line.difference is not None]
+    others = [ARMS[line.arm] for line in lines if line.verdict not in (None, WINS)]
+    if others:
+        listed = ", ".join(others[:-1]) + f" and {others[-1]}" if len(others) > 1 else others[0]
+        found.append(f"All in all, ours does not win: it does not beat {listed}.")
+    else:
+        found.append("All in all, ours wins against everything that it was compared with.")
+    left_out = [title for arm, title in ARMS.items() if arm not in {line.arm for line in lines}]
+    if left_out:
+        found.append(f"Not compared with: {', '.join(left_out)}.")
+    unit = lines[0].losses.mean
+    several = len(seeds) > 1
+    runs = f"{len(seeds)} runs (seeds {', '.join(map(str, seeds))})" if several else f"one run (seed {seeds[0]})"
+    other = "turn out: for that see the range over seeds" if several else "turn out, which one seed cannot tell"
+    found.append(
+        f"Losses in nats per token; the mean counts every dataset alike. Intervals: 95 %, from resampling the "
+        f"{unit.num_units} held-out {unit.unit} of {runs}, those of a run among themselves; differences are taken row "
+        "by row. They tell how sure the figures are for these trained models on text like this, not how another seed "
+        f"would {other}."
+    )
+    return found
+
+
+def _sentence(line: Line, num_seeds: int) -> str:
+    assert line.difference is not None
+    item, title = line.difference.mean, ARMS[line.arm]
+    if line.verdict == UNKNOWN:
+        return f"Against {title}: nothing can be said; some dataset has one held-out row only."
+    size = f"{abs(item.value):.4f} nats per token"
+    ends = f"95 % interval of the difference {item.interval.low:+.4f} to {item.interval.high:+.4f}"
+    agreeing = sum(math.copysign(1, value) == math.copysign(1, item.value) for value in line.difference_by_seed)
+    seeds = f"; the same sign in {agreeing} of {num_seeds} seeds" if num_seeds > 1 else ""
+    if line.verdict == TIES:
+        return f"Against {title}, ours does not win: a tie ({ends}, which holds 0{seeds})."
+    if line.verdict == WINS:
+        return f"Against {title}, ours wins: its mean loss is {size} lower ({ends}{seeds})."
+    return f"Against {title}, ours does not win, it loses: its mean loss is {size} higher ({ends}{seeds})."
+
+
+# For people: rows of cells, which a terminal and Markdown show in their own ways.
+
+
+def header(lines: Sequence[Line]) -> list[str]:
+    """The titles of the columns."""
+    several = len(lines[0].by_seed) > 1
+    return [
+        "arm",
+        "parameters",
+        "active",
+        "tokens",
+        *lines[0].losses.datasets,
+        "mean",
+        *(["range over seeds"] if several else []),
+        "less ours",
+        *(["range over seeds"] if several else []),
+        *(f"{name} pass@1" for name in lines[0].pass_at_1),
+    ]
+
+
+def cells(line: Line) -> list[list[str]]:
+    """A line's cells, each of one or two parts: a figure, and its interval or range."""
+    several = len(line.by_seed) > 1
+    own = [_figure(item, "{:.3f}") for item in (*line.losses.datasets.values(), line.losses.mean)]
+    difference = [["-"]] if line.difference is None else [_figure(line.difference.mean, "{:+.4f}")]
+    rates = [_rates(values) for values in line.pass_at_1.values()]
+    return [
+        [ARMS[line.arm]],
+        [f"{line.parameters:,}"],
+        [f"{line.active:,}"],
+        [f"{sum(line.tokens) // len(line.tokens):,}"],
+        *own,
+        *([_range(line.by_seed, "{:.3f}")] if several else []),
+        *difference,
+        *([_range(line.difference_by_seed, "{:+.4f}")] if several else []),
+        *rates,
+    ]
+
+
+def _figure(item: Estimate, form: str) -> list[str]:
+    ends = item.interval.as_json()
+    return [
+        form.format(item.value),
+        "not known" if ends is None else f"[{', '.join(form.format(end) for end in ends)}]",
+    ]
+
+
+def _range(values: Sequence[float], form: str) -> list[str]:
+    return [" to ".join(form.format(end) for end in (min(values), max(values)))] if values else ["-"]
+
+
+def _rates(rates: Sequence[Rate]) -> list[str]:
+    """The mean over seeds and its range; of one seed the interval over tasks."""
+    values = [rate.value for rate in rates]
+    mean = f"{sum(values) / len(values):.1%}"
+    if len(rates) > 1:
+        return [mean, f"({min(values):.1%} to {max(values):.1%})"]
+    ends = rates[0].interval
+    return [mean, "not known" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"]
+
+
+def as_tables(lines: Sequence[Line], *, width: int) -> list[Table]:
+    """For a terminal of that many letters; an interval stands below its figure. One table where it fits, else the
+    losses of the datasets in a second one, so that no figure is cut."""
+    title = "held-out loss, nats per token, with 95 % intervals"
+    columns = list(zip(header(lines), *(cells(line) for line in lines), strict=True))
+    datasets = range(4, 4 + len(lines[0].losses.datasets))
+    whole, endless = _table(lines, columns, title), Console(width=10_000)
+    if Measurement.get(endless, endless.options, whole).maximum <= width:
+        return [whole]
+    of_datasets = [columns[0], *(columns[place] for place in datasets)]
+    others = [column for place, column in enumerate(columns) if place not in datasets]
+    return [_table(lines, others, title), _table(lines, of_datasets, "the same of each dataset")]
+
+
+def _table(lines: Sequence[Line], columns: Sequence[Sequence[Any]], title: str) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for place, (head, *_) in enumerate(columns):
+        table.add_column(head, justify="right" if place else "left", overflow="fold")
+    for place, line in enumerate(lines, start=1):
+        style = "bold" if line.arm == OURS else ""
+        table.add_row(*(Text("\n".join(column[place])) for column in columns), style=style)
+    return table
+
+
+def as_markdown(lines: Sequence[Line], said: Sequence[str]) -> str:
+    """The table and the sentences below it."""
+    titles = header(lines)
+    rows = [
+        f"| {' | '.join(_escaped(title) for title in titles)} |",
+        f"| --- |{' ---: |' * (len(titles) - 1)}",
+    ]
+    for line in lines:
+        texts = [" ".join(parts) for parts in cells(line)]
+        texts = [f"**{text}**" for text in texts] if line.arm == OURS else texts
+        rows.append(f"| {' | '.join(texts)} |")
+    return "\n".join([*rows, "", *(f"- {text}" for text in said)]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("_", "\\_")
+
+
+def as_json(lines: Sequence[Line], said: Sequence[str]) -> dict[str, Any]:
+    """All of it as plain values."""
+    return {
+        "unit": "nats per token",
+        "level": 0.95,
+        "arms": {
+            line.arm: {
+                **line._asdict(),
+                "title": ARMS[line.arm],
+                "losses": line.losses.as_json(),
+                "difference": None if line.difference is None else line.difference.as_json(),
+                "ours": line.verdict,
+            }
+            for line in lines
+        },
+        "sentences": list(said),
+    }

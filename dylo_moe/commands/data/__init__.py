@@ -1,0 +1,43 @@
+"""`dylora data`: datasets listed, shown as the model sees them, and checked."""
+
+from __future__ import annotations
+
+import argparse
+
+from dylo_moe.commands.ending import asks_for_help
+
+COMMANDS = {
+    "list": "every dataset that has a name: size, format, licence, source",
+    "show": "print examples, prompt and trained tokens in different colours",
+    "check": "count rows, lengths, duplicates, padding, and overlap with HumanEval and MBPP's test split",
+}
+
+
+def main(words: list[str]) -> int:
+    """Run the command on the words behind its name; returns the exit status."""
+    if not words or words[0] in ("-h", "--help"):
+        lines = ["usage: dylora data COMMAND [NAME ...] [--FLAG VALUE ...]", ""]
+        lines += [f"  {name:6s} {text}" for name, text in COMMANDS.items()]
+        print("\n".join([*lines, "", "`dylora data COMMAND --help` explains a command."]))
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        raise ValueError(f"there is no command data {command!r}; there are {', '.join(COMMANDS)}")
+    if command == "list":
+        parser = argparse.ArgumentParser(prog="dylora data list", description=COMMANDS["list"])
+        parser.parse_args(rest)
+        from dylo_moe.commands.data.run import list_datasets
+
+        list_datasets()
+        return 0
+    from dylo_moe.commands.data.arguments import build_look_parser, parse_look
+
+    prog = f"dylora data {command}"
+    if asks_for_help(rest):
+        build_look_parser(prog).print_help()
+        return 0
+    request = parse_look(rest, prog=prog)
+    from dylo_moe.commands.data.run import check_datasets, show_dataset
+
+    {"show": show_dataset, "check": check_datasets}[command](request.data, request.look)
+    return 0

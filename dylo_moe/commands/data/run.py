@@ -1,0 +1,194 @@
+"""Data looked at before it is trained on; the commands `dylora data list`, `show` and `check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dylo_moe.base.loading import load_tokenizer
+from dylo_moe.commands.data.arguments import LookArguments
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.contamination import load_benchmarks
+from dylo_moe.data.encoding import IGNORED, text_format
+from dylo_moe.data.loading import LoadedData, load_data
+from dylo_moe.data.packing import PackedTexts, padding_share
+from dylo_moe.data.sources.catalog import CATALOG
+from dylo_moe.data.sources.formats import Fate
+from dylo_moe.data.sources.locate import locate_all
+from dylo_moe.data.sources.read import Reading, read
+from dylo_moe.data.tokenized import Table as Rows
+from dylo_moe.data.tokenized import tokenise_all
+from dylo_moe.report.terminal import show_data, show_reasons
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+PROMPT, TRAINED, SPECIAL = "dim", "green", "bold black on yellow"
+
+TRAINED_SPECIAL = "bold black on green"
+"""Styles of tokens."""
+
+MAX_OVERLAPS = 5
+"""Contaminated rows named of one dataset."""
+
+
+def list_datasets() -> None:
+    """Every dataset that has a name."""
+    console = Console()
+    width = max(map(len, CATALOG)) + 2
+    for source in CATALOG.values():
+        licence = Text(source.licence, style="red" if source.non_commercial else "")
+        licence.append(", not for commercial use" if source.non_commercial else "")
+        facts = Text(f"{source.size} · {source.format} · ").append_text(licence)
+        if not source.for_training:
+            facts.append(" · never trained on", style="yellow")
+        origin = source.origin
+        if source.revision is not None:
+            origin += f"{':' + source.config if source.config else ''} at {source.revision[:10]}"
+        grid = Table.grid(padding=(0, 0))
+        grid.add_column(width=width, no_wrap=True)
+        grid.add_column()
+        grid.add_row(Text(source.name, style="bold"), source.description)
+        grid.add_row("", facts)
+        grid.add_row("", Text(origin, style="dim"))
+        console.print(grid)
+    console.print(
+        "\nThose of the hub are read from there, or from --data_dir FOLDER with a folder per name. Anything else is a "
+        "dataset too: the path of a file or folder, or a hub id. docs/datasets.md has more.",
+        highlight=False,
+    )
+
+
+def show_dataset(config: DataConfig, look: LookArguments) -> None:
+    """Print examples of one dataset as the model will see them."""
+    console = Console()
+    tokenizer = load_tokenizer(look.model)
+    (place,) = locate_all(config)
+    reading = read(place, config)
+    (rows,) = tokenise_all([reading], text_format(tokenizer), config, None)
+    good = np.flatnonzero(rows.good)
+    chosen = np.sort(np.random.default_rng(look.seed).permutation(good)[: look.examples])
+    _show_head(console, reading, rows, len(good))
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    for position in chosen.tolist():
+        row = rows.rows[position]
+        title = f"row {position} · {row['length']} tokens, {row['trained']} trained"
+        if row["cut"]:
+            title += f" · cut from {row['whole_length']}"
+        console.rule(Text(title), align="left", style="dim")
+        text = coloured(row["input_ids"], row["labels"], tokenizer, special, marked=not console.is_terminal)
+        console.print(text, soft_wrap=True)
+    console.rule(style="dim")
+    show_reasons(console, reading.name, rows.reasons())
+
+
+def _show_head(console: Console, reading: Reading, rows: Rows, num_good: int) -> None:
+    source = reading.source
+    licence = f", licence {source.licence}" if source is not None else ""
+    console.print(
+        f"{reading.name} ({reading.origin}{licence}): {len(rows.rows):,} rows read, {num_good:,} usable",
+        highlight=False,
+    )
+    if source is not None and not source.for_training:
+        console.print(Text("For evaluation only: dylora train refuses it.", style="yellow"))
+    legend = Text("tokens: ")
+    legend.append("prompt", PROMPT).append("  ").append("trained", TRAINED).append("  ")
+    legend.append("template", SPECIAL).append("  ").append("end token, trained", TRAINED_SPECIAL)
+    if not console.is_terminal:
+        legend = Text("⟦...⟧: trained; the rest is the prompt")
+    console.print(legend)
+
+
+def coloured(
+    ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: set[int], *, marked: bool
+) -> Text:
+    """A row's text: prompt, trained and special tokens in styles of their own.
+
+    Args:
+        special: ids of the template's and the end tokens, written out.
+        marked: also with ⟦ and ⟧ around what is trained, for where colours are lost.
+    """
+    text = Text()
+    # The first label predicts from nothing, so a plain text's first token is read, not learned.
+    kinds = [
+        (place > 0 and label != IGNORED, index in special)
+        for place, (index, label) in enumerate(zip(ids, labels, strict=True))
+    ]
+    styles = {(False, False): PROMPT, (True, False): TRAINED, (False, True): SPECIAL, (True, True): TRAINED_SPECIAL}
+    was_trained = False
+    for (trained, is_special), group in groupby(zip(kinds, ids, strict=True), key=lambda item: item[0]):
+        if marked and trained != was_trained:
+            text.append("⟦" if trained else "⟧")
+        was_trained = trained
+        part = tokenizer.decode([index for _, index in group], clean_up_tokenization_spaces=False)
+        text.append(str(part), styles[trained, is_special])
+    if marked and was_trained:
+        text.append("⟧")
+    return text
+
+
+def check_datasets(config: DataConfig, look: LookArguments) -> None:
+    """Count what training on these datasets would be on."""
+    console = Console()
+    tokenizer = load_tokenizer(look.model)
+    data = load_data(config, tokenizer, seed=look.seed)
+    show_data(console, data)
+    form = text_format(tokenizer)
+    _show_lengths(console, tokenise_all(data.readings, form, config, None), config)
+    _show_padding(console, data, config, look.per_device_train_batch_size)
+    benchmarks, missing = load_benchmarks(config)
+    for name, reason in missing.items():
+        console.print(Text(f"Overlap with {name}: not checked. {reason}", style="yellow"), soft_wrap=True)
+    if benchmarks.problems:
+        rows = tokenise_all(data.readings, form, config, benchmarks)
+        _show_overlaps(console, rows, len(benchmarks.problems), benchmarks.unfindable, removed=config.decontaminate)
+
+
+def _show_lengths(console: Console, tables: Sequence[Rows], config: DataConfig) -> None:
+    """Quantiles of the rows' lengths, before anything is cut."""
+    table = Table(title="tokens of a row, before anything is cut")
+    table.add_column("dataset")
+    for quantile in QUANTILES:
+        table.add_column("longest" if quantile == 1 else f"{quantile:.0%}", justify="right")
+    table.add_column(f"over {config.max_seq_length}", justify="right")
+    for rows in tables:
+        lengths = rows.whole_lengths[rows.whole_lengths > 0]
+        cells = [f"{value:,.0f}" for value in np.quantile(lengths, QUANTILES)]
+        table.add_row(rows.name, *cells, f"{(lengths > config.max_seq_length).mean():.1%}")
+    console.print(table)
+
+
+def _show_padding(console: Console, data: LoadedData, config: DataConfig, batch_size: int) -> None:
+    packed = PackedTexts(data.train, config.max_seq_length)
+    console.print(
+        f"In batches of {batch_size}, {padding_share(packed.lengths, batch_size):.1%} of the tokens are padding; with "
+        f"--packing, {1 - packed.fill:.1%}, in {len(packed):,} rows instead of {len(packed.lengths):,}.",
+        highlight=False,
+    )
+
+
+def _show_overlaps(
+    console: Console, tables: Sequence[Rows], num_problems: int, unfindable: int, *, removed: bool
+) -> None:
+    """Rows that overlap with a benchmark."""
+    done = "removed" if removed else "kept; --decontaminate removes them"
+    short = f" ({unfindable} of them too short to be found)" if unfindable else ""
+    total = sum(rows.num(Fate.CONTAMINATED) for rows in tables)
+    console.print(
+        f"Overlap with {num_problems} test problems{short}: {total:,} rows, {done if total else 'none'}.",
+        highlight=False,
+    )
+    for rows in tables:
+        found = [reason for reason in rows.reasons() if reason.text.startswith("it overlaps with")]
+        for reason in found[:MAX_OVERLAPS]:
+            console.print(
+                f"  {rows.name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})", highlight=False
+            )
+        if len(found) > MAX_OVERLAPS:
+            console.print(f"  {rows.name}: and with {len(found) - MAX_OVERLAPS:,} problems more", highlight=False)

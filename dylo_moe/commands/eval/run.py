@@ -1,0 +1,214 @@
+"""The command `dylora eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dylo_moe.base.loading import load_tokenizer
+from dylo_moe.commands.eval.arguments import EvalRequest
+from dylo_moe.evaluation.answers import Decoding
+from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
+from dylo_moe.evaluation.benchmark import Benchmark, files_of, run_benchmark
+from dylo_moe.evaluation.problems import HUMANEVAL, MBPP, Problem, fingerprint, load_examples, load_problems
+from dylo_moe.evaluation.prompts import CHAT, COMPLETION, Asking, check_chat
+from dylo_moe.evaluation.results import (
+    RESULTS_FILE,
+    add_result,
+    evaluation_folder,
+    export_evalplus,
+    read_results,
+    settings_of,
+    take_folder,
+)
+from dylo_moe.evaluation.samples import SampleFile
+from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
+from dylo_moe.model.checkpoint import read_manifest
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.report.eval_tables import TITLES, live_rate, show_example, show_results
+from dylo_moe.routing.config import BASE
+
+
+class Exam(NamedTuple):
+    """A benchmark that is to be run."""
+
+    asking: Asking
+    problems: list[Problem]
+
+
+def evaluate_checkpoint(request: EvalRequest) -> Path:
+    """Evaluate as the flags say, and show what came of it; returns the folder of the results.
+
+    Raises:
+        ValueError: for a checkpoint that is not whole, data that is not to be had, other settings than those of an
+            evaluation that is to go on.
+        SandboxError: where generated code cannot be isolated.
+    """
+    transformers_logging.disable_progress_bar()
+    console, options, checkpoint = Console(), request.options, Path(request.checkpoint)
+    manifest = read_manifest(checkpoint)
+    check_expert(manifest, options.expert)
+    trained = (manifest.get("training") or {}).get("settings", {})
+    sandbox = open_sandbox(options.sandbox, options.limits) if options.benchmarks else None
+    exams = [read_exam(name, options) for name in options.benchmarks]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = bool(trained.get("bf16")) if options.bf16 is None else options.bf16
+    settings = settings_of(checkpoint, options, bf16=bf16, device=device)
+    if exams:
+        settings["problems"] = {exam.asking.benchmark: fingerprint(exam.problems) for exam in exams}
+    folder = evaluation_folder(checkpoint, options)
+    take_folder(folder, settings)
+    say_trained_on(console, trained, options)
+    model = DyLoRAMoE.from_pretrained(str(checkpoint), dtype=torch.bfloat16 if bf16 else "auto").eval()
+    if model.device.type != device:
+        model.to(device)
+    tokenizer = load_tokenizer(str(model.base_id), revision=model.base_revision)
+    if exams and options.prompt == CHAT:
+        check_chat(tokenizer)
+    if LOSSES in read_results(folder) and LOSSES in options.tasks:
+        console.print(f"losses are there already: {folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
+    elif LOSSES in options.tasks:
+        add_result(folder, (LOSSES,), evaluate_losses(console, model, tokenizer, checkpoint, options))
+    for exam in exams:
+        assert sandbox is not None
+        with forced(model, options.expert):
+            run_exam(console, exam, model, tokenizer, sandbox, options, folder)
+    show_results(console, read_results(folder))
+    console.print(f"results     {folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
+    return folder
+
+
+def check_expert(manifest: dict[str, Any], expert: str | None) -> None:
+    """Raises ValueError for an expert that the checkpoint does not have."""
+    names = [entry["name"] for entry in manifest["experts"]]
+    if expert is not None and expert not in (BASE, *names):
+        raise ValueError(
+            f"expert is {expert!r}; the checkpoint has {', '.join(names)}, and {BASE} is the unchanged model"
+        )
+
+
+@contextmanager
+def forced(model: DyLoRAMoE, expert: str | None) -> Iterator[None]:
+    """Every token to one expert; None: as the router decides."""
+    if expert is None:
+        yield
+        return
+    with model.route_to(None if expert == BASE else expert):
+        yield
+
+
+def read_exam(name: str, options: EvalArguments) -> Exam:
+    """The problems of a benchmark, and how they are asked. Raises ValueError where they are not to be had."""
+    examples = load_examples(name, options.data_dir) if options.prompt == COMPLETION else []
+    problems = load_problems(name, options.data_dir)[: options.limit]
+    return Exam(Asking(name, options.prompt, tuple(examples)), problems)
+
+
+def say_trained_on(console: Console, trained: dict[str, Any], options: EvalArguments) -> None:
+    """Say where what is judged is near what was trained, and where that is not known."""
+    if not options.benchmarks:
+        return
+    datasets = trained.get("datasets", [])
+    note = None
+    if not trained:
+        note = "The checkpoint does not say what it was trained on."
+    elif MBPP in datasets and MBPP in options.tasks:
+        note = "It was trained on mbpp's train split; its test split, which is asked here, is never trained on."
+    elif not trained.get("decontaminate"):
+        note = "Its training rows were not compared with the benchmarks (--decontaminate does that)."
+    if note is not None:
+        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+
+
+def evaluate_losses(
+    console: Console, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, options: EvalArguments
+) -> dict[str, Any]:
+    """The task losses."""
+    from dylo_moe.evaluation.losses import run_losses
+
+    return run_losses(
+        model,
+        tokenizer,
+        checkpoint,
+        datasets=options.datasets or None,
+        data_dir=options.data_dir,
+        eval_subset=options.eval_subset,
+        batch_size=options.batch_size,
+        expert=options.expert,
+        seed=options.seed,
+        console=console,
+    )
+
+
+def run_exam(
+    console: Console,
+    exam: Exam,
+    model: DyLoRAMoE,
+    tokenizer: PreTrainedTokenizerBase,
+    sandbox: Sandbox,
+    options: EvalArguments,
+    folder: Path,
+) -> None:
+    """One benchmark: an example, greedy answers, samples where they are asked for; each result is kept at once."""
+    plans = [(Decoding("greedy"), [1])]
+    if options.num_samples:
+        sampled = Decoding("sampled", options.num_samples, options.temperature, options.top_p)
+        plans.append((sampled, options.sampled_k))
+    name = exam.asking.benchmark
+    for place, (decoding, k) in enumerate(plans):
+        benchmark = Benchmark(
+            exam.problems,
+            exam.asking,
+            decoding,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+        )
+        samples, verdicts = files_of(folder, benchmark)
+        say_taken_up(console, samples, verdicts.num_dropped)
+        if place == 0:
+            known = samples.samples[:1]
+            example = known[0] if known else benchmark.generate(model, tokenizer, 0, benchmark.keys[:1])[0]
+            show_example(console, benchmark, example, tokenizer)
+            room = benchmark.room(model, tokenizer)
+            if room is not None and room < options.max_new_tokens:
+                text = f"the base's context has room for {room} tokens of an answer behind the longest prompt"
+                console.print(Text(f"Note: {text}.", style="yellow"), soft_wrap=True)
+        with live_rate(console, f"{TITLES[name]} {decoding.name}", len(benchmark.keys)) as tell:
+            outcome = run_benchmark(
+                benchmark, model, tokenizer, sandbox, samples=samples, verdicts=verdicts, k=k, tell=tell
+            )
+        add_result(folder, (name, decoding.name), outcome.as_json())
+        if options.export:
+            say_exported(console, export_evalplus(samples), name, options)
+
+
+def say_taken_up(console: Console, samples: SampleFile, num_dropped_verdicts: int) -> None:
+    """What there is of an earlier run, and what of it was not whole."""
+    if samples.samples:
+        console.print(f"going on: {len(samples.samples)} of {len(samples.keys)} answers are there", highlight=False)
+    for count, what in ((samples.num_dropped, "answers"), (num_dropped_verdicts, "verdicts")):
+        if count:
+            text = f"{count} lines of {what} were cut off by a kill, and are made again"
+            console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def say_exported(console: Console, path: Path, name: str, options: EvalArguments) -> None:
+    """Where the samples lie for EvalPlus, and what it will want besides."""
+    console.print(f"for EvalPlus {path}", highlight=False, soft_wrap=True)
+    missing = []
+    if options.limit is not None:
+        missing.append(f"here are the first {options.limit} only")
+    if name != HUMANEVAL:
+        missing.append("MBPP+ also has tasks of MBPP's other splits")
+    if missing:
+        text = f"EvalPlus wants an answer to every task of its set: {'; '.join(missing)}"
+        console.print(Text(f"Note: {text}.", style="yellow"), soft_wrap=True)

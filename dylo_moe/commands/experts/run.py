@@ -1,0 +1,145 @@
+"""The experts of a checkpoint: list them, remove one, fit all gate rows anew; the command `dylora experts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from dylo_moe.continual.growth import Rows
+from dylo_moe.model.checkpoint import read_manifest
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.model.saving import save_checkpoint
+from dylo_moe.routing.config import BASE
+
+REHEARSED = 1000
+"""Draws of each skill that tell where its tokens would go."""
+
+
+def list_experts(checkpoint: str) -> None:
+    """A table of the experts of a checkpoint, in gate order, and of the skills that each one knows."""
+    manifest = read_manifest(checkpoint)
+    growth = manifest.get("growth")
+    skills = {} if growth is None else skills_by_expert(growth["skills"])
+    table = Table(
+        "expert", "rank", "parameters", "state", "skills: texts, tokens seen", box=SIMPLE_HEAD, pad_edge=False
+    )
+    if growth is not None and BASE in growth["members"]:
+        table.add_row(Text(BASE, style="dim"), "-", "0", "frozen", "text of no known skill")
+    for expert in manifest["experts"]:
+        state = ("mature" if expert["mature"] else "nascent") + ("" if expert["trainable"] else ", frozen")
+        known = "; ".join(skills.get(expert["name"], [])) or "not known"
+        table.add_row(Text(expert["name"]), str(expert["rank"]), f"{expert['parameters']:,}", state, Text(known))
+    console = Console()
+    console.print(table)
+    if growth is None:
+        console.print("It has no skill library: it was trained jointly, and its pool is fixed.", highlight=False)
+    elif not growth["allow_expert_growth"]:
+        console.print("Its pool is fixed: what is new is reported.", highlight=False)
+
+
+def remove_expert(checkpoint: str, name: str, output: str) -> None:
+    """Write a checkpoint without one expert, its gate row and its skills; the others stay bit for bit."""
+    check_output(output)
+    model = DyLoRAMoE.from_pretrained(checkpoint)
+    gone = model.remove_expert(name)
+    save_checkpoint(model, output)
+    known = f" with what is known of {', '.join(gone)}" if gone else ""
+    Console().print(Text(f"{name} is removed{known}; {', '.join(model.experts.names)} are left, in {output}"))
+
+
+class Change(NamedTuple):
+    """What a refit would do to one skill."""
+
+    skill: str
+    expert: str
+    before: float
+    """Share of draws from its statistics that go to its own expert, by the rows as they are."""
+    after: float
+    alike: float
+    """Cosine between the expert's row as it is and as it would be."""
+
+
+def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
+    """Fit all gate rows anew against the library; show what that changes, and where `output` is given write it."""
+    if output is not None:
+        check_output(output)
+    model = DyLoRAMoE.from_pretrained(checkpoint)
+    if model.growth is None:
+        raise ValueError(f"{checkpoint} has no skill library to fit gate rows against; it was trained jointly")
+    rows = model.growth.refit(seed=seed)
+    changes = refit_changes(model, rows, seed=seed)
+    table = Table("skill", "expert", "to it now", "after a refit", "row's cosine", box=SIMPLE_HEAD, pad_edge=False)
+    for change in changes:
+        shares = [f"{share:.1%}" for share in (change.before, change.after)]
+        table.add_row(Text(change.skill), Text(change.expert), *shares, f"{change.alike:.4f}")
+    console = Console()
+    console.print(f"Of {REHEARSED:,} draws from each skill's statistics:", highlight=False)
+    console.print(table)
+    if output is None:
+        console.print("Nothing was changed. With --output FOLDER the refitted model is written there.", highlight=False)
+        return
+    set_rows(model, rows)
+    save_checkpoint(model, output)
+    console.print(Text(f"The refitted model is in {output}"))
+
+
+def set_rows(model: DyLoRAMoE, rows: Rows) -> None:
+    """Give the gate rows their new values."""
+    for expert, (row, bias) in rows.items():
+        model.router.set_row(expert, row, bias)
+
+
+@torch.no_grad()
+def refit_changes(model: DyLoRAMoE, rows: Rows, *, seed: int) -> list[Change]:
+    """What other gate rows would change, skill by skill; the model stays as it is."""
+    router, library = model.router, model.library
+    before = {name: (router.gate[name].clone(), router.gate_bias[name].clone()) for name in router.names}
+    skills = library.skills
+    draws = {
+        skill: library.draw(skill, REHEARSED, torch.Generator().manual_seed(seed)).to(model.device) for skill in skills
+    }
+    was = {skill: _share(model, draws[skill], library[skill].expert) for skill in skills}
+    set_rows(model, rows)
+    try:
+        now = {skill: _share(model, draws[skill], library[skill].expert) for skill in skills}
+    finally:
+        set_rows(model, before)
+    return [
+        Change(
+            skill,
+            library[skill].expert,
+            was[skill],
+            now[skill],
+            float(cosine_similarity(before[library[skill].expert][0], rows[library[skill].expert][0], dim=0)),
+        )
+        for skill in skills
+    ]
+
+
+def _share(model: DyLoRAMoE, features: Tensor, expert: str) -> float:
+    chosen = model.router.logits(features).argmax(-1)
+    return float((chosen == model.router.names.index(expert)).double().mean())
+
+
+def check_output(output: str) -> None:
+    """Raises ValueError for a folder that exists."""
+    if Path(output).exists():
+        raise ValueError(f"output {output} exists; name a new folder, so that no checkpoint is overwritten")
+
+
+def skills_by_expert(record: dict) -> dict[str, list[str]]:
+    """Of each expert what a library's record says of its skills, in words."""
+    found: dict[str, list[str]] = {}
+    for skill in record["skills"]:
+        if skill["name"] != BASE:
+            text = f"{skill['name']}: {skill['num_texts']:,}, {skill['num_tokens']:,}"
+            found.setdefault(skill["expert"], []).append(text)
+    return found

@@ -1,0 +1,176 @@
+"""The flags of `dylora export`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from transformers import HfArgumentParser
+
+from dylo_moe.commands.parsing import Parser, parse_behind_checkpoint, plain_options
+from dylo_moe.routing.config import BASE
+from dylo_moe.utils.errors import UsageError
+
+VLLM, MERGED = "vllm", "merged"
+
+MEASURED = "measured"
+"""The mixture of the router's own shares."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+ONLY_FOR_MERGED = ("expert", "mixture", "dtype")
+
+ONLY_FOR_MEASURING = ("datasets", "data_dir", "eval_subset", "batch_size", "seed", "bf16")
+
+
+@dataclass
+class ExportArguments:
+    """Flags of `dylora export` behind the checkpoint.
+
+    Raises:
+        ValueError: for values out of range; all problems in one message.
+    """
+
+    to: str = field(
+        metadata={
+            "help": "vllm: one adapter for each expert, and the command that serves them, one expert a request. "
+            "merged: one plain Transformers model, with one expert or a fixed mixture inside its weights.",
+            "choices": [VLLM, MERGED],
+        }
+    )
+    output: str = field(metadata={"help": "The folder to write, new or empty."})
+    expert: str | None = field(default=None, metadata={"help": "With --to merged: the expert that goes in."})
+    mixture: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --to merged: experts and their weights, which add up to 1: a=0.7,b=0.3. base may be one, the "
+            "unchanged model. measured: each expert's share of the held-out tokens, as the router sends them."
+        },
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --to merged: of the weights; default: as in the base's files.",
+            "choices": list(DTYPES),
+        },
+    )
+    no_measure: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not measure what is lost against routing each token, and say in the export that it is not "
+            "known."
+        },
+    )
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Datasets to measure on; default: those of the checkpoint's run, with its very held-out rows."
+        },
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "A local mirror of datasets, as in dylora train."})
+    eval_subset: float | None = field(
+        default=None, metadata={"help": "Percent of each dataset's held-out rows; default: as in the checkpoint's run."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows measured together."})
+    seed: int = field(default=42, metadata={"help": "Of the intervals."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether the checkpoint is measured with its base in bfloat16; default: as it was trained."},
+    )
+
+    def __post_init__(self) -> None:
+        self.datasets = [part.strip() for item in self.datasets for part in item.split(",") if part.strip()]
+        problems = []
+        if self.batch_size < 1:
+            problems.append(f"batch_size is {self.batch_size}; it must be at least 1")
+        if self.eval_subset is not None and not 0 < self.eval_subset <= 100:
+            problems.append(f"eval_subset is {self.eval_subset}; it must be a percentage above 0 and at most 100")
+        if self.to == MERGED and (self.expert is None) == (self.mixture is None):
+            given = "neither is given" if self.expert is None else "both are given"
+            problems.append(f"--to merged needs --expert or --mixture, and one of them only; {given}")
+        if self.expert == BASE:
+            problems.append(f"expert is {BASE!r}, the unchanged model, which needs no export")
+        if self.no_measure and self.mixture == MEASURED:
+            problems.append("mixture is measured, which --no_measure rules out; give the weights")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class ExportRequest(NamedTuple):
+    """What `dylora export` was asked for."""
+
+    checkpoint: str
+    options: ExportArguments
+
+
+def build_export_parser() -> HfArgumentParser:
+    """The parser of `dylora export`, without the checkpoint before the flags."""
+    parser = Parser(
+        (ExportArguments,),  # type: ignore[arg-type]
+        prog="dylora export",
+        allow_abbrev=False,
+        add_help=False,
+        usage="dylora export CHECKPOINT --to vllm --output FOLDER\n"
+        "       dylora export CHECKPOINT --to merged --expert NAME --output FOLDER\n"
+        "       dylora export CHECKPOINT --to merged --mixture NAME=WEIGHT,NAME=WEIGHT --output FOLDER",
+        description="Write a checkpoint (the folder that holds dylora.json) for engines that do not route each token, "
+        "and say what that loses: the loss on held-out rows is measured both ways.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    return plain_options(parser)
+
+
+def parse_export(argv: Sequence[str]) -> ExportRequest:
+    """Read the command line.
+
+    Raises:
+        UsageError: without a checkpoint, for an unknown flag, a value out of range, or a flag that would do nothing.
+    """
+    checkpoint, options, given = parse_behind_checkpoint(argv, build_export_parser())
+    reasons = []
+    if options.to != MERGED:
+        reasons.append((given & set(ONLY_FOR_MERGED), f"--to {options.to} writes every expert as it is"))
+    if options.no_measure:
+        reasons.append((given & set(ONLY_FOR_MEASURING), "with --no_measure nothing is measured"))
+    idle = [f"{', '.join(f'--{name}' for name in sorted(names))}: {reason}" for names, reason in reasons if names]
+    if idle:
+        raise UsageError("these flags would change nothing: " + "; ".join(idle))
+    return ExportRequest(checkpoint, options)
+
+
+def mixture_weights(text: str, members: Collection[str]) -> dict[str, float]:
+    """`a=0.7,b=0.3`, read.
+
+    Args:
+        members: the experts of the checkpoint.
+
+    Raises:
+        ValueError: naming every entry that is no weight of a member, and weights that are no distribution: as the
+            router's, they are above 0 and add up to 1, so that experts are neither weakened nor amplified.
+    """
+    known, problems = {*members, BASE}, []
+    weights: dict[str, float] = {}
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        name, _, value = part.partition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if name in weights:
+            problems.append(f"it names {name!r} twice")
+        elif name not in known:
+            problems.append(f"{part!r} names no member; there are {', '.join([*members, BASE])}")
+        elif not 0 < weight <= 1:
+            problems.append(f"{part!r} must be NAME=WEIGHT, with a weight above 0 and at most 1")
+        else:
+            weights[name] = weight
+    if not problems and not abs(sum(weights.values()) - 1) <= 1e-6:
+        problems.append(f"its weights add up to {sum(weights.values()):g}; they must add up to 1")
+    if not problems and not weights.keys() - {BASE}:
+        problems.append("it is the base alone, which needs no export")
+    if problems:
+        raise ValueError(f"mixture is {text!r}: " + "; ".join(problems))
+    return weights

@@ -1,0 +1,193 @@
+"""What is lost where tokens are not routed one by one: held-out losses of each way to use the same experts.
+
+Every way is measured on the same rows, so that differences are paired. One expert a request needs no pass of its own:
+each row's loss is the one that its expert has on it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dylo_moe.commands.export.request_routing import experts_for
+from dylo_moe.data.collator import Collator
+from dylo_moe.evaluation.held_out import HeldOut
+from dylo_moe.evaluation.losses import DatasetLosses, Losses, estimates, measure, shown
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import BASE, UNIFORM
+from dylo_moe.routing.token_masks import prompt_ends
+from dylo_moe.utils.redact import short_name
+
+ROUTED = "each token routed"
+
+PER_REQUEST = "one expert a request"
+
+PLAIN = "this model"
+
+BASE_ALONE = "the base alone"
+
+TITLE = "nats per token on held-out rows; lost: against routing each token, with 95 % intervals"
+
+
+class Measured(NamedTuple):
+    """Held-out losses of several ways."""
+
+    ways: dict[str, Losses]
+    """By what the way is called; `ROUTED` is one."""
+    notes: list[str]
+    """What a reader should know, in sentences."""
+    requests: dict[str, dict[str, int]]
+    """Of each dataset, how many rows go to which member as a request; empty where that was not asked."""
+
+
+def measure_requests(
+    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, console: Console
+) -> Measured:
+    """Each token routed, one expert a request, every expert always, and the base alone."""
+    ways, notes = measure_routed(model, held, tokenizer, batch_size=batch_size, console=console), list(held.notes)
+    by_member = {BASE: ways[BASE_ALONE]}
+    for name in model.experts.names:
+        with model.route_to(name):
+            by_member[name] = measure(model, held, tokenizer, batch_size=batch_size, console=console)
+    requests: dict[str, dict[str, int]] = {}
+    if model.router_config.policy == UNIFORM:
+        notes.append("The router's policy is 'uniform', which prefers no expert: which one to ask is up to you.")
+    else:
+        chosen = row_experts(model, held, tokenizer, batch_size=batch_size)
+        ways[PER_REQUEST] = picked(by_member, chosen)
+        requests = {dataset: dict(Counter(names)) for dataset, names in chosen.items()}
+    ways |= {f"{name}, always": by_member[name] for name in model.experts.names}
+    return Measured(ways, notes, requests)
+
+
+def measure_routed(
+    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, console: Console
+) -> dict[str, Losses]:
+    """The base alone, and each token routed."""
+    with model.route_to(None):
+        base = measure(model, held, tokenizer, batch_size=batch_size, console=console)
+    return {BASE_ALONE: base, ROUTED: measure(model, held, tokenizer, batch_size=batch_size, console=console)}
+
+
+def row_experts(
+    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
+) -> dict[str, list[str]]:
+    """Of each dataset, the member that each row goes to as a request, where the row has a loss.
+
+    A row's prompt ends where its response begins; of a text without one it is the first 32 tokens.
+    """
+    found: dict[str, list[str]] = {}
+    for dataset, batch in _batches(held, tokenizer, batch_size):
+        ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+        lengths = prompt_ends(mask.bool(), labels=labels)[:, 0] + 1
+        names = experts_for(model, ids, mask, prompt_lengths=lengths)
+        has_loss = (labels[:, 1:] != -100).any(1).tolist()
+        found.setdefault(dataset, []).extend(name for name, has in zip(names, has_loss, strict=True) if has)
+    return found
+
+
+@torch.no_grad()
+def routed_shares(
+    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
+) -> dict[str, float]:
+    """Each member's mean routing weight over the held-out tokens, every dataset counting alike; they add up to 1."""
+    sums: dict[str, torch.Tensor] = {}
+    for dataset, batch in _batches(held, tokenizer, batch_size):
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+        routing = model.route(inputs.pop("input_ids"), **inputs)
+        total = routing.weights.double().sum((0, 1)).cpu()
+        sums[dataset] = sums.get(dataset, torch.zeros_like(total)) + total
+    mean = torch.stack([total / total.sum() for total in sums.values()]).mean(0)
+    return {name: share for name, share in zip(model.router.names, mean.tolist(), strict=True) if share > 0}
+
+
+def _batches(
+    held: HeldOut, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    collator = Collator(tokenizer)
+    for dataset, rows in held.rows.items():
+        for start in range(0, len(rows), batch_size):
+            yield dataset, collator([rows[place] for place in range(start, min(start + batch_size, len(rows)))])
+
+
+def picked(by_member: Mapping[str, Losses], chosen: Mapping[str, Sequence[str]]) -> Losses:
+    """Of each row the loss of the member that was chosen for it."""
+    found = {}
+    for dataset, names in chosen.items():
+        first = by_member[BASE][dataset]
+        sums = [by_member[name][dataset].sums[place] for place, name in enumerate(names)]
+        found[dataset] = DatasetLosses(first.documents, sums, first.tokens)
+    return found
+
+
+# What is told of it.
+
+
+def as_json(measured: Measured, *, seed: int) -> dict[str, Any]:
+    """Losses and what each way loses against routing each token, with 95 % intervals, as plain values."""
+    routed = measured.ways[ROUTED]
+    return {
+        "unit": "nats per token",
+        "level": 0.95,
+        "num_rows": {name: len(item.tokens) for name, item in routed.items()},
+        "num_tokens": {name: sum(item.tokens) for name, item in routed.items()},
+        "notes": measured.notes,
+        "requests": measured.requests,
+        "ways": {
+            way: {
+                "loss": estimates([losses], seed=seed).as_json(),
+                "lost": estimates([losses], [routed], seed=seed).as_json(),
+            }
+            for way, losses in measured.ways.items()
+        },
+    }
+
+
+def table_of(measured: Measured, *, seed: int) -> list[list[str]]:
+    """The losses in cells: a head, then a line for each way."""
+    routed = measured.ways[ROUTED]
+    datasets = list(routed)
+    means = ["mean"] if len(datasets) > 1 else []
+    lines = [["held-out loss", *(short_name(name) for name in datasets), *means, "lost"]]
+    for way, losses in measured.ways.items():
+        found, lost = estimates([losses], seed=seed), estimates([losses], [routed], seed=seed).mean
+        values = [*(found.datasets[name].value for name in datasets), *(found.mean.value for _ in means)]
+        cells = [f"{value:.3f}" for value in values]
+        lines.append([way, *cells, "" if way == ROUTED else shown(lost, sign=True)])
+    return lines
+
+
+def show(console: Console, measured: Measured, *, seed: int) -> None:
+    """The losses as a table, and the notes."""
+    head, *lines = table_of(measured, seed=seed)
+    table = Table(title=TITLE, box=SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(head):  # of a narrow window names are folded, and numbers, of five characters, are not
+        table.add_column(name, justify="right" if place else "left", overflow="fold", no_wrap=not place, min_width=5)
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    console.print(table)
+    for note in measured.notes:
+        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+
+
+def in_words(measured: Measured, way: str, *, seed: int) -> str:
+    """What a way loses against routing each token, as a sentence."""
+    routed = measured.ways[ROUTED]
+    lost = estimates([measured.ways[way]], [routed], seed=seed).mean
+    ends = lost.interval.as_json()
+    known = "not known" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+    over = "mean over datasets, " if len(routed) > 1 else ""
+    doubt = "" if lost.interval.excludes_zero else "; that may be chance"
+    side = "higher" if lost.value >= 0 else "lower"
+    return (
+        f"Against routing each token, the loss of {way} is {abs(lost.value):.3f} nats per token {side} ({over}95 % "
+        f"interval of the difference {known}){doubt}."
+    )

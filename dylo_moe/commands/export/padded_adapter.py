@@ -1,0 +1,145 @@
+"""An adapter of any rank as one of a rank that vLLM's servers have, equal to it bit for bit.
+
+A gets rows of zeros and B columns of zeros, so that every product gets terms of exactly zero. The scaling must stay the
+very same floating-point number, though it is stored as alpha / r. Where the linears of one adapter differ in scaling, a
+factor that is a power of two goes into B, which rounds nothing; any other stays a number of its own in `alpha_pattern`.
+
+Shapes: D in, O out, r rank of one linear, R rank of all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from dylo_moe.commands.export.serving_rules import SERVER_RANKS
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+PREFIX = "base_model.model."
+
+
+class Linear(NamedTuple):
+    """One adapted linear."""
+
+    down: Tensor
+    """A, [r, D]."""
+    up: Tensor
+    """B, [O, r]."""
+    scaling: float
+
+
+class PaddedAdapter(NamedTuple):
+    """An adapter as it is to be written."""
+
+    config: dict[str, Any]
+    """Of adapter_config.json."""
+    state: dict[str, Tensor]
+    """Of adapter_model.safetensors."""
+    ranks: list[int]
+    """The ranks that its linears had, each once, ascending."""
+    notes: list[str]
+    """What a reader should know, in sentences."""
+
+
+def padded(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PaddedAdapter:
+    """An adapter for vLLM's servers; one that needs no padding keeps its tensors and its numbers.
+
+    Args:
+        config: of its adapter_config.json, as PEFT writes it.
+        state: its tensors, as PEFT names them in files.
+
+    Raises:
+        ValueError: for a rank above vLLM's largest, or tensors that are no pairs of A and B.
+    """
+    linears = linears_of(config, state)
+    ranks = sorted({linear.down.shape[0] for linear in linears.values()})
+    if ranks[-1] > SERVER_RANKS[-1]:
+        raise ValueError(f"its rank is {ranks[-1]}, above {SERVER_RANKS[-1]}, the largest that vLLM serves")
+    values = {**config, "rank_pattern": {}, "alpha_pattern": {}}
+    if not isinstance(config["target_modules"], list):
+        selecting = ("layers_to_transform", "layers_pattern", "exclude_modules")
+        values |= {"target_modules": sorted(linears), **dict.fromkeys(selecting)}
+    scalings = {linear.scaling for linear in linears.values()}
+    rank = config["r"]
+    if ranks == [rank] and rank in SERVER_RANKS and scalings == {_scaling(config, rank, config["lora_alpha"])}:
+        return PaddedAdapter(values, dict(state), ranks, [])
+    common = Counter(linear.scaling for linear in linears.values()).most_common(1)[0][0]
+    folded = {name: _folded(linear, common) for name, linear in linears.items()}
+    rank, alphas = stored_alphas({linear.scaling for linear in folded.values()}, at_least=ranks[-1])
+    own = {re.escape(name): alphas[linear.scaling] for name, linear in folded.items() if linear.scaling != common}
+    values |= {"r": rank, "lora_alpha": alphas[common], "use_rslora": False, "alpha_pattern": own}
+    notes = [f"Padded with zeros from rank {', '.join(map(str, ranks))} to {rank}; the scaling is the same number."]
+    if own:
+        notes.append(
+            f"{len(own)} linears have a scaling of their own in alpha_pattern, which a vLLM that does not read it "
+            "would serve wrongly and without a word."
+        )
+    padded_state = {}
+    for name, linear in folded.items():
+        missing = rank - linear.down.shape[0]
+        padded_state[f"{PREFIX}{name}{A}"] = torch.nn.functional.pad(linear.down, (0, 0, 0, missing))
+        padded_state[f"{PREFIX}{name}{B}"] = torch.nn.functional.pad(linear.up, (0, missing))
+    return PaddedAdapter(values, padded_state, ranks, notes)
+
+
+def linears_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Linear]:
+    """The adapted linears by module name, each with the scaling that PEFT gives it.
+
+    Raises:
+        ValueError: naming tensors that are no A with its B.
+    """
+    names = [key.removesuffix(A) for key in state if key.endswith(A)]
+    strange = sorted(state.keys() - {name + end for name in names for end in (A, B)})
+    strange += [name + A for name in names if name + B not in state]
+    if strange or not names:
+        raise ValueError(f"its tensors are no pairs of A and B: {', '.join(strange[:3]) or 'there are none'}")
+    found = {}
+    for name in names:
+        module, down = name.removeprefix(PREFIX), state[name + A]
+        pattern: dict[str, float] = config.get("alpha_pattern") or {}
+        alpha = pattern.get(get_pattern_key(list(pattern), module), config["lora_alpha"])
+        found[module] = Linear(down, state[name + B], _scaling(config, down.shape[0], alpha))
+    return found
+
+
+def _scaling(config: Mapping[str, Any], rank: int, alpha: float) -> float:
+    """As PEFT computes it."""
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _folded(linear: Linear, common: float) -> Linear:
+    """The linear with the common scaling, where B can take up the rest without rounding; else as it is."""
+    factor = linear.scaling / common if common else 0.0
+    if factor == 1 or math.frexp(factor)[0] != 0.5 or common * factor != linear.scaling:
+        return linear
+    up = linear.up * factor
+    return linear._replace(up=up, scaling=common) if torch.equal(up / factor, linear.up) else linear
+
+
+def stored_alphas(scalings: set[float], *, at_least: int) -> tuple[int, dict[float, float]]:
+    """The smallest rank of vLLM's from which each scaling comes out as alpha / rank, bit for bit, and these alphas.
+
+    Multiplying by a power of two rounds nothing, so that one is always found; of 320 some scalings cannot be had.
+    """
+    for rank in SERVER_RANKS:
+        alphas = {scaling: _alpha(scaling, rank) for scaling in scalings}
+        found = {scaling: alpha for scaling, alpha in alphas.items() if alpha is not None}
+        if rank >= at_least and len(found) == len(scalings):
+            return rank, found
+    raise ValueError(f"no rank that vLLM serves holds rank {at_least} with scalings {sorted(scalings)}")
+
+
+def _alpha(scaling: float, rank: int) -> float | None:
+    near = scaling * rank
+    for alpha in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
+        if alpha / rank == scaling:
+            return int(alpha) if alpha.is_integer() else alpha
+    return None

@@ -1,0 +1,92 @@
+"""The README.md of an exported folder: what it is, how it is used, what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dylo_moe.commands.export.serving_rules import VLLM_VERSION
+
+NOT_MEASURED = "What is lost against routing each token was **not measured** (--no_measure)."
+
+REQUEST = """\
+import json
+
+from dylo_moe import DyLoRAMoE
+from dylo_moe.base import load_tokenizer
+from dylo_moe.data import encode_prompt, text_format
+from dylo_moe.generate import end_ids
+from dylo_moe.export.request_routing import expert_for
+
+model = DyLoRAMoE.from_pretrained("CHECKPOINT")  # of which only the layers before the router ever run
+tokenizer = load_tokenizer(model.base_id, revision=model.base_revision)
+prompt = encode_prompt(text_format(tokenizer), "Write the Python function clamp.")
+request = {
+    "model": expert_for(model, prompt),
+    "prompt": prompt,
+    "max_tokens": 128,
+    "stop_token_ids": end_ids(tokenizer),
+}
+print(json.dumps(request))  # the body of a POST to http://localhost:8000/v1/completions
+"""
+"""How a request is made; CHECKPOINT stands for the checkpoint's folder."""
+
+
+def vllm_page(record: Mapping[str, Any], losses: str) -> str:
+    """Of a folder of adapters.
+
+    Args:
+        record: what dylora_export.json holds.
+        losses: the part about what is lost.
+    """
+    experts = [
+        [
+            item["name"],
+            str(item["rank"]),
+            ", ".join(map(str, item["original_ranks"])),
+            item["skill"] or "",
+            item["state"],
+        ]
+        for item in record["experts"]
+    ]
+    notes = [f"- {item['name']}: {note}" for item in record["experts"] for note in item["notes"]]
+    parts = [
+        "# Experts of a DyLoRA-MoE checkpoint, for vLLM",
+        f"One plain LoRA adapter for each expert, by the rules of vLLM {VLLM_VERSION}; stock PEFT loads them too. The "
+        f"base is {record['base']['id']}, and is not in here.",
+        "## Serve",
+        f"In this folder:\n\n```\n{record['serve_command']}\n```",
+        "Each expert is a model by its own name, and `base` is the unchanged base. vLLM rounds adapters to the dtype "
+        "that it computes in (`--dtype`), which is half precision where the base's files are fp32.",
+        "## Ask",
+        "vLLM applies one adapter to a whole request. The checkpoint's router says which one suits a prompt:",
+        f"```python\n{REQUEST}```",
+        "## What is lost",
+        losses,
+        "## Experts",
+        markdown_table([["name", "rank", "rank in the checkpoint", "skill", "state"], *experts]),
+        "\n".join(notes + [f"- {note}" for note in record["notes"]]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def merged_page(record: Mapping[str, Any], losses: str) -> str:
+    """Of a plain model; arguments as of `vllm_page`."""
+    weights = [[name, f"{weight:.4g}"] for name, weight in record["weights"].items()]
+    parts = [
+        "# A DyLoRA-MoE checkpoint, merged into a plain model",
+        f"The weights of {record['base']['id']} with these experts inside, the same for every token, in "
+        f"{record['dtype']}. It needs nothing but Transformers:",
+        '```python\nAutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n```',
+        markdown_table([["expert", "weight"], *weights]),
+        "## What is lost",
+        losses,
+        "\n".join(f"- {note}" for note in record["notes"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a table; the first line is the head."""
+    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])

@@ -1,0 +1,48 @@
+"""One expert for a whole request, chosen by the router at the end of its prompt: for servers that know no more.
+
+The same decision as with sequence granularity, whatever the granularity that the model was trained with.
+
+Shapes: B batch, S sequence, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import UNIFORM
+
+
+@torch.no_grad()
+def experts_for(
+    model: DyLoRAMoE, input_ids: Tensor, attention_mask: Tensor, *, prompt_lengths: Tensor
+) -> tuple[str, ...]:
+    """The member of the pool with the largest weight at the last token of each prompt; `base` may be one.
+
+    Args:
+        input_ids: int64 [batch, seq], padded on the right.
+        attention_mask: [batch, seq], 0 on padding.
+        prompt_lengths: int64 [batch], in tokens.
+
+    Raises:
+        ValueError: for a router that sends all tokens to all experts alike.
+    """
+    if model.router_config.policy == UNIFORM:
+        raise ValueError("this router's policy is 'uniform', which prefers no expert, so none can be chosen")
+    given = {"prompt_lengths": prompt_lengths} if model.router_config.per_sequence else {}
+    routing = model.route(input_ids, attention_mask, **given)
+    rows = torch.arange(len(input_ids), device=routing.weights.device)
+    weights_BE = routing.weights[rows, prompt_lengths.to(rows.device) - 1]
+    return tuple(routing.names[place] for place in weights_BE.argmax(-1).tolist())
+
+
+def expert_for(model: DyLoRAMoE, prompt_ids: Sequence[int]) -> str:
+    """The member of the pool for a request with this prompt; see `experts_for`."""
+    if not prompt_ids:
+        raise ValueError("prompt_ids is empty; a request needs at least one token to be routed by")
+    ids = torch.tensor([list(prompt_ids)], device=model.device)
+    lengths = torch.tensor([ids.shape[1]], device=model.device)
+    return experts_for(model, ids, torch.ones_like(ids), prompt_lengths=lengths)[0]

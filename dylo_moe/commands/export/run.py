@@ -1,0 +1,295 @@
+"""The command `dylora export`: a checkpoint for engines that do not route each token, and what that loses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from rich.console import Console
+from rich.text import Text
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dylo_moe.base.loading import load_base, load_tokenizer
+from dylo_moe.commands.export import losses
+from dylo_moe.commands.export.arguments import MEASURED, MERGED, ExportArguments, ExportRequest, mixture_weights
+from dylo_moe.commands.export.losses import (
+    PER_REQUEST,
+    PLAIN,
+    Measured,
+    in_words,
+    measure_requests,
+    measure_routed,
+    routed_shares,
+)
+from dylo_moe.commands.export.merged import bake
+from dylo_moe.commands.export.padded_adapter import PaddedAdapter, padded
+from dylo_moe.commands.export.page import NOT_MEASURED, markdown_table, merged_page, vllm_page
+from dylo_moe.commands.export.serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
+from dylo_moe.evaluation.held_out import HeldOut, held_out
+from dylo_moe.evaluation.losses import measure
+from dylo_moe.model.checkpoint import ADAPTER_FILES, MANIFEST, read_manifest
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
+
+FORMAT_VERSION = 1
+
+RECORD, PAGE = "dylora_export.json", "README.md"
+
+
+class Export(NamedTuple):
+    """One call of the command."""
+
+    checkpoint: Path
+    manifest: dict[str, Any]
+    options: ExportArguments
+    output: Path
+    console: Console
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What the manifest says of the base."""
+        return self.manifest["base"]
+
+
+def export(request: ExportRequest) -> Path:
+    """Export as the flags say, and show what is lost; returns the folder.
+
+    Raises:
+        CheckpointError: for a checkpoint that is not whole.
+        ValueError: for an output folder that holds something, adapters that vLLM does not serve, an unknown expert, or
+            data that is not to be had.
+    """
+    transformers_logging.disable_progress_bar()
+    options, output = request.options, Path(request.options.output)
+    manifest = read_manifest(request.checkpoint)
+    check_free(output)
+    export = Export(Path(request.checkpoint), manifest, options, output, Console())
+    if not manifest["base"]["id"]:
+        raise ValueError(f"checkpoint {request.checkpoint} does not name its base, which every engine has to load")
+    if options.to == MERGED:
+        export_merged(export)
+    else:
+        export_adapters(export)
+    export.console.print(f"exported to  {output}", highlight=False, soft_wrap=True)
+    return output
+
+
+# One adapter for each expert.
+
+
+def export_adapters(export: Export) -> None:
+    """`--to vllm`."""
+    adapters = padded_adapters(export)
+    measured = None
+    if not export.options.no_measure:
+        model, tokenizer, held = ready(export)
+        measured = measure_requests(
+            model, held, tokenizer, batch_size=export.options.batch_size, console=export.console
+        )
+    with whole_folder(export.output) as folder:
+        for name, adapter in adapters.items():
+            (folder / name).mkdir()
+            state = {key: tensor.contiguous() for key, tensor in adapter.state.items()}
+            save_file(state, folder / name / ADAPTER_FILES[1], {"format": "pt"})
+            text = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
+            (folder / name / ADAPTER_FILES[0]).write_text(text, encoding="utf-8")
+        record = {**adapters_record(export, adapters), "measured": told(export, measured)}
+        record["files"] = listing(folder)
+        write_json(folder / RECORD, record)
+        page = vllm_page(record, page_of_losses(export, measured, PER_REQUEST))
+        (folder / PAGE).write_text(page, encoding="utf-8")
+    show_losses(export, measured, PER_REQUEST)
+    for note in [f"{item['name']}: {note}" for item in record["experts"] for note in item["notes"]] + record["notes"]:
+        export.console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+    export.console.print("To serve them (README.md there says how to ask):", highlight=False)
+    print(f"cd {shlex.quote(str(export.output))}\n{record['serve_command']}")  # as it is, to be copied
+
+
+def padded_adapters(export: Export) -> dict[str, PaddedAdapter]:
+    """Every expert as vLLM serves it. Raises ValueError with every reason why some cannot be served."""
+    found, problems = {}, []
+    shapes = export.base["fingerprint"]["tensors"]
+    for entry in export.manifest["experts"]:
+        folder = export.checkpoint / "experts" / entry["name"]
+        config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+        try:
+            adapter = padded(config, load_file(folder / ADAPTER_FILES[1]))
+            reasons = rule_problems(adapter.config, adapter.state, base_shapes=shapes)
+        except ValueError as error:
+            reasons = [str(error)]
+        problems += [f"{entry['name']}: {reason}" for reason in reasons]
+        if not reasons:
+            found[entry["name"]] = adapter
+    if problems:
+        raise ValueError(f"checkpoint {export.checkpoint} cannot be served by vLLM: " + "; ".join(problems))
+    return found
+
+
+def adapters_record(export: Export, adapters: Mapping[str, PaddedAdapter]) -> dict[str, Any]:
+    """What dylora_export.json says of adapters, but for their files and losses."""
+    base, max_rank = export.base, max(adapter.config["r"] for adapter in adapters.values())
+    experts = []
+    for entry in export.manifest["experts"]:
+        adapter = adapters[entry["name"]]
+        experts.append(
+            {
+                "name": entry["name"],
+                "folder": entry["name"],
+                "rank": adapter.config["r"],
+                "original_ranks": adapter.ranks,
+                "lora_alpha": adapter.config["lora_alpha"],
+                "targets": sorted({key.split(".")[-3] for key in adapter.state}),
+                "skill": entry["skill"],
+                "state": "mature" if entry["mature"] else "nascent",
+                "notes": adapter.notes,
+            }
+        )
+    command = serve_command(base["id"], base["revision"], experts=list(adapters), max_rank=max_rank)
+    return {
+        **origin(export, "vllm"),
+        "vllm": {"rules_of": VLLM_VERSION, "max_lora_rank": next_server_rank(max_rank), "max_loras": len(adapters)},
+        "serve_command": command,
+        "experts": experts,
+        "notes": of_quantised(export, "vLLM serves the base in full unless it is told otherwise (--quantization)"),
+    }
+
+
+# One plain model.
+
+
+def export_merged(export: Export) -> None:
+    """`--to merged`."""
+    options, names = export.options, [entry["name"] for entry in export.manifest["experts"]]
+    if options.expert is not None and options.expert not in names:
+        raise ValueError(f"expert is {options.expert!r}; the checkpoint has {', '.join(names)}")
+    weights = {} if options.expert is None else {options.expert: 1.0}
+    if options.mixture not in (None, MEASURED):
+        weights = mixture_weights(str(options.mixture), names)
+    measured, held = None, None
+    if not options.no_measure:
+        model, tokenizer, held = ready(export)
+        ways = measure_routed(model, held, tokenizer, batch_size=options.batch_size, console=export.console)
+        measured = Measured(ways, list(held.notes), {})
+        weights = weights or routed_shares(model, held, tokenizer, batch_size=options.batch_size)
+        del model
+    with whole_folder(export.output) as folder:
+        write_merged(export, folder, weights)
+        if measured is not None and held is not None:
+            measured.ways[PLAIN] = losses_of_plain(folder, held, export)
+        record = {
+            **origin(export, "merged"),
+            "weights": weights,
+            "dtype": json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"],
+            "notes": of_quantised(export, "here they are inside the weights in full, which differ by that rounding"),
+            "measured": told(export, measured),
+            "files": listing(folder),
+        }
+        write_json(folder / RECORD, record)
+        (folder / PAGE).write_text(merged_page(record, page_of_losses(export, measured, PLAIN)), encoding="utf-8")
+    mixed = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+    export.console.print(f"merged       {mixed}, in {record['dtype']}", highlight=False, soft_wrap=True)
+    show_losses(export, measured, PLAIN)
+
+
+def write_merged(export: Export, folder: Path, weights: Mapping[str, float]) -> None:
+    """The plain model and its tokenizer."""
+    base, dtype = export.base, export.options.dtype
+    loaded = load_base(base["id"], revision=base["revision"], dtype="auto")
+    model = DyLoRAMoE.from_pretrained(str(export.checkpoint), base=loaded)
+    plain = bake(model, weights, dtype=None if dtype is None else getattr(torch, dtype))
+    plain.save_pretrained(str(folder))
+    load_tokenizer(base["id"], revision=base["revision"]).save_pretrained(str(folder))
+
+
+def losses_of_plain(folder: Path, held: HeldOut, export: Export) -> dict[str, Any]:
+    """The held-out losses of a plain model as it lies in a folder."""
+    plain = load_base(str(folder), dtype="auto")
+    smallest = LoraConfig(r=1, lora_alpha=1, lora_dropout=0.0, target_modules="all-linear")
+    model = DyLoRAMoE.from_base(plain, num_experts=1, lora=smallest).to(device())  # what `measure` knows how to run
+    with model.route_to(None):
+        return measure(
+            model, held, load_tokenizer(str(folder)), batch_size=export.options.batch_size, console=export.console
+        )
+
+
+# Shared.
+
+
+def ready(export: Export) -> tuple[DyLoRAMoE, PreTrainedTokenizerBase, HeldOut]:
+    """The model as it was trained, and the rows to measure it on; the rows first, as they are what may be missing."""
+    options, base = export.options, export.base
+    tokenizer = load_tokenizer(base["id"], revision=base["revision"])
+    try:
+        held = held_out(
+            export.checkpoint,
+            tokenizer,
+            datasets=options.datasets or None,
+            data_dir=options.data_dir,
+            eval_subset=options.eval_subset,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} (--no_measure exports without saying what is lost)") from error
+    trained = (export.manifest.get("training") or {}).get("settings", {})
+    bf16 = bool(trained.get("bf16")) if options.bf16 is None else options.bf16
+    model = DyLoRAMoE.from_pretrained(str(export.checkpoint), dtype=torch.bfloat16 if bf16 else "auto").eval()
+    return model if model.device.type == device() else model.to(device()), tokenizer, held
+
+
+def device() -> str:
+    """Where losses are measured."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def origin(export: Export, kind: str) -> dict[str, Any]:
+    """What every record begins with."""
+    checkpoint = {"sha256": sha256(export.checkpoint / MANIFEST)}
+    base = {name: export.base[name] for name in ("id", "revision")} | {"quantization": export.base.get("quantization")}
+    return {"format_version": FORMAT_VERSION, "kind": kind, "checkpoint": checkpoint, "base": base}
+
+
+def of_quantised(export: Export, what: str) -> list[str]:
+    """A note, where the experts were trained on rounded weights."""
+    if not export.base["fingerprint"]["quantized"]:
+        return []
+    return [f"The experts were trained on a base whose weights were quantised; {what}."]
+
+
+def told(export: Export, measured: Measured | None) -> dict[str, Any] | None:
+    """The losses as plain values; None where they were not measured."""
+    return None if measured is None else losses.as_json(measured, seed=export.options.seed)
+
+
+def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
+    """What a page says of the losses."""
+    if measured is None:
+        return NOT_MEASURED
+    seed = export.options.seed
+    sentences = [in_words(measured, way, seed=seed)] if way in measured.ways else []
+    notes = [f"- {note}" for note in measured.notes]
+    table = markdown_table(losses.table_of(measured, seed=seed))
+    return "\n\n".join(
+        [
+            *sentences,
+            f"{losses.TITLE[0].upper()}{losses.TITLE[1:]}:",
+            table,
+            *(["\n".join(notes)] if notes else []),
+        ]
+    )
+
+
+def show_losses(export: Export, measured: Measured | None, way: str) -> None:
+    """The same on a terminal."""
+    if measured is None:
+        export.console.print(Text(NOT_MEASURED.replace("*", ""), style="yellow"), soft_wrap=True)
+        return
+    losses.show(export.console, measured, seed=export.options.seed)
+    if way in measured.ways:
+        export.console.print(Text(in_words(measured, way, seed=export.options.seed)), soft_wrap=True)

@@ -1,0 +1,118 @@
+"""What vLLM takes as an adapter, and the flags that its server needs for it.
+
+Read in vLLM 0.33.0: vllm/lora/peft_helper.py, lora_model.py, utils.py, and vllm/config/lora.py.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dylo_moe.base.smollm2 import EMBEDDED_BASE
+from dylo_moe.routing.config import BASE
+from dylo_moe.utils.words import listed
+
+VLLM_VERSION = "0.33.0"
+"""Whose rules these are."""
+
+SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What --max-lora-rank can be. An adapter's own rank may be anything up to it; vLLM pads it with zeros in memory."""
+
+REFUSED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "trained copies of base modules",
+    "lora_bias": "biases of adapters",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "target_parameters": "adapters on raw parameters",
+}
+"""Fields of an adapter's config that vLLM refuses when they are set, and what they stand for."""
+
+
+def next_server_rank(rank: int) -> int:
+    """The smallest rank that --max-lora-rank can be and that holds `rank`.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    found = next((allowed for allowed in SERVER_RANKS if allowed >= rank), None)
+    if found is None:
+        raise ValueError(f"rank {rank} is above {SERVER_RANKS[-1]}, the largest that vLLM serves")
+    return found
+
+
+def rule_problems(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], *, base_shapes: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Why vLLM would not serve an adapter, or serve something else; none: it will.
+
+    Args:
+        config: of its adapter_config.json.
+        state: of its adapter_model.safetensors.
+        base_shapes: of the base's tensors, by their names.
+    """
+    problems = [
+        f"{name} is {config[name]!r}: vLLM takes no {what}" for name, what in REFUSED.items() if config.get(name)
+    ]
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}: vLLM takes no biases of adapters")
+    if _transposed(state, base_shapes):
+        problems.append("its linears are Conv1D, as in GPT-2, whose class in vLLM takes no adapters; use --to merged")
+    if config.get("rank_pattern"):
+        problems.append("rank_pattern is set: older versions of vLLM read r for every linear")
+    if not isinstance(config.get("target_modules"), list):
+        problems.append(f"target_modules is {config.get('target_modules')!r}; it must be a list of names")
+    if config["r"] not in SERVER_RANKS:
+        problems.append(f"r is {config['r']}; it must be one of {', '.join(map(str, SERVER_RANKS))}")
+    foreign = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if foreign:
+        problems.append(f"{listed(foreign)} is neither an A nor a B of a linear")
+    fused = [name for name in state if ".experts." in name]
+    if fused:
+        problems.append(
+            f"{listed(fused)} lies inside a mixture-of-experts block, whose names vLLM reads in another way"
+        )
+    ranks = {
+        name: tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in state.items() if name not in foreign
+    }
+    other = [f"{name} (rank {rank})" for name, rank in ranks.items() if rank != config["r"]]
+    if other:
+        problems.append(f"r is {config['r']}, but not of {listed(other)}")
+    return problems
+
+
+def _transposed(state: Mapping[str, Tensor], base_shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the base's linears lie as [in, out]; the adapters' configs need not say so."""
+    for name, tensor in state.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            rows, columns = (*base_shapes.get(f"{module}.weight", ()), 0, 0)[:2]
+            if rows == tensor.shape[1] != columns > 0:
+                return True
+    return False
+
+
+def serve_command(base: str, revision: str | None, *, experts: Sequence[str], max_rank: int) -> str:
+    """The command that serves a base as `base`, and its experts under their own names.
+
+    For a POSIX shell, in the folder where the adapters' folders lie, each named as its expert.
+
+    Args:
+        base: as a checkpoint names it.
+        revision: of the base on the hub.
+        experts: their names.
+        max_rank: the largest rank among them.
+    """
+    name = shlex.quote(str(Path(base).resolve()) if Path(base).is_dir() else base)
+    if base == EMBEDDED_BASE:  # no name that vLLM knows
+        name = f'"$(python -c "from dylo_moe.base import resolve_base; print(resolve_base(\'{base}\'))")"'
+    lines = [f"vllm serve {name} --served-model-name {BASE}"]
+    if revision is not None:
+        lines.append(f"--revision {shlex.quote(revision)}")
+    lines.append(f"--enable-lora --max-loras {len(experts)} --max-lora-rank {next_server_rank(max_rank)}")
+    lines.append("--lora-modules " + " ".join(f"{expert}=./{expert}" for expert in experts))
+    return " \\\n    ".join(lines)

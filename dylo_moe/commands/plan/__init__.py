@@ -1,0 +1,18 @@
+"""`dylora plan`, with the flags of `dylora train`: parameters, memory and steps of a run, before it starts."""
+
+from __future__ import annotations
+
+from dylo_moe.commands.ending import asks_for_help
+
+
+def main(words: list[str]) -> int:
+    """Run the command on the words behind its name; returns the exit status."""
+    from dylo_moe.commands.plan.arguments import build_plan_parser, parse_plan
+
+    if asks_for_help(words):
+        build_plan_parser(show_all="--help_all" in words).print_help()
+        return 0
+    from dylo_moe.commands.plan.run import show_plan
+
+    show_plan(*parse_plan(words))
+    return 0

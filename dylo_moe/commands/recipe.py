@@ -1,0 +1,106 @@
+"""Recipes: YAML files of `flag: value` lines, and the command lines that mean the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from dylo_moe.commands.parsing import SHOWN, Refusal, options, unknown
+from dylo_moe.training.arguments import TrainArguments
+from dylo_moe.utils.errors import UsageError
+
+NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifact", "fsdp", "fsdp_config")
+"""Where a run is written and goes on from, and how its processes share the work: none of it makes another run of it."""
+
+
+def with_recipe(argv: Sequence[str], parser: HfArgumentParser, refusal: Refusal) -> list[str]:
+    """A command line whose --config, if it has one, is replaced by the recipe's words; those typed come later.
+
+    Raises:
+        UsageError: for a recipe that cannot be read, or has a flag that the parser does not offer.
+    """
+    recipe, rest = _split(list(argv))
+    return (_words_of_file(Path(recipe), parser, refusal) if recipe else []) + rest
+
+
+def last_value(words: list[str], flag: str) -> str | None:
+    """The value of a flag as typed."""
+    value = None
+    for place, word in enumerate(words):
+        if word == flag and place + 1 < len(words):
+            value = words[place + 1]
+        elif word.startswith(flag + "="):
+            value = word[len(flag) + 1 :]
+    return value
+
+
+def _split(argv: list[str]) -> tuple[str | None, list[str]]:
+    recipe, rest = None, []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            if recipe is not None:
+                raise UsageError("--config is given twice; a run has one recipe")
+            recipe = word[len("--config=") :] if "=" in word else next(words, None)
+            if not recipe:
+                raise UsageError("--config needs the path of a YAML recipe")
+        else:
+            rest.append(word)
+    return recipe, rest
+
+
+def _words_of_file(path: Path, parser: HfArgumentParser, refusal: Refusal) -> list[str]:
+    """A recipe as the command line that means the same."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path} must be `flag: value` lines; it is a {type(content).__name__}")
+    for key in content:
+        if f"--{key}" not in options(parser) or refusal(str(key)):
+            raise UsageError(f"recipe {path}: " + unknown(f"--{key}", parser, refusal).replace("--", ""))
+    return as_words(content)
+
+
+def as_words(settings: dict[str, Any]) -> list[str]:
+    """Settings as the command line that means the same."""
+    words: list[str] = []
+    for key, value in settings.items():
+        if value is None or value == []:
+            continue
+        words.append(f"--{key}")
+        if isinstance(value, list):
+            words += [str(item) for item in value]
+        else:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
+
+
+def in_full(saved: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
+    """The settings of a run, whose version may not have had every flag of today's: those were at their default."""
+    return {item.name: item.default for kind in kinds for item in fields(kind) if item.default is not MISSING} | saved
+
+
+def plain_settings(parts: Sequence[Any], train: TrainArguments, refusal: Refusal) -> dict[str, Any]:
+    """Flags as plain values: ours in full; of the Trainer's what differs from its defaults or is shown by --help."""
+    values: dict[str, Any] = {}
+    for part in parts:
+        offered = [item.name for item in fields(part) if not refusal(item.name) and item.name not in NOT_SETTINGS]
+        values |= {name: getattr(part, name) for name in offered if getattr(part, name) != []}
+    saved = train.to_dict()
+    for item in fields(train):
+        value = saved.get(item.name)
+        if item.name in NOT_SETTINGS or not item.init or refusal(item.name) or value in (None, []):
+            continue
+        if item.name in SHOWN or value != getattr(TrainingArguments, item.name, None):
+            values[item.name] = value
+    return json.loads(json.dumps(values, default=str))

@@ -1,0 +1,330 @@
+"""The flags of `dylora stream`: those of `dylora train` that apply, and when and how the pool grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from transformers import HfArgumentParser
+
+from dylo_moe.commands.parsing import parse, refusal_of, training_parser
+from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
+from dylo_moe.continual.config import CONSOLIDATE, COSINE, FRESH, GROW, MAHALANOBIS, NEAREST, SKIP, GrowthConfig
+from dylo_moe.data.config import DataConfig
+from dylo_moe.report.stream_record import STREAM
+from dylo_moe.training.arguments import ModelArguments, TrainArguments, check_four_bit
+from dylo_moe.training.resume import LOCATIONS
+from dylo_moe.training.run_folder import CONFIG_FILE
+from dylo_moe.utils.errors import UsageError
+
+OWN = "own"
+
+DENSE = "dense"
+
+NOT_OFFERED = {
+    "num_experts": "the pool grows with the data",
+    "router_policy": "a pool that grows needs a gate that learns",
+    **dict.fromkeys(
+        ("eval_benchmark", "eval_benchmark_steps", "allow_code_execution", "sandbox"),
+        "a stream evaluates by loss; judge its checkpoints with dylora eval",
+    ),
+    "balance_coefficient": "gate rows are fitted, not trained, so no loss can balance them",
+    "z_loss_coefficient": "gate rows are fitted, not trained",
+    "entropy_coefficient": "gate rows are fitted, not trained",
+    "interleaved_sampling": "skills come one after another",
+    "mix": "skills come one after another",
+    "learning_rate": "there are two rates: --seeding_learning_rate and --consolidation_learning_rate",
+    "lr_scheduler_type": "the rate has two phases: see --seeding_learning_rate",
+    "lr_scheduler_kwargs": "the rate has two phases: see --seeding_learning_rate",
+    "eval_strategy": "every skill is evaluated after every stage",
+    "eval_steps": "every skill is evaluated after every stage",
+    "eval_delay": "every skill is evaluated after every stage",
+    "load_best_model_at_end": "a stage ends with its last step",
+    "metric_for_best_model": "a stage ends with its last step",
+    "greater_is_better": "a stage ends with its last step",
+    "early_stopping_patience": "a stage ends with its last step",
+    "early_stopping_threshold": "a stage ends with its last step",
+    "report_to": "the matrix is written to matrix.json and to the page; trackers see dylora train only",
+    "run_name": "no tracker is written to",
+    "project": "no tracker is written to",
+    "wandb_checkpoint_artifact": "a stream goes on from its folder: --resume_from_checkpoint",
+}
+"""Flags of `dylora train` that would do nothing, or something wrong, here; each with the reason."""
+
+CHECKPOINT_DECIDES = (  # noqa: SIM905
+    "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life load_in_4bit"
+).split()
+"""Flags that describe a new model."""
+
+MAY_CHANGE = (*LOCATIONS, "per_device_eval_batch_size", "save_steps", "save_total_limit", "dataloader_num_workers")
+
+MAY_CHANGE_PREFIXES = ("logging_", "log_")
+"""Settings that may be others when a stream goes on."""
+
+
+@dataclass
+class StreamArguments:
+    """Flags of `dylora stream` beside those of the model, the data and the Trainer."""
+
+    checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Go on learning with this model: the checkpoint of a stream, or of dylora train."},
+    )
+    eval_datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Datasets that are measured after every stage and never trained: general text, which should go to "
+            "the unchanged base, or skills that --checkpoint knows."
+        },
+    )
+    known_datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What a --checkpoint of dylora train was trained on: one pass over them tells the skill library "
+            "what its experts know. They are not trained again."
+        },
+    )
+    base_datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "General text that should stay with the unchanged base: gate rows are fitted against its "
+            "statistics. Default: texts that the base itself writes. They are not trained."
+        },
+    )
+    chunk_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Take the datasets as one stream without labels, cut into chunks of so many rows; which chunk "
+            "brings a new skill is then found, not given."
+        },
+    )
+    allow_expert_growth: bool = field(
+        default=True, metadata={"help": "False: the pool is fixed. What is new is reported, and trains nothing."}
+    )
+    learn_with: str | None = field(
+        default=None, metadata={"help": "An expert that learns all of the data, whatever it is; nothing then grows."}
+    )
+    novelty: str = field(
+        default=GrowthConfig.novelty,
+        metadata={
+            "help": "How far data lies from what is known: mahalanobis, calibrated to a rate of false alarms, or "
+            "cosine on centred features.",
+            "choices": [MAHALANOBIS, COSINE],
+        },
+    )
+    false_alarm_rate: float = field(
+        default=GrowthConfig.false_alarm_rate,
+        metadata={"help": "Share of samples of known skills that are taken for new ones (mahalanobis)."},
+    )
+    similarity_threshold: float = field(
+        default=GrowthConfig.similarity_threshold,
+        metadata={"help": "Data less alike than this to every known skill is new (cosine)."},
+    )
+    known_skill: str = field(
+        default=GrowthConfig.known_skill,
+        metadata={
+            "help": "What data of a known skill does: consolidate its expert at the low rate, skip, or grow a new "
+            "expert.",
+            "choices": [CONSOLIDATE, SKIP, GROW],
+        },
+    )
+    start_from: str = field(
+        default=GrowthConfig.start_from,
+        metadata={
+            "help": "A new expert begins with zero delta (fresh) or as a copy of the nearest skill's expert (nearest).",
+            "choices": [FRESH, NEAREST],
+        },
+    )
+    ranks: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Rank of each dataset's expert, in their order (8,16,32); default: lora_r for all."},
+    )
+    seeding: str = field(
+        default=OWN,
+        metadata={
+            "help": "How a new expert is seeded: by its own data alone (own), or beside all others with weights that "
+            "sharpen from uniform to one expert a token (dense).",
+            "choices": [OWN, DENSE],
+        },
+    )
+    seeding_learning_rate: float = field(default=1e-3, metadata={"help": "The high rate, of a new expert's start."})
+    consolidation_learning_rate: float = field(
+        default=1e-4, metadata={"help": "The low rate, of the rest of its training and of what is learned later."}
+    )
+    seeding_share: float = field(
+        default=0.7, metadata={"help": "Share of a new expert's steps at the high rate, from 0 to 1."}
+    )
+    skill_examples: int = field(
+        default=512,
+        metadata={"help": "Training rows of a dataset or chunk that the detector and the library look at, at most."},
+    )
+
+    keep_stages: bool = field(
+        default=False, metadata={"help": "Keep the checkpoint of every stage, not of the last one only."}
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("eval_datasets", "known_datasets", "base_datasets"):
+            split = [part.strip() for item in getattr(self, name) for part in item.split(",") if part.strip()]
+            setattr(self, name, split)
+        if self.chunk_examples is not None and self.chunk_examples < 2:
+            problems.append(f"chunk_examples is {self.chunk_examples}; a chunk needs at least 2 rows")
+        if any(rank < 1 for rank in self.ranks):
+            problems.append(f"ranks has {min(self.ranks)}; a rank is at least 1")
+        if self.chunk_examples is not None and self.ranks:
+            problems.append("ranks cannot apply to a stream in chunks, whose skills are not known yet; use lora_r")
+        low, high = self.consolidation_learning_rate, self.seeding_learning_rate
+        if not 0 < low <= high:
+            problems.append(
+                f"consolidation_learning_rate is {low:g} and seeding_learning_rate {high:g}; the first must be above 0 "
+                "and at most the second"
+            )
+        if not 0 <= self.seeding_share <= 1:
+            problems.append(f"seeding_share is {self.seeding_share:g}; it must be from 0 to 1")
+        if self.skill_examples < 2:
+            problems.append(f"skill_examples is {self.skill_examples}; it must be at least 2")
+        if self.known_datasets and self.checkpoint is None:
+            problems.append("known_datasets tells what a checkpoint knows; give --checkpoint too")
+        if self.base_datasets and not self.allow_expert_growth:
+            problems.append("base_datasets is for rows that are fitted, and with a fixed pool none is")
+        if not self.allow_expert_growth and self.checkpoint is None:
+            problems.append("allow_expert_growth False leaves a new pool empty; give --checkpoint too")
+        try:
+            _ = self.growth
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def growth(self) -> GrowthConfig:
+        """When the pool grows, and how."""
+        return GrowthConfig(**{item.name: getattr(self, item.name) for item in fields(GrowthConfig)})
+
+
+@dataclass
+class StageArguments(TrainArguments):
+    """The Trainer's arguments for each stage of a stream, with our defaults where they differ from `dylora train`'s."""
+
+    num_train_epochs: float = field(
+        default=3.0, metadata={"help": "Passes over the training rows of each dataset or chunk."}
+    )
+    eval_strategy: str = field(default="no", metadata={"help": "Not offered."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save within a stage: no, steps, epoch."})
+    save_steps: float = field(default=100, metadata={"help": "Save every so many optimizer steps of a stage."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept within a stage."})
+
+
+KINDS: tuple[type, ...] = (ModelArguments, StreamArguments, DataConfig, StageArguments)
+"""Where the flags come from, the Trainer's last."""
+
+
+class StreamRequest(NamedTuple):
+    """Everything a stream was asked for."""
+
+    model: ModelArguments
+    stream: StreamArguments
+    data: DataConfig
+    train: StageArguments
+    resumed: Path | None = None
+    """The folder of the stream that goes on."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was resolved to, as plain values."""
+        return plain_settings((self.model, self.stream, self.data), self.train, stream_refusal)
+
+
+def stream_refusal(name: str) -> str | None:
+    """Why `dylora stream` does not offer a flag of that name; None where it does."""
+    return NOT_OFFERED.get(name) or refusal_of(name)
+
+
+def build_stream_parser(prog: str = "dylora stream", *, show_all: bool = False) -> HfArgumentParser:
+    """The parser of `dylora stream`."""
+    return training_parser(
+        prog,
+        KINDS,
+        description="Learn datasets one after another, and forget none: what is new grows an expert of its own. After "
+        "every stage all of them are evaluated, and the model is saved.",
+        refusal=stream_refusal,
+        show_all=show_all,
+    )
+
+
+def parse_stream(argv: Sequence[str], *, prog: str = "dylora stream") -> StreamRequest:
+    """Read the command line and the recipe it names.
+
+    Raises:
+        UsageError: for an unknown or refused flag, a value out of range, or settings that are not those of the stream
+            that is to go on.
+    """
+    parser = build_stream_parser(prog)
+    words = with_recipe(_split_ranks(argv), parser, stream_refusal)
+    wanted = last_value(words, "--resume_from_checkpoint")
+    resumed, saved = None, {}
+    if wanted:
+        resumed = Path(wanted)
+        saved = _settings_in(resumed)
+        words = [*as_words(saved), "--output_dir", str(resumed), *words]
+    model, stream, data, train = parse(parser, words, stream_refusal)
+    check_four_bit(model, train)
+    model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
+    request = StreamRequest(model, stream, data, train, resumed)
+    _check(request, given={word.split("=", 1)[0] for word in words if word.startswith("--")})
+    if resumed is not None:
+        if train.output_dir != str(resumed):
+            raise UsageError(f"a stream goes on in its own folder, {resumed}; leave output_dir out")
+        offered = {name: value for name, value in in_full(saved, KINDS[:-1]).items() if not stream_refusal(name)}
+        _check_unchanged(resumed, offered, request.settings)
+    return request
+
+
+def _split_ranks(argv: Sequence[str]) -> list[str]:
+    """`--ranks 8,16,32` as the parser reads lists of numbers."""
+    words, is_rank = [], False
+    for word in argv:
+        name, sign, value = word.partition("=")
+        if name == "--ranks" and sign:
+            words += [name, *value.split(",")]
+            continue
+        is_rank = word == "--ranks" or (is_rank and not word.startswith("--"))
+        words += [part for part in word.split(",") if part] if is_rank else [word]
+    return words
+
+
+def _check(request: StreamRequest, given: set[str]) -> None:
+    """Raises UsageError for flags that do not go together."""
+    stream, data, problems = request.stream, request.data, []
+    if stream.ranks and len(stream.ranks) != len(data.datasets):
+        problems.append(f"ranks has {len(stream.ranks)} values for {len(data.datasets)} datasets; give one each")
+    others = [*stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
+    twice = sorted({*others} & {*data.datasets}) + sorted({name for name in others if others.count(name) > 1})
+    if twice:
+        problems.append(f"{', '.join(twice)} is named for two purposes; a dataset has one")
+    if stream.checkpoint is not None and request.resumed is None:
+        made = [f"--{name}" for name in CHECKPOINT_DECIDES if f"--{name}" in given]
+        if made:
+            problems.append(f"{', '.join(made)} cannot apply: the checkpoint says what its model is made of")
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _settings_in(run: Path) -> dict[str, Any]:
+    if not (run / CONFIG_FILE).is_file() or not (run / STREAM).is_file():
+        raise UsageError(f"{run} is no stream that could go on: it needs {CONFIG_FILE} and {STREAM}")
+    return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name) and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_PREFIXES)
+    ]
+    if changed:
+        raise UsageError(f"cannot go on with {run} under other settings: {'; '.join(changed)}. Leave them out")

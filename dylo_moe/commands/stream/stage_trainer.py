@@ -1,0 +1,88 @@
+"""The Trainer of one stage of a stream: one expert learns, at a rate of two phases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from dylo_moe.commands.stream.arguments import OWN, StreamArguments
+from dylo_moe.training.scheduler import TwoPhaseLR
+from dylo_moe.training.trainer import DyLoRATrainer
+
+SEEDING_TEMPERATURES = (100.0, 1.0)
+"""Of dense seeding, at its first and its last step; falls geometrically between them. Fitted rows are many nats apart
+on their own tokens, so that weights are near uniform only at a high one."""
+
+
+class StageTrainer(DyLoRATrainer):
+    """`DyLoRATrainer` for one expert: all others, and every gate row, are frozen already.
+
+    With seeding "own" every token of the data is sent to the expert. With "dense" it learns beside the others while it
+    is seeded: weights softmax(logits / temperature) over the whole pool, with a temperature that falls from uniform
+    weights to one expert a token; in consolidation every token is its own again.
+
+    Args:
+        expert: who learns.
+        stream: both rates, where they change, and how a new expert is seeded.
+        is_new: False: the expert knows this skill already, so all is consolidation.
+        others: as for `DyLoRATrainer`; `args.learning_rate` is the high rate.
+    """
+
+    def __init__(self, *args: Any, expert: str, stream: StreamArguments, is_new: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.expert, self.stream, self.is_new = expert, stream, is_new
+        self.switch_step = 0
+        """The first step of consolidation; known once training has begun."""
+        self.num_tokens = 0
+        """Real tokens trained on so far."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Two phases, whatever `lr_scheduler_type` says."""
+        if self.lr_scheduler is None:
+            self.switch_step = round(self.stream.seeding_share * num_training_steps) if self.is_new else 0
+            self.lr_scheduler = TwoPhaseLR(
+                cast(Any, self.optimizer if optimizer is None else optimizer),
+                low_ratio=self.stream.consolidation_learning_rate / self.stream.seeding_learning_rate,
+                switch_step=self.switch_step,
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+            )
+        return self.lr_scheduler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Also counts the tokens of the whole stage."""
+        samples = super().get_batch_samples(*args, **kwargs)
+        if self._step_tokens is not None:
+            self.num_tokens += int(self._step_tokens)
+        return samples
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, sent where this phase sends it."""
+        with self._routing():
+            return super().training_step(model, *args, **kwargs)
+
+    def _routing(self) -> AbstractContextManager[None]:
+        step = self.state.global_step
+        if self.stream.seeding == OWN or step >= self.switch_step:
+            return self._own_model().route_to(self.expert)
+        return self._dense(step / self.switch_step)
+
+    @contextmanager
+    def _dense(self, done: float) -> Iterator[None]:
+        router = self._own_model().router
+        before, (first, last) = router.temperature, SEEDING_TEMPERATURES
+        router.temperature = first * (last / first) ** done
+        try:
+            yield
+        finally:
+            router.temperature = before
+
+    def _seal(self, aside: Any) -> None:
+        self.training["num_tokens"] = self.num_tokens
+        super()._seal(aside)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.num_tokens = self._resumed["num_tokens"]

@@ -1,0 +1,154 @@
+"""Where a stream stands: what its stages decided and measured, kept in the checkpoint of each stage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dylo_moe.evaluation.loss_matrix import MATRIX, Matrix, Stage, write_matrix
+from dylo_moe.model.checkpoint import read_manifest
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.model.saving import save_checkpoint
+from dylo_moe.report.stream_record import STREAM
+from dylo_moe.training.run_folder import checkpoints_in, clear_unfinished, discard
+from dylo_moe.utils.atomic_files import write_json
+
+STAGES = "stages"
+
+CHECKPOINT = "checkpoint"
+
+
+@dataclass
+class StreamState:
+    """What a stream has done. It goes on from the newest stage whose checkpoint is whole."""
+
+    matrix: Matrix
+    trained: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of each dataset the rows that each expert was trained on."""
+
+    @property
+    def num_done(self) -> int:
+        """Stages that are over."""
+        return len(self.matrix.stages)
+
+    def owner(self, dataset: str) -> str | None:
+        """The expert that most rows of a dataset trained; None: it was never trained."""
+        counts = self.trained.get(dataset, {})
+        return max(counts, key=counts.__getitem__) if counts else None
+
+    def note_training(self, dataset: str, expert: str, num_rows: int) -> None:
+        """Rows of a dataset trained an expert."""
+        counts = self.trained.setdefault(dataset, {})
+        counts[expert] = counts.get(expert, 0) + num_rows
+
+    def record(self) -> dict[str, Any]:
+        """As a checkpoint's manifest keeps it."""
+        return {"matrix": asdict(self.matrix), "trained": self.trained}
+
+    @classmethod
+    def restored(cls, record: dict[str, Any]) -> StreamState:
+        """From a checkpoint's manifest."""
+        matrix = record["matrix"]
+        stages = [Stage(**stage) for stage in matrix["stages"]]
+        return cls(Matrix(**{**matrix, "stages": stages}), record["trained"])
+
+
+def stage_folder(run: Path, place: int, name: str) -> Path:
+    """The folder of a stage, `stages/01_NAME`."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:64]
+    return run / STAGES / f"{place + 1:02d}_{plain}"
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of the newest stage that is over; None where none is."""
+    final = run / CHECKPOINT
+    if final.is_dir():
+        return final
+    found = [stage for stage in stage_folders(run) if (stage / CHECKPOINT).is_dir()]
+    return found[-1] / CHECKPOINT if found else None
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """Those that are there, in the stages' order."""
+    found = (run / STAGES).iterdir() if (run / STAGES).is_dir() else ()
+    numbered = [(path.name.partition("_")[0], path) for path in found]
+    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]
+
+
+def read_state(checkpoint: Path) -> tuple[StreamState, dict[str, Any]]:
+    """The state in a stage's checkpoint, and the whole record of its training.
+
+    Raises:
+        CheckpointError: where it is not whole.
+        ValueError: where it is no stream's.
+    """
+    record = read_manifest(checkpoint).get("training") or {}
+    if "stream" not in record:
+        raise ValueError(f"{checkpoint} is no checkpoint of a stream")
+    return StreamState.restored(record["stream"]), record
+
+
+def save_stage(
+    model: DyLoRAMoE, run: Path, folder: Path, state: StreamState, record: dict[str, Any], *, keep: bool
+) -> None:
+    """A stage is over: its checkpoint appears, which is what counts, then what is for people; the older one goes.
+
+    Args:
+        folder: of the stage.
+        record: what the manifest holds beside the state.
+        keep: leave the checkpoints of earlier stages.
+    """
+    older = last_checkpoint(run)
+    losses = {"before": state.matrix.base, "after": state.matrix.stages[-1].losses}
+    training = {**record, "stream": state.record(), "step": state.num_done}
+    save_checkpoint(model, folder / CHECKPOINT, training=training, losses=losses)
+    write_view(run, state, is_finished=False)
+    if older is not None and not keep:
+        discard(older)
+    for _, spare in checkpoints_in(folder):
+        discard(spare)
+
+
+def finish_stream(run: Path, state: StreamState) -> Path:
+    """The last stage's checkpoint becomes the stream's; returns where it lies."""
+    final, last = run / CHECKPOINT, last_checkpoint(run)
+    if last is not None and last != final:
+        os.rename(last, final)
+    write_view(run, state, is_finished=True)
+    return final
+
+
+def write_view(run: Path, state: StreamState, *, is_finished: bool) -> None:
+    """stream.json and matrix.json, for people and their tools; nothing of ours goes on from them."""
+    write_matrix(run / MATRIX, state.matrix)
+    stages = [
+        {
+            "name": stage.name,
+            "folder": stage_folder(Path("."), place, stage.name).as_posix(),
+            "decision": stage.decision,
+        }
+        for place, stage in enumerate(state.matrix.stages)
+    ]
+    write_json(
+        run / STREAM,
+        {
+            "version": 1,
+            "state": "finished" if is_finished else "running",
+            "skills": state.matrix.skills,
+            "stages": stages,
+        },
+    )
+
+
+def clear_leftovers(run: Path) -> list[str]:
+    """Delete what a kill left behind in the stages' folders; returns the names."""
+    names = []
+    for stage in stage_folders(run):
+        names += clear_unfinished(stage)
+        for path in stage.glob(f".{CHECKPOINT}.*"):
+            names.append(path.name)
+            shutil.rmtree(path, ignore_errors=True)
+    return names

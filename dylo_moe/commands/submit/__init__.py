@@ -1,0 +1,18 @@
+"""`dylora submit`, and `python submit_full_training.py`: a training run as a job of Vertex AI."""
+
+from __future__ import annotations
+
+from dylo_moe.commands.ending import asks_for_help
+
+
+def main(words: list[str]) -> int:
+    """Run the command on the words behind its name; returns the exit status."""
+    from dylo_moe.commands.submit.request import build_submit_parser, parse_submit
+
+    if not words or asks_for_help(words):
+        build_submit_parser(show_all="--help_all" in words).print_help()
+        return 0
+    from dylo_moe.commands.submit.run import submit
+
+    submit(parse_submit(words))
+    return 0

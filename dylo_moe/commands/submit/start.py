@@ -1,0 +1,147 @@
+"""What a job of Vertex AI runs first, in its container: fetch the secrets, try the run's folder, become the training.
+
+    python -m dylo_moe.cloud.start --secret WANDB_API_KEY=projects/P/secrets/S/versions/V --run_folder FOLDER -- COMMAND
+
+A job's environment variables are stored with the job, readable by all who may look at it. So the job carries only where
+a secret lies, and its value goes from Secret Manager into the environment of the training process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in
+
+SECRET_MANAGER = "https://secretmanager.googleapis.com"
+
+TIMEOUT_SECONDS = 30
+
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+
+ARTIFACT_VARIABLE = "WANDB_CHECKPOINT_ARTIFACT"
+"""A checkpoint at Weights & Biases that a run begins from, until it has one of its own."""
+
+GO_ON = ["--resume_from_checkpoint", "auto"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns, with the exit status, only where the training cannot begin."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, command = words[: words.index("--")], words[words.index("--") + 1 :]
+    parser = argparse.ArgumentParser(prog="python -m dylo_moe.cloud.start", allow_abbrev=False)
+    parser.add_argument("--secret", action="append", default=[], help="NAME=projects/P/secrets/S/versions/V")
+    parser.add_argument("--run_folder", type=Path, required=True, help="where the run writes; its parent's is probed")
+    given = parser.parse_args(own)
+    try:
+        for pair in given.secret:
+            name, _, reference = pair.partition("=")
+            os.environ[name] = fetch(name, reference)
+        check_folders_move(given.run_folder.parent)
+        command = with_start(command, given.run_folder, os.environ.get(ARTIFACT_VARIABLE))
+        os.execvp(command[0], command)
+    except (ValueError, OSError) as error:
+        print(f"dylora job: {error}", file=sys.stderr)
+    return 2
+
+
+def fetch(name: str, reference: str) -> str:
+    """The value of a secret, read with the credentials of the machine: the job's service account.
+
+    Raises:
+        ValueError: with what to do. The value is in no message.
+    """
+    what = f"cannot read the secret {reference} for {name}"
+    try:
+        import google.auth
+        from google.auth.exceptions import GoogleAuthError
+        from google.auth.transport.requests import AuthorizedSession
+        from requests import RequestException
+    except ImportError as error:
+        raise ValueError(f'{what}: google-auth is not in the image; it comes with "dylora-moe[vertex-job]"') from error
+    try:
+        credentials, _ = google.auth.default(scopes=[SCOPE])
+        answer = AuthorizedSession(credentials).get(f"{SECRET_MANAGER}/v1/{reference}:access", timeout=TIMEOUT_SECONDS)
+    except (GoogleAuthError, RequestException) as error:
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
+    reasons = {
+        401: "the job's service account is not accepted",
+        403: "its service account may not: give it the role roles/secretmanager.secretAccessor on this secret, and "
+        "see that the API secretmanager.googleapis.com is enabled",
+        404: "there is no such secret or version; `gcloud secrets versions list` shows them",
+    }
+    if answer.status_code != 200:
+        reason = reasons.get(answer.status_code, "Secret Manager did not give it")
+        raise ValueError(f"{what}: {reason} (status {answer.status_code})")
+    try:
+        value = base64.b64decode(answer.json()["payload"]["data"]).decode().strip("\r\n")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{what}: the answer of Secret Manager is not text") from error
+    if not value:
+        raise ValueError(f"{what}: it is empty")
+    return value
+
+
+def check_folders_move(folder: Path) -> None:
+    """Find out in the first second, not at the first save, whether `folder` can be written and folders in it renamed.
+
+    A checkpoint is written aside and renamed into place. Cloud Storage can rename a folder, and at once, only in a
+    bucket with a hierarchical namespace.
+
+    Raises:
+        ValueError: where it cannot, with what to do.
+    """
+    before, after = folder / ".dylora-probe", folder / ".dylora-probe-renamed"
+    try:
+        for place in (before, after):
+            shutil.rmtree(place, ignore_errors=True)  # of a job that was killed here
+        (before / "inner").mkdir(parents=True)
+        (before / "inner" / "file").write_text("probe")
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder}: {error}. Does the bucket exist, and has the job's service account the role "
+            "roles/storage.objectUser on it?"
+        ) from error
+    try:
+        os.rename(before, after)
+        if (after / "inner" / "file").read_text() != "probe":
+            raise OSError("what was in it is gone")
+    except OSError as error:
+        raise ValueError(
+            f"folders in {folder} cannot be renamed ({error}), so no checkpoint would be whole: the bucket needs a "
+            "hierarchical namespace, which it gets only when it is made: gcloud storage buckets create gs://NAME "
+            "--enable-hierarchical-namespace --uniform-bucket-level-access"
+        ) from error
+    finally:
+        for place in (before, after):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def with_start(command: list[str], run: Path, artifact: str | None) -> list[str]:
+    """The command, which goes on with the run; or which begins from `artifact`, where the run saved nothing yet.
+
+    What a job left that was stopped before its first checkpoint is removed then: it began from the artifact, and would
+    else go on from nothing.
+
+    Raises:
+        ValueError: where the run is over, and has no checkpoint to go on from.
+    """
+    if not artifact or checkpoints_in(run):
+        return command
+    if (run / "checkpoint").is_dir():
+        raise ValueError(
+            f"the run in {run} is over; submit under another --display_name to begin from {artifact} again"
+        )
+    if (run / CONFIG_FILE).is_file():
+        shutil.rmtree(run)
+    place = next(place for place in range(len(command)) if command[place : place + 2] == GO_ON)
+    return [*command[:place], "--wandb_checkpoint_artifact", artifact, *command[place + 2 :]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

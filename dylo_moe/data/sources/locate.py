@@ -1,0 +1,125 @@
+"""What the arguments of a run stand for: names of the catalog, paths, hub ids, and the columns told for them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.sources.catalog import CATALOG, Source
+from dylo_moe.data.sources.files import is_row_file
+from dylo_moe.data.sources.formats import Columns
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+
+
+class Place(NamedTuple):
+    """What a dataset's argument stands for."""
+
+    name: str
+    """What the dataset is called from here on."""
+    source: Source | None = None
+    path: Path | None = None
+    hub_id: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    is_revision_asked: bool = False
+    """Whether the revision was typed, so that only the hub can have it."""
+
+    @property
+    def mirror_name(self) -> Path:
+        """Its folder in a mirror: its own name, or OWNER/NAME of a hub id."""
+        return Path(self.name if self.source is not None or self.hub_id is None else self.hub_id)
+
+
+def locate(argument: str) -> Place:
+    """What `argument` stands for: a name of the catalog, a path, or a hub id.
+
+    Raises:
+        ValueError: for none of these, with the nearest known name.
+    """
+    name, at, revision = argument.partition("@")
+    if name in CATALOG and bool(at) == bool(revision):
+        source = CATALOG[name]
+        if revision and source.hub_id is None:
+            raise ValueError(f"{name!r} is text of this machine and has no revision; leave @{revision} out")
+        return Place(name, source, None, source.hub_id, source.config, revision or source.revision, bool(revision))
+    try:
+        path = Path(argument).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{argument[:80]!r} cannot be a path: {error}") from error
+    if exists:
+        stem = Path(os.path.abspath(path)).name
+        while is_row_file(stem) or (path.is_file() and "." in stem[1:]):
+            stem = stem.rpartition(".")[0]
+        return Place(stem, path=path)
+    if is_row_file(argument) or argument.startswith(("/", "./", "../", "~")) or argument.count("/") > 1:
+        raise ValueError(f"there is no file or folder {str(path)!r}; correct the path")
+    if found := _HUB_ID.fullmatch(argument):
+        asked = found["revision"] is not None
+        return Place(found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"], asked)
+    nearest = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown dataset {argument!r}; the nearest known one is {nearest!r}. Known are {', '.join(CATALOG)}, the path "
+        "of any file or folder, and any hub id (OWNER/NAME)"
+    )
+
+
+def locate_all(config: DataConfig) -> list[Place]:
+    """Every dataset of a config; ValueError holds all that is wrong with their names, columns and shares."""
+    problems, places = [], []
+    for argument in config.datasets:
+        try:
+            places.append(locate(argument))
+        except ValueError as error:
+            problems.append(str(error))
+    names = [place.name for place in places]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            problems.append(f"datasets holds {name!r} {names.count(name)} times; each needs a name of its own")
+    if len(places) == len(config.datasets):
+        own = {place.name for place in places if place.source is None}
+        problems += _column_problems(config, names, own)
+        if config.mix and set(config.shares) != set(names):
+            problems.append(
+                f"mix names {', '.join(config.shares)}, but the datasets are {', '.join(names)}; give each one a share"
+            )
+    if config.data_dir is not None and not Path(config.data_dir).expanduser().is_dir():
+        problems.append(f"data_dir is {config.data_dir!r}; there is no such folder")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return places
+
+
+def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) -> list[str]:
+    problems = []
+    roles = [(choice.dataset, choice.role) for choice in config.column_choices]
+    problems += [
+        f"columns tells {role} twice"
+        for role in dict.fromkeys(role for own, role in roles if roles.count((own, role)) > 1)
+    ]
+    for choice in config.column_choices:
+        if choice.dataset is not None and choice.dataset not in names:
+            problems.append(f"columns is for {choice.dataset!r}, which is not among the datasets ({', '.join(names)})")
+        elif choice.dataset is not None and choice.dataset not in own:
+            problems.append(f"columns cannot apply to {choice.dataset!r}: the columns of a named dataset are known")
+        elif not own:
+            problems.append("columns cannot apply: the columns of named datasets are known")
+    for name in sorted(own):
+        chosen = chosen_columns(config, name)
+        if chosen is not None and (problem := chosen.problem()):
+            problems.append(f"columns of {name!r}: {problem}")
+    return problems
+
+
+def chosen_columns(config: DataConfig, name: str) -> Columns | None:
+    """The columns that a config tells for a dataset; None: its rows are recognised."""
+    roles: dict[str, str] = {}
+    for dataset in (None, name):  # what is told for one dataset wins
+        roles |= {choice.role: choice.column for choice in config.column_choices if choice.dataset == dataset}
+    return Columns(**roles) if roles else None

@@ -1,0 +1,137 @@
+"""Tokenised datasets, with the columns that decide what becomes of each row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.contamination import Benchmarks
+from dylo_moe.data.encoding import TextFormat
+from dylo_moe.data.sources.formats import Fate
+from dylo_moe.data.sources.read import Reading
+from dylo_moe.data.splitting import find_duplicates
+from dylo_moe.data.tokenizing import tokenise
+
+
+class Reason(NamedTuple):
+    """Why rows were not taken, or not as they are."""
+
+    num_rows: int
+    text: str
+    first: str
+    """The place of the first: FILE:LINE, or a row's number."""
+
+
+class Table(NamedTuple):
+    """One dataset's rows, tokenised, with the columns that decide what becomes of them as arrays [N]."""
+
+    reading: Reading
+    rows: Dataset
+    lengths: NDArray[np.int32]
+    whole_lengths: NDArray[np.int32]
+    """Before anything was cut or dropped."""
+    trained: NDArray[np.int32]
+    digests: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    fates: NDArray[np.int8]
+    cuts: NDArray[np.int8]
+    given: NDArray[np.bool_]
+    """Rows of the published validation split."""
+    duplicate_of: NDArray[np.int16]
+    """The dataset that had the row before, by its place; -1: it is the first."""
+
+    @property
+    def name(self) -> str:
+        """The dataset's."""
+        return self.reading.name
+
+    @property
+    def good(self) -> NDArray[np.bool_]:
+        """Rows that may be trained or judged."""
+        return (self.fates == Fate.KEPT) & (self.duplicate_of < 0)
+
+    @property
+    def is_one_document(self) -> bool:
+        """Whether all good rows are of one file, or ask the same."""
+        return len(np.unique(self.documents[self.good])) == 1
+
+    def num(self, fate: Fate) -> int:
+        """Rows of that fate."""
+        return int((self.fates == fate).sum())
+
+    def reasons(self) -> list[Reason]:
+        """Of the rows that were not taken, or not as they are, but for their length; the most frequent first."""
+        noted = pc.not_equal(self.rows.data.column("reason"), "").to_numpy(zero_copy_only=False)
+        places = np.flatnonzero(noted & (self.fates != Fate.TOO_LONG))
+        counts: Counter[str] = Counter()
+        first: dict[str, str] = {}
+        for row in self.rows.select(places).select_columns(["reason", "place"]):
+            counts[row["reason"]] += 1
+            first.setdefault(row["reason"], row["place"])
+        return [Reason(count, text, first[text]) for text, count in counts.most_common()]
+
+
+def tokenise_all(
+    readings: Sequence[Reading], form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None
+) -> list[Table]:
+    """The datasets' rows, duplicates among them marked.
+
+    Raises:
+        ValueError: for a dataset without a usable row.
+    """
+    tables = [_table(reading, form, config, benchmarks) for reading in readings]
+    good = [np.flatnonzero(table.fates == Fate.KEPT) for table in tables]
+    found = find_duplicates(
+        [table.digests[rows] for table, rows in zip(tables, good, strict=True)],
+        [table.given[rows] for table, rows in zip(tables, good, strict=True)],
+    )
+    for table, rows, marks in zip(tables, good, found, strict=True):
+        table.duplicate_of[rows] = marks
+    return tables
+
+
+def _table(reading: Reading, form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None) -> Table:
+    splits = [reading.train] + ([reading.validation] if reading.validation is not None else [])
+    parts = [
+        tokenise(
+            split,
+            key=f"{reading.key}-{place}",
+            columns=reading.columns,
+            text_format=form,
+            config=config,
+            benchmarks=benchmarks,
+            name=reading.name,
+        )
+        for place, split in enumerate(splits)
+    ]
+    rows = concatenate_datasets(parts)
+
+    def array(name: str) -> NDArray:
+        return rows.data.column(name).to_numpy()
+
+    table = Table(
+        reading,
+        rows,
+        array("length"),
+        array("whole_length"),
+        array("trained"),
+        array("digest"),
+        array("document"),
+        array("fate"),
+        array("cut"),
+        given=np.arange(len(rows)) >= len(parts[0]),
+        duplicate_of=np.full(len(rows), -1, np.int16),
+    )
+    if not table.num(Fate.KEPT):
+        found = [f"{reason.text} ({reason.num_rows:,}, first {reason.first})" for reason in table.reasons()[:3]]
+        if table.num(Fate.TOO_LONG):
+            found.append(f"over {config.max_seq_length} tokens ({table.num(Fate.TOO_LONG):,})")
+        raise ValueError(f"the dataset {reading.name!r} ({reading.origin}) has no usable row: {'; '.join(found)}")
+    return table

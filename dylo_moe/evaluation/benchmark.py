@@ -1,0 +1,296 @@
+"""One benchmark in one decoding: batches of answers, judged meanwhile, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from dylo_moe.evaluation.answers import Answer, Decoding, answer_batch, batch_seed
+from dylo_moe.evaluation.continuation import end_ids
+from dylo_moe.evaluation.pass_at_k import PassRate, pass_rate
+from dylo_moe.evaluation.problems import Problem
+from dylo_moe.evaluation.prompts import Asking, to_judge
+from dylo_moe.evaluation.samples import FINISHES, Sample, SampleFile, VerdictFile
+from dylo_moe.evaluation.sandbox.sandbox import Program, Verdict
+from dylo_moe.model.model import DyLoRAMoE
+
+TIMED_OUT = "timed out"
+
+
+class Judge(Protocol):
+    """What judges programs; `sandbox.Sandbox` does."""
+
+    def judge(self, program: Program) -> Verdict:
+        """Blocks until there is a verdict; may be called from several threads."""
+        ...
+
+
+class Progress(NamedTuple):
+    """How far a benchmark is."""
+
+    num_samples: int
+    num_generated: int
+    num_judged: int
+    num_passed: int
+    num_timed_out: int
+    rate: float | None
+    """The share of the judged samples that passed, a mean over their tasks: pass@1 so far. None before the first."""
+    tokens_per_second: float | None
+    """Generated so far, earlier runs of the same benchmark included."""
+
+
+class Outcome(NamedTuple):
+    """What a benchmark in one decoding came to."""
+
+    rates: list[PassRate]
+    """In the order of the asked k."""
+    counts: dict[str, int]
+    """Of samples: "samples", "passed", "failed", "timed out", and how many answers ended at a "stop", an "end" or by
+    "length"."""
+    experts: dict[str, float]
+    """The share of all generated tokens that each expert wrote."""
+    tokens: int
+    seconds: float
+    """Of generating."""
+    row_steps: int
+    """Rows times decoding steps: what was decoded, rows that waited for others included."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As results.json has it."""
+        return {
+            **{f"pass@{rate.k}": rate.rate for rate in self.rates},
+            "interval": self.rates[0].interval.as_json(),
+            "intervals": {f"pass@{rate.k}": rate.interval.as_json() for rate in self.rates},
+            "num_tasks": self.rates[0].num_tasks,
+            "counts": self.counts,
+            "experts": self.experts,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens / self.seconds, 2) if self.seconds else None,
+            "row_steps_per_second": round(self.row_steps / self.seconds, 2) if self.seconds else None,
+        }
+
+
+class Benchmark:
+    """Problems, how they are asked, and how answers are drawn.
+
+    Args:
+        problems: the tasks, in order.
+        asking: how they are put to the model.
+        decoding: how answers are drawn.
+        batch_size: answers generated together. The same samples come of the same size only.
+        max_new_tokens: longest answer, where the base's context has room for it.
+        seed: of the sampling, and of the intervals.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        asking: Asking,
+        decoding: Decoding,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        seed: int,
+    ) -> None:
+        self.problems = {problem.task_id: problem for problem in problems}
+        self.asking, self.decoding = asking, decoding
+        self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
+        self._longest_prompt: tuple[str, int] | None = None
+
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """(task_id, sample) of all samples, in the order in which they are generated."""
+        return [(task_id, sample) for task_id in self.problems for sample in range(self.decoding.num_samples)]
+
+    def generate(
+        self, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, number: int, keys: Sequence[tuple[str, int]]
+    ) -> list[Sample]:
+        """One batch of samples.
+
+        Args:
+            number: of the batch in the whole run; its seed follows from it.
+        """
+        problems = [self.problems[task_id] for task_id, _ in keys]
+        room = self.room(model, tokenizer)
+        answers = answer_batch(
+            model,
+            tokenizer,
+            [self.asking.ids(problem, tokenizer) for problem in problems],
+            decoding=self.decoding,
+            stops=self.asking.stops,
+            end_ids=end_ids(tokenizer),
+            max_new_tokens=self.max_new_tokens if room is None else min(self.max_new_tokens, room),
+            seed=batch_seed(self.seed, number),
+        )
+        return [
+            self._sample(key, problem, answer) for key, problem, answer in zip(keys, problems, answers, strict=True)
+        ]
+
+    def room(self, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """The tokens that the base's context leaves for an answer behind the longest prompt; None: it has no bound.
+
+        Raises:
+            ValueError: where it leaves none.
+        """
+        context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return None
+        if self._longest_prompt is None:
+            lengths = {task_id: len(self.asking.ids(each, tokenizer)) for task_id, each in self.problems.items()}
+            self._longest_prompt = max(lengths.items(), key=lambda item: item[1])
+        task_id, length = self._longest_prompt
+        if length >= context:
+            raise ValueError(
+                f"the prompt of {task_id} has {length} tokens, and the base reads {context}; use another base"
+            )
+        return int(context - length)
+
+    def _sample(self, key: tuple[str, int], problem: Problem, answer: Answer) -> Sample:
+        return Sample(
+            task_id=key[0],
+            sample=key[1],
+            completion=answer.text,
+            solution=self.asking.program(problem, answer.text),
+            **{name: value for name, value in answer._asdict().items() if name != "text"},
+        )
+
+    def outcome(self, judged: Sequence[tuple[Sample, Verdict]], k: Sequence[int]) -> Outcome:
+        """What samples and their verdicts come to.
+
+        Raises:
+            ValueError: for a k above the number of samples.
+        """
+        per_task = {task_id: [0, 0] for task_id, _ in self.keys}
+        counts = Counter({name: 0 for name in ("samples", "passed", "failed", TIMED_OUT, *FINISHES)})
+        for sample, verdict in judged:
+            per_task[sample.task_id][0] += 1
+            per_task[sample.task_id][1] += verdict.passed
+            counts["samples"] += 1
+            counts["passed" if verdict.passed else TIMED_OUT if verdict.result == TIMED_OUT else "failed"] += 1
+            counts[sample.finish] += 1
+        pairs = [(num_samples, num_passed) for num_samples, num_passed in per_task.values()]
+        samples = [sample for sample, _ in judged]
+        return Outcome(
+            [pass_rate(pairs, each, seed=self.seed) for each in k],
+            dict(counts),
+            expert_shares(samples),
+            sum(sample.tokens for sample in samples),
+            math.fsum(sample.seconds for sample in samples),
+            sum(sample.steps for sample in samples),
+        )
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    model: DyLoRAMoE,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge,
+    *,
+    samples: SampleFile,
+    verdicts: VerdictFile,
+    k: Sequence[int],
+    tell: Callable[[Progress], None],
+) -> Outcome:
+    """Generate what is missing, judge it while generation goes on, and count.
+
+    Args:
+        samples, verdicts: what there is of an earlier run; what comes is appended.
+        tell: called after each batch and each verdict, in the caller's thread.
+
+    Raises:
+        Whatever the judge raises; samples and verdicts until then are kept.
+    """
+    found: dict[tuple[str, int], Verdict] = {}
+    with judging(judge, benchmark, verdicts) as (submit, arrived):
+        for sample in samples.samples:
+            submit(sample)
+        for number, keys in samples.batches:
+            batch = benchmark.generate(model, tokenizer, number, keys)
+            samples.append(batch)
+            for sample in batch:
+                submit(sample)
+            found |= arrived(wait=False)
+            tell(progress(benchmark, samples, found))
+        while len(found) < len(samples.samples):
+            found |= arrived(wait=True)
+            tell(progress(benchmark, samples, found))
+    return benchmark.outcome([(sample, found[sample.task_id, sample.sample]) for sample in samples.samples], k)
+
+
+Arrived = Callable[..., dict[tuple[str, int], Verdict]]
+
+
+@contextmanager
+def judging(
+    judge: Judge, benchmark: Benchmark, verdicts: VerdictFile
+) -> Iterator[tuple[Callable[[Sample], None], Arrived]]:
+    """Judge in threads of its own, each verdict kept as it comes; half the cores, for the model needs the others.
+
+    Yields:
+        A function that takes a sample to judge, and one that gives the verdicts that came since it was last asked;
+        it waits for one where it is told to `wait`.
+    """
+    pending: list[Future[tuple[tuple[str, int], Verdict]]] = []
+
+    def work(sample: Sample) -> tuple[tuple[str, int], Verdict]:
+        verdict = verdicts.of(sample)
+        if verdict is None:
+            verdict = judge.judge(to_judge(benchmark.problems[sample.task_id], sample.solution))
+            verdicts.append(sample, verdict)
+        return (sample.task_id, sample.sample), verdict
+
+    def arrived(*, wait: bool) -> dict[tuple[str, int], Verdict]:
+        if wait and pending:
+            pending[0].exception()
+        done = [future for future in pending if future.done()]
+        pending[:] = [future for future in pending if not future.done()]
+        return dict(future.result() for future in done)
+
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), thread_name_prefix="judge")
+    try:
+        yield lambda sample: pending.append(pool.submit(work, sample)), arrived
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def progress(benchmark: Benchmark, samples: SampleFile, found: dict[tuple[str, int], Verdict]) -> Progress:
+    """How far a benchmark is, from the verdicts that were found."""
+    passes: dict[str, list[bool]] = {}
+    for (task_id, _), verdict in found.items():
+        passes.setdefault(task_id, []).append(verdict.passed)
+    seconds = math.fsum(sample.seconds for sample in samples.samples)
+    return Progress(
+        num_samples=len(samples.keys),
+        num_generated=len(samples.samples),
+        num_judged=len(found),
+        num_passed=sum(verdict.passed for verdict in found.values()),
+        num_timed_out=sum(verdict.result == TIMED_OUT for verdict in found.values()),
+        rate=math.fsum(sum(each) / len(each) for each in passes.values()) / len(passes) if passes else None,
+        tokens_per_second=sum(sample.tokens for sample in samples.samples) / seconds if seconds else None,
+    )
+
+
+def expert_shares(samples: Sequence[Sample]) -> dict[str, float]:
+    """The share of the tokens of all samples that each expert wrote."""
+    tokens = sum(sample.tokens for sample in samples)
+    sums: Counter[str] = Counter()
+    for sample in samples:
+        for name, share in sample.experts.items():
+            sums[name] += share * sample.tokens  # type: ignore[assignment]  # counts of tokens, in parts
+    return {name: round(value / tokens, 4) for name, value in sums.items()} if tokens else {}
+
+
+def files_of(folder: Path, benchmark: Benchmark) -> tuple[SampleFile, VerdictFile]:
+    """The files of a benchmark in a folder."""
+    name = f"{benchmark.asking.benchmark}-{benchmark.decoding.name}"
+    samples = SampleFile(folder / f"{name}.jsonl", benchmark.keys, batch_size=benchmark.batch_size)
+    return samples, VerdictFile(folder / f"{name}-verdicts.jsonl")

@@ -1,0 +1,163 @@
+"""Evaluation while training: the first problems of a benchmark, greedily, every so many steps, logged as losses are."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from dylo_moe.evaluation.answers import Decoding
+from dylo_moe.evaluation.arguments import EvalArguments
+from dylo_moe.evaluation.benchmark import Benchmark, Progress, files_of, run_benchmark
+from dylo_moe.evaluation.problems import BENCHMARKS, load_examples, load_problems
+from dylo_moe.evaluation.prompts import COMPLETION, Asking
+from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, Limits
+from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
+
+
+class Plan(NamedTuple):
+    """What is evaluated while training, and how often."""
+
+    benchmarks: list[Benchmark]
+    sandbox: Sandbox
+    every: int
+    """Optimizer steps."""
+
+
+def plan_benchmarks(
+    wanted: str | None,
+    *,
+    every: int | None,
+    allow_code_execution: bool | None,
+    sandbox: str | None,
+    data_dir: str | None,
+    seed: int,
+) -> Plan | None:
+    """What the flags of `dylora train` ask for; None where that is nothing. The sandbox is tried.
+
+    Args:
+        wanted: --eval_benchmark: NAME:COUNT, or NAME for all problems; several with commas.
+        every: --eval_benchmark_steps.
+        others: as the flags of these names.
+
+    Raises:
+        ValueError: where one of the flags is missing or cannot apply, or the problems are not to be had.
+        SandboxError: where generated code cannot be isolated.
+    """
+    if wanted is None:
+        given = {"eval_benchmark_steps": every, "allow_code_execution": allow_code_execution, "sandbox": sandbox}
+        names = [name for name, value in given.items() if value]
+        if names:
+            raise ValueError(f"{', '.join(names)} would change nothing without eval_benchmark (humaneval:20)")
+        return None
+    if every is None or every < 1:
+        raise ValueError(
+            f"eval_benchmark_steps is {every}; with eval_benchmark it must be 1 or more, the steps between evaluations"
+        )
+    if not allow_code_execution:
+        raise ValueError(
+            "eval_benchmark runs programs that the model writes, which nobody has read: add --allow_code_execution to "
+            "let each of them run, isolated from your files and the network (--sandbox: how)"
+        )
+    counts = [read_count(part) for part in wanted.split(",")]
+    defaults = EvalArguments()
+    benchmarks = [
+        Benchmark(
+            load_problems(name, data_dir)[:count],
+            Asking(name, COMPLETION, tuple(load_examples(name, data_dir))),
+            Decoding("greedy"),
+            batch_size=defaults.batch_size,
+            max_new_tokens=defaults.max_new_tokens,
+            seed=seed,
+        )
+        for name, count in counts
+    ]
+    return Plan(benchmarks, open_sandbox(sandbox or BUBBLEWRAP, Limits()), every)
+
+
+def read_count(text: str) -> tuple[str, int | None]:
+    """NAME:COUNT, or NAME. Raises ValueError for anything else."""
+    name, colon, count = text.strip().partition(":")
+    if name not in BENCHMARKS or (colon and (not count.isdigit() or int(count) < 1)):
+        raise ValueError(
+            f"eval_benchmark is {text!r}; it must be {' or '.join(BENCHMARKS)}, with :COUNT for the first ones only"
+        )
+    return name, int(count) if colon else None
+
+
+class BenchmarkCallback(TrainerCallback):
+    """Runs benchmarks in training and logs `eval_NAME_pass_at_1` and what belongs to it.
+
+    Rank 0 generates and judges while the others wait for its result. The samples of each evaluation are kept in
+    evaluation/step-STEP of the run's folder. Random state and mode of the model stay as they were, so training ends
+    bit-equal with and without.
+
+    Args:
+        folder: the run's.
+        log: the Trainer's own.
+        between: called before each batch, where only one process trains; may raise to leave the evaluation.
+        pause: told the seconds that an evaluation took, which are none of the training.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        console: Console,
+        log: Callable[[dict[str, float]], None],
+        between: Callable[[], Any],
+        pause: Callable[[float], None],
+    ) -> None:
+        self.plan, self.tokenizer, self.folder, self.console = plan, tokenizer, folder, console
+        self.log, self.between, self.pause = log, between, pause
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Evaluate, if it is time."""
+        if state.global_step % self.plan.every:
+            return
+        started = time.monotonic()
+        found: list[dict[str, float]] = [{}]
+        if state.is_world_process_zero:
+            folder = self.folder / "evaluation" / f"step-{state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)  # of the same step, before the run was taken up further back
+            folder.mkdir(parents=True)
+            for benchmark in self.plan.benchmarks:
+                found[0] |= self._evaluate(benchmark, model, folder, state.global_step, alone=args.world_size == 1)
+        broadcast_object_list(found)
+        self.pause(time.monotonic() - started)
+        is_log_due = control.should_log  # which the Trainer takes back with any log
+        self.log(found[0])
+        control.should_log = is_log_due
+
+    def _evaluate(self, benchmark: Benchmark, model: Any, folder: Path, step: int, *, alone: bool) -> dict[str, float]:
+        def tell(progress: Progress) -> None:
+            if alone:
+                self.between()
+
+        samples, verdicts = files_of(folder, benchmark)
+        sandbox = self.plan.sandbox
+        outcome = run_benchmark(
+            benchmark, model, self.tokenizer, sandbox, samples=samples, verdicts=verdicts, k=[1], tell=tell
+        )
+        name, rate, late = benchmark.asking.benchmark, outcome.rates[0], outcome.counts["timed out"]
+        self.console.print(
+            f"step {step}: {name} pass@1 {rate.rate:.3f} of the first {rate.num_tasks} problems, {late} timed out",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return {
+            f"eval_{name}_pass_at_1": rate.rate,
+            f"eval_{name}_pass_at_1_low": rate.interval.low,
+            f"eval_{name}_pass_at_1_high": rate.interval.high,
+            f"eval_{name}_num_tasks": rate.num_tasks,
+            f"eval_{name}_timed_out": late,
+            f"eval_{name}_tokens_per_second": outcome.tokens / max(outcome.seconds, 1e-9),
+        }

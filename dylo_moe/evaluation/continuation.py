@@ -1,0 +1,63 @@
+"""One continuation of a prompt, with the expert that processed each token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dylo_moe.data.encoding import text_format
+from dylo_moe.model.model import DyLoRAMoE
+
+
+def sample(
+    model: DyLoRAMoE,
+    prompt_ids: list[int],
+    *,
+    end_ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    label: str = "",
+) -> Sample:
+    """Generate from one prompt, cached; greedy where `temperature` is 0.
+
+    Args:
+        prompt_ids: token ids.
+        end_ids: tokens that end the text.
+        label: the sample's `domain`.
+    """
+    inputs = torch.tensor([prompt_ids], device=model.device)
+    options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output = model.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],
+        return_dict_in_generate=True,
+        **options,
+    )
+    ids = output.sequences[0].tolist()
+    routing = output.routing
+    best = routing.weights[0].max(-1)
+    experts = [
+        routing.names[index] if weight > 0 else None
+        for index, weight in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return Sample(label, ids, experts, len(prompt_ids))
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that training taught as ends: of a response and of a text."""
+    form = text_format(tokenizer)
+    return sorted({form.response_end_id, form.text_end_id})
+
+
+class Sample(NamedTuple):
+    """A generated text and the expert of each of its tokens (None: the base alone)."""
+
+    domain: str
+    ids: list[int]
+    experts: list[str | None]
+    prompt_length: int

@@ -1,0 +1,321 @@
+"""Held-out losses of each dataset, in nats per token, with intervals, and their difference from the base's.
+
+What is measured is kept per row: the summed loss and the number of predicted tokens. Everything that is told follows
+from these by pure functions, so losses of several runs can be compared and pooled long after the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dylo_moe.data.collator import Collator
+from dylo_moe.evaluation.held_out import HeldOut, held_out
+from dylo_moe.evaluation.intervals import Interval, percentile_interval, resampled_means
+from dylo_moe.model.loss import chunk_loss
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import BASE
+from dylo_moe.training.metrics import token_losses
+
+DOCUMENTS = "documents"
+
+ROWS = "rows"
+
+
+class DatasetLosses(NamedTuple):
+    """One model's losses on one dataset's held-out rows; the three lists go together."""
+
+    documents: list[str]
+    """Which document a row is of."""
+    sums: list[float]
+    """Summed loss of the row's predicted tokens, in nats."""
+    tokens: list[int]
+    """Predicted tokens of the row."""
+
+
+Losses = dict[str, DatasetLosses]
+"""By dataset."""
+
+
+class Estimate(NamedTuple):
+    """A mean in nats per token, and how sure it is."""
+
+    value: float
+    interval: Interval
+    num_units: int
+    unit: str
+    """What was resampled: "documents", or "rows" where there are not two documents."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**self._asdict(), "interval": self.interval.as_json()}
+
+
+class Estimates(NamedTuple):
+    """Of each dataset, and of the mean over datasets, each of which counts alike."""
+
+    datasets: dict[str, Estimate]
+    mean: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"datasets": {name: item.as_json() for name, item in self.datasets.items()}, "mean": self.mean.as_json()}
+
+
+# Measuring.
+
+
+@torch.no_grad()
+def measure(
+    model: DyLoRAMoE,
+    held: HeldOut,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    console: Console | None = None,
+) -> Losses:
+    """The loss of every held-out row, routed as the model is now; it is left as it was.
+
+    Args:
+        held: the rows.
+        tokenizer: of the model's base.
+        batch_size: rows of one forward; they are sorted by length, so that little is padding.
+        console: where progress is shown; None: nowhere.
+
+    Raises:
+        ValueError: for a loss that is not finite, naming the dataset.
+    """
+    collator = Collator(tokenizer)
+    found = {}
+    with _evaluating(model):
+        for name, rows in held.rows.items():
+            order = np.argsort(np.asarray(rows["length"]), kind="stable")
+            sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+            with nullcontext() if console is None else console.status(f"{name}: {len(rows):,} held-out rows"):
+                for start in range(0, len(rows), batch_size):
+                    places = order[start : start + batch_size]
+                    sums[places], tokens[places] = _row_losses(model, collator([rows[int(place)] for place in places]))
+            if not np.isfinite(sums).all():
+                raise ValueError(f"the loss of {(~np.isfinite(sums)).sum()} held-out rows of {name!r} is not finite")
+            seen = np.flatnonzero(tokens)
+            documents = [held.documents[name][place] for place in seen]
+            found[name] = DatasetLosses(documents, sums[seen].tolist(), tokens[seen].tolist())
+    return found
+
+
+def _row_losses(model: DyLoRAMoE, batch: dict[str, torch.Tensor]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Summed loss and number of predicted tokens of each row."""
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "domain"}
+    labels = batch["labels"]
+    losses = token_losses(model(**batch), labels)
+    return losses.double().sum(1).cpu().numpy(), (labels[:, 1:] != -100).sum(1).cpu().numpy()
+
+
+@contextmanager
+def _evaluating(model: DyLoRAMoE) -> Iterator[None]:
+    """Inside, the model is in eval mode, and computes its loss in chunks where its vocabulary is large."""
+    was_training, chunk_size = model.training, model.loss_chunk_size
+    model.eval()
+    chunk_loss(model, None)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        model.loss_chunk_size = chunk_size
+
+
+# What follows from what was measured.
+
+
+def estimates(runs: Sequence[Losses], minus: Sequence[Losses] | None = None, *, seed: int) -> Estimates:
+    """Mean losses over several runs, or the paired differences from those of other runs on the same rows.
+
+    Every token counts alike within a dataset, over all runs. Documents are resampled, each run's among themselves;
+    rows where some run has fewer than two documents.
+
+    Args:
+        runs: one or more, each on rows of its own seed.
+        minus: as many, each on the same rows as the one in its place.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: for runs on other datasets or other rows than their partner's.
+    """
+    if minus is not None:
+        runs = [_difference(*pair) for pair in zip(runs, minus, strict=True)]
+    names = list(runs[0])
+    if any(list(run) != names for run in runs):
+        raise ValueError(f"the runs were judged on other datasets: {', '.join(' and '.join(run) for run in runs)}")
+    found, means, sizes = {}, [], []
+    for place, name in enumerate(names):
+        units = _units([run[name] for run in runs])
+        means.append(resampled_means(units.values, units.weights, strata=units.strata, seed=seed + place))
+        value = float(np.average(units.values, weights=units.weights))
+        interval = percentile_interval(means[-1], sizes=units.sizes)
+        found[name] = Estimate(value, interval, len(units.values), units.unit)
+        sizes += units.sizes
+    value = float(np.mean([item.value for item in found.values()]))
+    kinds = {item.unit for item in found.values()}
+    interval = percentile_interval(np.mean(means, 0), sizes=sizes)
+    return Estimates(
+        found, Estimate(value, interval, sum(sizes), kinds.pop() if len(kinds) == 1 else "documents or rows")
+    )
+
+
+def mean_loss(losses: Losses) -> float:
+    """The mean over datasets of the loss per token."""
+    return float(np.mean([sum(item.sums) / sum(item.tokens) for item in losses.values()]))
+
+
+class _Units(NamedTuple):
+    """What is resampled of one dataset, over all runs; arrays [N]."""
+
+    values: NDArray[np.float64]
+    """Mean loss of each unit, in nats per token."""
+    weights: NDArray[np.float64]
+    """Its tokens."""
+    strata: NDArray[np.int64]
+    """Which run it is of."""
+    sizes: list[int]
+    unit: str
+
+
+def _units(runs: Sequence[DatasetLosses]) -> _Units:
+    unit = DOCUMENTS if all(len(set(run.documents)) > 1 for run in runs) else ROWS
+    values, weights, strata, sizes = [], [], [], []
+    for place, run in enumerate(runs):
+        tokens = np.asarray(run.tokens, np.float64)
+        group = np.arange(len(tokens))
+        if unit == DOCUMENTS:
+            group = np.unique(run.documents, return_inverse=True)[1]
+        weights.append(np.bincount(group, tokens))
+        values.append(np.bincount(group, run.sums) / weights[-1])
+        sizes.append(len(weights[-1]))
+        strata.append(np.full(sizes[-1], place))
+    return _Units(np.concatenate(values), np.concatenate(weights), np.concatenate(strata), sizes, unit)
+
+
+def _difference(run: Losses, minus: Losses) -> Losses:
+    """Row by row."""
+    if list(run) != list(minus) or any(
+        (one.documents, one.tokens) != (other.documents, other.tokens)
+        for one, other in zip(run.values(), minus.values(), strict=True)
+    ):
+        raise ValueError("two runs were not judged on the same held-out rows, so their losses cannot be compared")
+    return {
+        name: one._replace(sums=(np.asarray(one.sums) - np.asarray(minus[name].sums)).tolist())
+        for name, one in run.items()
+    }
+
+
+def to_json(losses: Losses) -> dict[str, Any]:
+    """As plain values, for a file."""
+    return {name: item._asdict() for name, item in losses.items()}
+
+
+def from_json(content: Mapping[str, Any]) -> Losses:
+    """What `to_json` made."""
+    return {name: DatasetLosses(**item) for name, item in content.items()}
+
+
+# The command.
+
+
+def run_losses(
+    model: DyLoRAMoE,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path,
+    *,
+    datasets: list[str] | None,
+    data_dir: str | None,
+    eval_subset: float | None,
+    batch_size: int,
+    expert: str | None,
+    seed: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Held-out losses of a model beside those of its base, printed, and as plain values.
+
+    Args:
+        model: as loaded from `checkpoint`.
+        datasets, data_dir, eval_subset: as for `held_out`.
+        batch_size: rows of one forward.
+        expert: every token goes to this one; "base": to the unchanged base; None: where the router sends it.
+        seed: of the resampling, and of the split where the checkpoint names none.
+        console: where it is printed.
+
+    Raises:
+        ValueError: as `held_out` and `measure`; for an unknown expert.
+    """
+    held = held_out(checkpoint, tokenizer, datasets=datasets, data_dir=data_dir, eval_subset=eval_subset, seed=seed)
+    with nullcontext() if expert is None else model.route_to(None if expert == BASE else expert):
+        ours = measure(model, held, tokenizer, batch_size=batch_size, console=console)
+    with model.route_to(None):
+        base = measure(model, held, tokenizer, batch_size=batch_size, console=console)
+    found = {
+        "model": estimates([ours], seed=seed),
+        "base": estimates([base], seed=seed),
+        "difference": estimates([ours], [base], seed=seed),
+    }
+    show_losses(console, found, title="the model" if expert is None else expert)
+    for note in held.notes:
+        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+    tokens = {name: sum(item.tokens) for name, item in ours.items()}
+    rows = {name: len(item.tokens) for name, item in ours.items()}
+    return {
+        "unit": "nats per token",
+        "level": 0.95,
+        "expert": expert,
+        "num_tokens": tokens,
+        "num_rows": rows,
+        "notes": held.notes,
+        **{kind: item.as_json() for kind, item in found.items()},
+    }
+
+
+def show_losses(console: Console, found: Mapping[str, Estimates], *, title: str) -> None:
+    """A table: a line for each dataset, and one for the mean.
+
+    Args:
+        found: "model", "base" and their "difference".
+        title: what the model's column is called.
+    """
+    table = Table(title="held-out loss, nats per token, with 95 % intervals", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("dataset", overflow="fold")
+    for column in ("the base", title, "difference", "resampled"):
+        table.add_column(column, justify="right", overflow="fold")
+    model, base, difference = found["model"], found["base"], found["difference"]
+    for name, item in difference.datasets.items():
+        cells = _cells(base.datasets[name], model.datasets[name], item)
+        table.add_row(name, *cells, f"{item.num_units} {item.unit}")
+    if len(difference.datasets) > 1:
+        table.add_section()
+        table.add_row("mean", *_cells(base.mean, model.mean, difference.mean), difference.mean.unit)
+    console.print(table)
+
+
+def _cells(base: Estimate, model: Estimate, difference: Estimate) -> list[Text]:
+    colour = "" if not difference.interval.excludes_zero else "green" if difference.value < 0 else "red"
+    return [Text(shown(base)), Text(shown(model)), Text(shown(difference, sign=True), style=colour)]
+
+
+def shown(item: Estimate, *, sign: bool = False) -> str:
+    """A mean and its interval in words: "1.234 [1.100, 1.300]".
+
+    Args:
+        sign: with the sign of a difference.
+    """
+    form = "{:+.3f}" if sign else "{:.3f}"
+    ends = item.interval.as_json()
+    return form.format(item.value) + (f" [{', '.join(form.format(end) for end in ends)}]" if ends else " [not known]")

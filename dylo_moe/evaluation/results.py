@@ -1,0 +1,105 @@
+"""The folder of an evaluation: what it was asked for, so that it goes on with nothing else, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
+from dylo_moe.evaluation.samples import SampleFile
+from dylo_moe.model.checkpoint import MANIFEST
+from dylo_moe.utils.atomic_files import write_json, write_whole
+
+SETTINGS_FILE, RESULTS_FILE = "settings.json", "results.json"
+
+Settings = dict[str, dict[str, Any]]
+
+
+def evaluation_folder(checkpoint: Path, options: EvalArguments) -> Path:
+    """Where results go: as asked, else evaluation/NAME beside the checkpoint, which may hold no file of others.
+
+    Several checkpoints of a run, and several experts of a checkpoint, each have their own.
+    """
+    if options.output_dir is not None:
+        return Path(options.output_dir)
+    folder = checkpoint.resolve()
+    name = folder.name if options.expert is None else f"{folder.name}-{options.expert}"
+    return folder.parent / "evaluation" / name
+
+
+def settings_of(checkpoint: Path, options: EvalArguments, *, bf16: bool, device: str) -> Settings:
+    """What the results follow from, in groups of which a run has those that it needs."""
+
+    def group(*names: str) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names}
+
+    manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    model = {"checkpoint": manifest, "bf16": bf16, "device": device}
+    settings: Settings = {"model": model | group("expert", "batch_size", "seed")}
+    if LOSSES in options.tasks:
+        settings[LOSSES] = group("datasets", "eval_subset")
+    if options.benchmarks:
+        settings["code"] = group("prompt", "limit", "max_new_tokens", "sandbox", "timeout_seconds", "memory_mib")
+    if options.num_samples:
+        settings["sampled"] = group("num_samples", "temperature", "top_p")
+    return settings
+
+
+def take_folder(folder: Path, settings: Settings) -> None:
+    """Make the folder, or take up the evaluation in it, and write down its settings.
+
+    Raises:
+        ValueError: where it holds something else, or an evaluation with other settings; each difference is named.
+    """
+    path = folder / SETTINGS_FILE
+    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
+        raise ValueError(f"output_dir {folder} holds something that is no evaluation; give another")
+    saved: Settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    differences = changes(saved, settings)
+    if differences:
+        raise ValueError(
+            f"{folder} holds an evaluation with other settings: {'; '.join(differences)}. Use its settings, or give a "
+            "new --output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {name: {**saved.get(name, {}), **values} for name, values in (saved | settings).items()})
+
+
+def changes(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Settings that both have and that differ, in words."""
+    return [
+        f"{name} is {now[group][name]!r}, was {saved[group][name]!r}"
+        for group in now
+        for name in now[group]
+        if name in saved.get(group, {}) and saved[group][name] != now[group][name]
+    ]
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What was found so far."""
+    path = folder / RESULTS_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def add_result(folder: Path, keys: tuple[str, ...], value: Any) -> None:
+    """Put a value into results.json, at keys within keys; what is there of other tasks stays."""
+    results = read_results(folder)
+    place = results
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+    place[keys[-1]] = value
+    write_json(folder / RESULTS_FILE, results)
+
+
+def export_evalplus(samples: SampleFile) -> Path:
+    """Write samples as EvalPlus scores them: lines of task_id and solution, the whole program.
+
+    Liu et al. 2023, arXiv:2305.01210; the file is for `evalplus.evaluate --samples`.
+    """
+    path = samples.path.with_name(f"{samples.path.stem}-evalplus.jsonl")
+    lines = [json.dumps({"task_id": sample.task_id, "solution": sample.solution}) for sample in samples.samples]
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    return path

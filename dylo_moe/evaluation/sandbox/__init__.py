@@ -1,0 +1,1 @@
+"""Generated programs run in isolation, and a judge that they cannot reach."""

@@ -1,0 +1,390 @@
+"""The two programs inside a sandbox: `candidate`, which runs what a model wrote, and `judge`, which runs its test.
+
+They are processes of their own, each in its own sandbox, and share nothing but lines of JSON. The judge calls the
+candidate's functions from afar and compares plain values in its own memory, so whatever the candidate does to its own
+interpreter, its own process and its end of the line, it passes only by answering what the test expects.
+
+This file is run as a script, with the standard library alone.
+
+    judge: python -s -S inside.py judge        candidate: python -s -S inside.py candidate
+    first line in: {"limits": {...}, ...}      then questions in, answers out
+    out: "." ready, "?" a question for the candidate, "!" the verdict
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+import numbers
+import operator
+import os
+import resource
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from types import CodeType
+from typing import Any, BinaryIO
+
+MAX_REASON = 300
+"""Characters kept of why a program failed."""
+
+MAX_DEPTH = 200
+"""Of values within values, on their way from one process to the other."""
+
+Hold = Callable[[Any], int]
+
+Held = Callable[[int, str], Any]
+
+
+def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
+    """A value as JSON; what is not plain stays where it is, and goes by the number that `hold` gives it.
+
+    Subclasses of plain types become the plain type, and numbers of other libraries Python's own.
+    """
+    if depth > MAX_DEPTH:
+        raise RecursionError(f"a value is nested deeper than {MAX_DEPTH}")
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, Remote):
+        return {"is": "held", "of": hold(value)}
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        value = value.item()  # numpy's scalars
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
+        return {"is": kind.__name__, "of": [encode(item, hold, depth + 1) for item in value]}
+    if isinstance(value, dict):
+        pairs = [[encode(key, hold, depth + 1), encode(item, hold, depth + 1)] for key, item in value.items()]
+        return {"is": "dict", "of": pairs}
+    if isinstance(value, (bytes, bytearray)):
+        return {"is": "bytes", "of": bytes(value).hex()}
+    if isinstance(value, complex):
+        return {"is": "complex", "of": [value.real, value.imag]}
+    if isinstance(value, Decimal):
+        return {"is": "Decimal", "of": str(value)}
+    if isinstance(value, Fraction):
+        return {"is": "Fraction", "of": [value.numerator, value.denominator]}
+    if isinstance(value, type) and value in vars(builtins).values():
+        return {"is": "type", "of": value.__name__}
+    if isinstance(value, range):
+        return {"is": "range", "of": [value.start, value.stop, value.step]}
+    return {"is": "held", "of": hold(value), "type": type(value).__name__}
+
+
+def decode(message: Any, held: Held, depth: int = 0) -> Any:
+    """What `encode` made; a number that stands for a held value becomes what `held` says.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"a value is nested deeper than {MAX_DEPTH}")
+    if message is None or isinstance(message, (bool, int, float, str)):
+        return message
+    kind, of = message["is"], message["of"]
+    if kind in ("list", "tuple", "set", "frozenset"):
+        items = [decode(item, held, depth + 1) for item in of]
+        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](items)
+    if kind == "dict":
+        return {decode(key, held, depth + 1): decode(item, held, depth + 1) for key, item in of}
+    if kind == "type":
+        known = vars(builtins)[of]
+        if not isinstance(known, type):
+            raise ValueError(f"{of} is no type")
+        return known
+    if kind == "held":
+        return held(int(of), str(message.get("type", "")))
+    plain: dict[str, Callable[[], Any]] = {
+        "bytes": lambda: bytes.fromhex(of),
+        "complex": lambda: complex(*of),
+        "range": lambda: range(*of),
+        "Decimal": lambda: Decimal(of),
+        "Fraction": lambda: Fraction(*of),
+    }
+    if kind not in plain:
+        raise ValueError(f"there is no kind of value {kind!r}")
+    return plain[kind]()
+
+
+def reason(error: BaseException) -> str:
+    """Why a program failed, in one short text, without what a terminal would obey."""
+    try:
+        return "".join(letter if letter.isprintable() else "?" for letter in str(error)[:MAX_REASON])
+    except BaseException:  # its own __str__ fails
+        return type(error).__name__
+
+
+def raised(error: BaseException) -> dict[str, Any]:
+    """An error as an answer: the names of its classes, the nearest first, and its text."""
+    return {"raised": [[kind.__name__ for kind in type(error).__mro__], reason(error)]}
+
+
+class Line:
+    """The lines to and from the parent, on descriptors that nothing printed can reach."""
+
+    def __init__(self) -> None:
+        self._input: BinaryIO = os.fdopen(os.dup(0), "rb")
+        self._output: BinaryIO = os.fdopen(os.dup(1), "wb")
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(nothing, number)
+
+    def read(self) -> Any:
+        """The next message; leaves the process when there is none."""
+        line = self._input.readline()
+        if not line:
+            os._exit(1)
+        return json.loads(line)
+
+    def write(self, message: Any, mark: str = "") -> None:
+        """Send one message."""
+        self._output.write((mark + json.dumps(message) + "\n").encode())
+        self._output.flush()
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Hold this process within its limits, by the kernel; they cannot be raised again.
+
+    Args:
+        limits: by the names of `resource`, without RLIMIT_.
+    """
+    for name, value in limits.items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (value, value))
+
+
+# The candidate.
+
+
+def candidate(line: Line, source: str) -> None:
+    """Run a program, then answer what the judge asks of it, until nobody asks any more."""
+    held: list[Any] = []
+    numbers_of: dict[int, int] = {}
+
+    def hold(value: Any) -> int:
+        if id(value) not in numbers_of:
+            numbers_of[id(value)] = len(held)
+            held.append(value)
+        return numbers_of[id(value)]
+
+    namespace: dict[str, Any] = {}
+    try:
+        exec(source, namespace)
+        line.write({"value": {"is": "list", "of": [name for name in namespace if name != "__builtins__"]}})
+    except BaseException as error:
+        line.write(raised(error))
+    while True:
+        question = line.read()
+        try:
+            value = answer(question, namespace, lambda number, _: held[number])
+            line.write({"value": encode(value, hold)})
+        except BaseException as error:
+            line.write(raised(error))
+
+
+BUILTINS: dict[str, Callable[[Any], Any]] = {"str": str, "repr": repr, "bool": bool, "len": len, "next": next}
+
+
+def answer(question: dict[str, Any], namespace: dict[str, Any], held: Held) -> Any:
+    """What one question asks for: a name, a call, an attribute, an operation, or the items of something."""
+    do = question["do"]
+    if do == "name":
+        return namespace[question["name"]]
+    target = held(question["of"], "")
+    if do == "call":
+        args, kwargs = decode(question["args"], held), decode(question["kwargs"], held)
+        return target(*args, **kwargs)
+    if do == "get":
+        return getattr(target, question["name"])
+    if do == "operation":
+        return getattr(operator, question["name"])(target, *decode(question["args"], held))
+    if do == "builtin":
+        return BUILTINS[question["name"]](target)
+    if do == "set":
+        return setattr(target, question["name"], decode(question["value"], held))
+    return list(target)
+
+
+# The judge.
+
+
+class Failed(Exception):
+    """An error that the candidate raised, of a kind that Python itself does not know."""
+
+
+class Remote:
+    """Something that the candidate holds: it can be called, asked for attributes, gone through, and handed back.
+
+    What it is asked, its own methods answer. But it is equal to nothing that the judge has of its own, whatever its
+    __eq__ would say, and no attribute with a special name is asked for: libraries in the judge act on those.
+    """
+
+    _dylora: tuple[Callable[..., Any], int, str]
+
+    def __init__(self, ask: Callable[..., Any], number: int, kind: str) -> None:
+        object.__setattr__(self, "_dylora", (ask, number, kind))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ask, number, _ = self._dylora
+        return ask("call", of=number, args=list(args), kwargs=kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        ask, number, _ = self._dylora
+        return ask("get", of=number, name=name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        ask, number, _ = self._dylora
+        ask("set", of=number, name=name, value=value)
+
+    def __iter__(self) -> Any:
+        ask, number, _ = self._dylora
+        return iter(ask("items", of=number))
+
+    def _as(self, name: str, kind: type) -> Any:
+        """What str, repr, bool or len make of it, of the type that they promise."""
+        ask, number, _ = self._dylora
+        value = ask("builtin", of=number, name=name)
+        if type(value) is not kind:
+            raise TypeError(f"{name} of a value of the program is no {kind.__name__}")
+        return value
+
+    def __str__(self) -> str:
+        return self._as("str", str)
+
+    def __repr__(self) -> str:
+        return self._as("repr", str)
+
+    def __bool__(self) -> bool:
+        return self._as("bool", bool)
+
+    def __len__(self) -> int:
+        return self._as("len", int)
+
+    def __next__(self) -> Any:
+        ask, number, _ = self._dylora
+        return ask("builtin", of=number, name="next")
+
+    def __hash__(self) -> int:
+        return hash(self._dylora[1])
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Remote) and bool(_operation("eq")(self, other)))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+def _operation(name: str, *, own_kind: bool = True) -> Callable[..., Any]:
+    """An operator that the candidate carries out; where it compares, only between two things that it holds."""
+
+    def operate(self: Remote, *others: Any) -> Any:
+        if own_kind and not all(isinstance(other, Remote) for other in others):
+            return NotImplemented
+        ask, number, _ = self._dylora
+        return ask("operation", of=number, name=name, args=list(others))
+
+    return operate
+
+
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(Remote, f"__{_name}__", _operation(_name))
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "getitem", "setitem", "contains"):
+    setattr(Remote, f"__{_name}__", _operation(_name, own_kind=False))
+
+
+def judge(line: Line, test: str, setup: str, entry_point: str | None) -> None:
+    """Run the test against the candidate, and say whether it passed."""
+    remotes: dict[int, Remote] = {}
+
+    def held(number: int, kind: str) -> Remote:
+        return remotes.setdefault(number, Remote(ask, number, kind))
+
+    def hold(value: Any) -> int:
+        if isinstance(value, Remote):
+            return value._dylora[1]
+        raise TypeError(f"a {type(value).__name__} of the test cannot be handed to the program")
+
+    def ask(do: str, **question: Any) -> Any:
+        for name in ("args", "kwargs", "value"):
+            if name in question:
+                question[name] = encode(question[name], hold)
+        line.write({"do": do, **question}, "?")
+        return received(line.read(), held)
+
+    try:
+        defined = received(line.read(), held)
+        namespace: dict[str, Any] = {}
+        code = compile(test, "test", "exec")
+        exec(setup, namespace)
+        known = namespace.keys() | vars(builtins).keys()
+        for name in names_in(code) - known:
+            if name in sys.stdlib_module_names:
+                namespace[name] = importlib.import_module(name)
+            elif name in defined:
+                namespace[name] = ask("name", name=name)
+        if entry_point is not None:
+            if entry_point not in defined:
+                raise NameError(f"name {entry_point!r} is not defined")
+            namespace[entry_point] = ask("name", name=entry_point)
+        exec(code, namespace)
+        if entry_point is not None and "check" in namespace:
+            namespace["check"](namespace[entry_point])
+        line.write({"passed": True, "result": "passed"}, "!")
+    except BaseException as error:
+        line.write({"passed": False, "result": f"failed: {reason(error)}"}, "!")
+
+
+def received(message: Any, held: Held) -> Any:
+    """The value of an answer; raises what the candidate raised, as the nearest of its classes that Python has."""
+    if "raised" not in message:
+        return decode(message["value"], held)
+    names, text = message["raised"]
+    for name in names:
+        known = vars(builtins).get(name)
+        if isinstance(known, type) and issubclass(known, Exception):
+            try:
+                error = known(str(text)[:MAX_REASON])
+            except TypeError:  # some want more than a text
+                continue
+            raise error
+    raise Failed(str(text)[:MAX_REASON])
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Every name that a piece of code looks up, in its functions too."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= names_in(constant)
+    return names
+
+
+def main() -> None:
+    """Say that it is ready, take the first message, and play the role."""
+    role, line = sys.argv[1], Line()
+    sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))] + sys.argv[2:]
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)
+    line.write("ready", ".")
+    first = line.read()
+    limit(first["limits"])
+    if role == "judge":
+        judge(line, first["test"], first["setup"], first["entry_point"])
+    else:
+        candidate(line, first["source"])
+
+
+if __name__ == "__main__":
+    main()

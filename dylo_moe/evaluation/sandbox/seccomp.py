@@ -1,0 +1,102 @@
+"""A filter of system calls, made by libseccomp: what code under judgement needs no kernel for is refused to it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+ALLOW, ERRNO = 0x7FFF0000, 0x00050000
+"""Actions of libseccomp."""
+
+MASKED_EQUAL = 7
+"""Its comparison (argument & mask) == value."""
+
+EVERY_BIT = 0xFFFFFFFF
+
+MAP_SHARED = 1
+
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
+
+REFUSED = (  # noqa: SIM905
+    "fork vfork clone "  # one process and one thread: nothing else bounds how many there are
+    "socket socketpair "
+    # Memory that is not counted as the process's own.
+    "memfd_create memfd_secret vmsplice io_setup shmget shmat mq_open msgget semget "
+    "inotify_init inotify_init1 inotify_add_watch fanotify_init "  # which tell what others do with files
+    "ptrace process_vm_readv process_vm_writev kcmp pidfd_open pidfd_getfd pidfd_send_signal "
+    "mount umount2 pivot_root chroot unshare setns open_tree move_mount fsopen fsmount "
+    "add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register "
+    "name_to_handle_at open_by_handle_at kexec_load init_module finit_module delete_module "
+    "reboot swapon swapoff acct quotactl syslog personality settimeofday clock_settime sethostname setdomainname"
+).split()
+"""System calls that fail with EPERM."""
+
+SINCE = {"memfd_secret": 447}
+"""Numbers, the same on every processor, of calls that an older libseccomp has no name for."""
+
+
+class Unavailable(OSError):
+    """libseccomp is missing or too old."""
+
+
+class _Comparison(ctypes.Structure):
+    _fields_ = (
+        ("arg", ctypes.c_uint),
+        ("op", ctypes.c_int),
+        ("datum_a", ctypes.c_uint64),
+        ("datum_b", ctypes.c_uint64),
+    )
+
+
+def program() -> bytes:
+    """The filter for this machine's processor, as the kernel takes it (classic BPF).
+
+    Raises:
+        Unavailable: without libseccomp 2.5 or newer.
+    """
+    try:
+        library = ctypes.CDLL("libseccomp.so.2", use_errno=True)
+    except OSError as error:
+        raise Unavailable(f"libseccomp.so.2 cannot be loaded ({error}); install libseccomp2") from error
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ALLOW)))
+    try:
+        _fill(library, context)
+        return _exported(library, context)
+    finally:
+        library.seccomp_release(context)
+
+
+def _fill(library: ctypes.CDLL, context: ctypes.c_void_p) -> None:
+    for name in REFUSED:
+        _refuse(library, context, name, errno.EPERM)
+    _refuse(library, context, "clone3", errno.ENOSYS)  # its flags lie in memory; the C library then takes clone
+    # A limit on a process's memory counts what is mapped: shared pages stay where most of a mapping is given back, and
+    # so do huge ones.
+    _refuse(library, context, "mmap", errno.EPERM, _Comparison(3, MASKED_EQUAL, MAP_SHARED, MAP_SHARED))
+    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+        _refuse(library, context, "madvise", errno.EPERM, _Comparison(2, MASKED_EQUAL, EVERY_BIT, advice))
+
+
+def _refuse(library: ctypes.CDLL, context: ctypes.c_void_p, name: str, code: int, *when: _Comparison) -> None:
+    number = library.seccomp_syscall_resolve_name(name.encode())
+    number = SINCE.get(name, -1) if number == -1 else number
+    if number == -1:
+        raise Unavailable(f"the installed libseccomp does not know the system call {name}; it must be 2.5 or newer")
+    rule = (_Comparison * len(when))(*when)
+    status = library.seccomp_rule_add_array(context, ctypes.c_uint32(ERRNO | code), number, len(when), rule)
+    if status != 0:
+        raise Unavailable(f"libseccomp cannot refuse the system call {name}: {os.strerror(-status)}")
+
+
+def _exported(library: ctypes.CDLL, context: ctypes.c_void_p) -> bytes:
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "rb") as reader:
+        try:
+            status = library.seccomp_export_bpf(context, write_end)
+        finally:
+            os.close(write_end)
+        if status != 0:
+            raise Unavailable(f"libseccomp cannot write its filter: {os.strerror(-status)}")
+        return reader.read()

@@ -1,0 +1,188 @@
+"""What a routed expert may be made of: a LoRA config, checked against the base before anything changes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, TaskType
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.utils.words import listed
+
+NUM_EXPERTS = 4
+
+LORA_R = 16
+
+LORA_ALPHA = 32
+
+LORA_DROPOUT = 0.05
+
+LORA_FIELDS = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
+    "peft_version", "runtime_config",
+}  # fmt: skip
+"""The fields of `LoraConfig` that an expert may set; any other that is not at its default is refused."""
+
+WHY_NOT = {
+    "use_dora": "DoRA rescales the whole weight, so its experts cannot be summed token by token",
+    "target_parameters": "raw parameters have no layer of their own to route",
+    "lora_bias": "a bias of an expert cannot be weighted with the stacked products",
+    "bias": "training the base's biases would change the frozen base",
+    "modules_to_save": "a trained copy of a base module would change the base for every expert",
+}
+
+ROUTABLE = "experts go on nn.Linear, Conv1D, and bitsandbytes' 4-bit and 8-bit linears"
+
+
+def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> LoraConfig:
+    """A copy of `config` that adapts linears of the routed layers only, checked before anything changes.
+
+    "all-linear" (or no target at all) becomes the names of all linears inside the routed layers.
+
+    Raises:
+        ValueError: with every reason why this config cannot make a routed expert.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"lora is {config!r}, a {type(config).__name__}; experts are made of a peft.LoraConfig")
+    config = copy.deepcopy(config)
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        config.target_modules = sorted({name.rsplit(".", 1)[1] for name in _layer_linears(base)})
+        if not config.target_modules:
+            raise ValueError(
+                f"all-linear finds nothing to adapt: {ROUTABLE}, and here are {listed(_layer_leaves(base))}"
+            )
+    if router_index > 0 and config.layers_to_transform is None and not isinstance(config.target_modules, str):
+        prefix, layers = decoder_layers(base)
+        config.layers_to_transform = list(range(router_index, len(layers)))
+        config.layers_pattern = prefix.rsplit(".", 1)[-1]
+    problems = lora_problems(base, config, router_index=router_index)
+    if problems:
+        raise ValueError("this LoraConfig cannot make a routed expert: " + "; ".join(problems))
+    config.task_type = TaskType.CAUSAL_LM
+    config.inference_mode = False
+    return config
+
+
+def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> list[str]:
+    """Every reason why an adapter of this config cannot be a routed expert of this base; none: it can.
+
+    Args:
+        base: with or without adapters injected.
+        router_index: the first layer that may carry experts.
+    """
+    problems = _unsupported_fields(config)
+    inside = _layer_linears(base)
+    names = [name for name, _ in base.named_modules() if name and not _is_part_of_adapter(name)]
+    try:
+        targeted = [name for name in names if check_target_module_exists(config, name)]
+    except (TypeError, re.error) as error:  # none at all, or a pattern that is none
+        return [*problems, f"target_modules {config.target_modules!r} cannot be read: {error}"]
+    prefix, _ = decoder_layers(base)
+    strange = [name for name in targeted if name not in inside and name.startswith(f"{prefix}.")]
+    outside = [name for name in targeted if name not in inside and name not in strange]
+    below = [name for name in targeted if inside.get(name, router_index) < router_index]
+    if outside:
+        problems.append(
+            f"target_modules reaches {listed(outside)}: only linears inside the decoder layers can be routed, "
+            "not embeddings or the head"
+        )
+    if strange:
+        kinds = [f"{name} ({type(base.get_submodule(name)).__name__})" for name in strange]
+        problems.append(f"target_modules reaches {listed(kinds)}, which cannot be routed: {ROUTABLE}")
+    if below:
+        layers = ", ".join(str(index) for index in sorted({inside[name] for name in below}))
+        problems.append(
+            f"target_modules reaches {listed(below)} below the router (layers {layers}), which reads the hidden states "
+            f"entering layer {router_index}: layers before it must stay the base's own"
+        )
+    if not targeted:
+        problems.append(f"target_modules {config.target_modules!r} matches nothing in {type(base).__name__}")
+    return problems
+
+
+def _layer_linears(base: PreTrainedModel) -> dict[str, int]:
+    """The linears inside the decoder layers, adapted ones too, each with the index of its layer."""
+    prefix, layers = decoder_layers(base)
+    return {
+        f"{prefix}.{index}.{name}": index
+        for index, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, LoraLayer)) and not _is_part_of_adapter(name)
+    }
+
+
+def _layer_leaves(base: PreTrainedModel) -> list[str]:
+    """The innermost modules of the decoder layers, with their classes."""
+    prefix, layers = decoder_layers(base)
+    leaves = [(name, module) for name, module in layers.named_modules() if not any(module.children())]
+    return [f"{prefix}.{name} ({type(module).__name__})" for name, module in leaves]
+
+
+def _is_part_of_adapter(name: str) -> bool:
+    return ".lora_" in name or ".base_layer" in name
+
+
+def _unsupported_fields(config: LoraConfig) -> list[str]:
+    problems = []
+    if not isinstance(config.r, int) or config.r < 1:
+        problems.append(f"r is {config.r!r}; it must be a whole number of at least 1")
+    for field in fields(config):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(config, field.name)
+        if field.name not in LORA_FIELDS and value != default and value:
+            reason = WHY_NOT.get(field.name, "routed experts are plain LoRA")
+            problems.append(f"{field.name} is {value!r}: {reason}")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        problems.append(
+            f"init_lora_weights is {config.init_lora_weights!r}: routed experts start from True, False or "
+            "'gaussian', because the others rewrite the base's weights or need a plain LoRA layer"
+        )
+    return problems
+
+
+def read_adapter(path: str, **kwargs: Any) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A LoRA adapter's config, ready to train on, and its tensors on the CPU.
+
+    Args:
+        path: a folder or a hub id.
+        kwargs: of the hub: revision, subfolder, token, cache_dir.
+
+    Raises:
+        ValueError: where there is none, or one of another kind than LoRA.
+    """
+    try:
+        config = PeftConfig.from_pretrained(path, **kwargs)
+        state = load_peft_weights(path, device="cpu", **kwargs) if isinstance(config, LoraConfig) else {}
+    except Exception as error:  # PEFT, safetensors, pickle and the hub raise errors of twelve kinds
+        raise ValueError(f"adapter {path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"adapter {path} is a {type(config).__name__}; experts are LoRA adapters")
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"adapter {path} holds something else than named tensors")
+    config.inference_mode = False
+    return config, state
+
+
+def state_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the tensors of a file: missing, foreign, misshapen, not finite; none: nothing."""
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
+    problems += [f"{name} does not belong in it" for name in sorted(state.keys() - expected.keys())]
+    for name in sorted(expected.keys() & state.keys()):
+        if expected[name].shape != state[name].shape:
+            problems.append(f"{name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
+        elif not torch.isfinite(state[name].to(expected[name].dtype)).all():
+            problems.append(f"{name} holds values that are not finite in {expected[name].dtype}")
+    return problems

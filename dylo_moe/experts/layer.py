@@ -1,0 +1,139 @@
+"""One routed linear: y = W x + sum_e w_e s_e B_e A_e x.
+
+Shapes: T tokens of all rows, D in, O out, r rank of one expert.
+
+A routed linear is PEFT's own LoRA layer with another forward. How the tokens of a forward are sent to
+experts is worked out once, in a `Dispatch`; every routed linear of that forward reads the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from dylo_moe.experts.kernels import mix
+from dylo_moe.routing.dispatch import ExpertShape, Layout
+from dylo_moe.routing.forward_context import ContextSlot
+
+PEFT_HOME = "peft.tuners.lora.bnb"
+
+QUANTIZED = {"RoutedLinear4bit": "Linear4bit", "RoutedLinear8bitLt": "Linear8bitLt"}
+"""Our classes, and PEFT's that each one routes."""
+
+
+class Adapter(NamedTuple):
+    """One expert in one routed linear. The modules are PEFT's; their weights are read at each call."""
+
+    shape: ExpertShape
+    down: nn.Linear
+    """A, [r, D]."""
+    up: nn.Linear
+    """B, [O, r]."""
+
+
+class RoutedLayer:
+    """Mixin placed before a PEFT LoRA class: its forward mixes all experts by the routing at hand.
+
+    Disabled or merged it is PEFT, unchanged. LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. We differ
+    in one thing: the experts of a layer share one dropout mask.
+    """
+
+    context_slot: ContextSlot
+    adapters: dict[str, Adapter]
+    """The experts of this layer, in gate order."""
+    layout: Layout
+    """Their shapes; one object for all layers that have the same."""
+    expert_dropout: float
+    base_layer: nn.Module
+    merged_adapters: list[str]
+    training: bool
+
+    def bind(self, context_slot: ContextSlot, names: Iterable[str]) -> None:
+        """Take up those of the pool's experts that this layer has.
+
+        Raises:
+            ValueError: when they differ in dropout.
+        """
+        self.context_slot = context_slot
+        down, up, dropout = self.lora_A, self.lora_B, self.lora_dropout  # type: ignore[attr-defined]
+        names = [name for name in names if name in down]
+        ranks, scaling = self.r, self.scaling  # type: ignore[attr-defined]
+        shapes = [ExpertShape(name, ranks[name], scaling[name]) for name in names]
+        self.adapters = {shape.name: Adapter(shape, down[shape.name], up[shape.name]) for shape in shapes}
+        self.layout = Layout(shapes)
+        probabilities = {name: getattr(dropout[name], "p", 0.0) for name in names}
+        if len(set(probabilities.values())) > 1:
+            raise ValueError(
+                f"experts of one layer share a dropout mask, but lora_dropout differs: {probabilities}; "
+                "give all the same"
+            )
+        self.expert_dropout = next(iter(probabilities.values()), 0.0)
+        for name in names[1:]:  # one module for all: less memory for each expert
+            if dropout[name] is not dropout[names[0]]:
+                dropout[name] = dropout[names[0]]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., D] -> [..., O], in the dtype of the base's linear."""
+        if self.disable_adapters or self.merged:  # type: ignore[attr-defined]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        result = self.base_layer(x, *args, **kwargs)
+        dispatch = self.context_slot.dispatch()
+        part = dispatch.parts[self.layout]
+        if part is None:
+            return result
+        x_TD = x.reshape(-1, x.shape[-1])
+        if x_TD.dtype != dispatch.dtype:
+            x_TD = self._cast_input_dtype(x_TD, dispatch.dtype)  # type: ignore[attr-defined]
+        if self.training and self.expert_dropout > 0:
+            x_TD = F.dropout(x_TD, self.expert_dropout)
+        # Past nn.Module's look-up of attributes, which takes longer than a product with one token.
+        adapters = [self.adapters[name] for name in part.names]
+        downs: list[Any] = [adapter.down._parameters["weight"] for adapter in adapters]
+        ups: list[Any] = [adapter.up._parameters["weight"] for adapter in adapters]
+        return mix(x_TD, result, part=part, downs=downs, ups=[up.t() for up in ups])
+
+
+class RoutedLinear(RoutedLayer, lora.Linear):
+    """PEFT's LoRA around `nn.Linear` (or Conv1D), routed."""
+
+
+ROUTED_CLASSES: dict[type, type] = {lora.Linear: RoutedLinear}
+"""The routed class of each PEFT layer class. At module level, so that models pickle."""
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """What the products with this adapter matrix are computed in: its own dtype, or autocast's."""
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+
+
+def routed_class(kind: type) -> type | None:
+    """The routed class of a PEFT layer class, or `kind` itself where it is one; None where it cannot be routed."""
+    if issubclass(kind, RoutedLayer):
+        return kind
+    if kind.__module__ == PEFT_HOME:
+        return next((_made(ours) for ours, theirs in QUANTIZED.items() if theirs == kind.__name__), None)
+    return ROUTED_CLASSES.get(kind)
+
+
+def _made(name: str) -> type:
+    """One class for one name, kept as an attribute of this module, where pickle looks for it."""
+    if name not in globals():
+        from peft.tuners.lora import bnb
+
+        kind = getattr(bnb, QUANTIZED[name])
+        text = f"PEFT's LoRA around bitsandbytes' `{QUANTIZED[name]}`, routed."
+        globals()[name] = type(name, (RoutedLayer, kind), {"__module__": __name__, "__doc__": text})
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    """For pickle, which may ask for a class before any layer of it was met."""
+    if name in QUANTIZED:
+        return _made(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,0 @@
-"""`dylora export`: what other engines serve, and what that loses."""

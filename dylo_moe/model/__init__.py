@@ -1,0 +1,1 @@
+"""DyLoRAMoE: a frozen base, a pool of experts and a router in one PeftModel; its forward, loss and checkpoints."""

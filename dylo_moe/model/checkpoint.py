@@ -1,0 +1,173 @@
+"""A checkpoint folder: write, verify, read.
+
+    dylora.json                      format, base and its fingerprint, router, experts, sha256 of every other file
+    experts/NAME/adapter_config.json, adapter_model.safetensors      what stock PEFT reads
+    router.safetensors
+    skill_library.safetensors        of a model that knows its skills: their statistics, never their text
+    README.md                        the model card
+    optimizer.pt, scheduler.pt, ...  of a training checkpoint: what the Trainer needs to go on
+
+Weights are safetensors only, the base is never in it. A folder is written aside and renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dylo_moe.base.fingerprint import unpack_samples
+from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.experts.expert import Expert, check_name
+from dylo_moe.routing.config import BASE, RouterConfig
+from dylo_moe.utils.atomic_files import files_below, sha256
+
+FORMAT_VERSION = 1
+
+MANIFEST = "dylora.json"
+
+ROUTER_FILE = "router.safetensors"
+
+LIBRARY_FILE = "skill_library.safetensors"
+
+CARD = "README.md"
+
+OWN_ENTRIES = ("experts", ROUTER_FILE, LIBRARY_FILE, MANIFEST)
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+EXPERT_FIELDS = {field.name for field in fields(Expert)}
+
+TRAINER_FILES = ("trainer_state.json", "training_args.bin")
+"""Where one of these lies and `dylora.json` has no record of a training, the stock Trainer wrote the folder, and its
+own files may lie beside ours."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not whole, or not for this base; the message names every problem found."""
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Files in a folder that no checkpoint of ours put there."""
+    if not folder.is_dir():
+        return []
+    try:
+        own = {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    return sorted(files_below(folder) - own)
+
+
+def _put_into(aside: Path, target: Path) -> None:
+    """The manifest goes first and comes last: without it, what lies there is no checkpoint."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(target / "experts", ignore_errors=True)
+    (target / LIBRARY_FILE).unlink(missing_ok=True)
+    for name in OWN_ENTRIES:
+        if (aside / name).exists():
+            os.replace(aside / name, target / name)
+    aside.rmdir()
+
+
+def _sort_lists(path: Path) -> None:
+    """PEFT writes sets in the order of the process; the same config should be the same bytes."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), list):
+            values[name].sort()
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _plain(config: PeftConfig) -> dict[str, Any]:
+    """A LoRA config as JSON holds it, sets in one order."""
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
+
+
+def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
+    """The verified manifest of a checkpoint folder.
+
+    Args:
+        strict: refuse files that the manifest does not know. The stock Trainer puts files of its own beside ours,
+            which no manifest lists; in a folder of that kind it cannot apply.
+
+    Raises:
+        CheckpointError: naming every missing, extra, altered or unreadable file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {folder}")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} is no DyLoRA-MoE checkpoint: {MANIFEST} is missing")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        files = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+        missing = [name for expert in manifest["experts"] for name in EXPERT_FIELDS - expert.keys()]
+        if missing:
+            raise KeyError(missing[0])
+        experts = [Expert(**expert) for expert in manifest["experts"]]
+        wanted = {f"experts/{expert.name}/{file}" for expert in experts for file in ADAPTER_FILES}
+        if not experts:
+            raise ValueError("its experts are none; a pool has at least one")
+        for index, expert in enumerate(experts):
+            check_name(expert.name, taken=[other.name for other in experts[:index]])
+        RouterConfig(**manifest["router"])
+        LoraConfig(**manifest["lora"])
+        if manifest.get("growth") is not None:
+            wanted.add(LIBRARY_FILE)
+            GrowthConfig(**manifest["growth"]["config"])
+            members = {*manifest["growth"]["members"]} - {BASE}
+            if members != {expert.name for expert in experts}:
+                raise ValueError(f"its members are {sorted(members)}, which are not its experts")
+            manifest["growth"]["allow_expert_growth"], manifest["growth"]["skills"]
+        float(manifest["balance_coefficient"])
+        if not isinstance(manifest.get("training", {}), dict):
+            raise TypeError("its record of the training is no mapping")
+        by_stock = "training" not in manifest and any((folder / name).is_file() for name in TRAINER_FILES)
+        base = manifest["base"]
+        base["id"], base["revision"]
+        unpack_samples(base["fingerprint"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT_VERSION}")
+    problems = _file_problems(folder, files, strict=strict and not by_stock)
+    problems += [f"{name} is not listed in {MANIFEST}" for name in sorted((wanted | {ROUTER_FILE}) - files.keys())]
+    if problems:
+        raise CheckpointError(f"checkpoint {folder} is not whole: " + "; ".join(problems))
+    return manifest
+
+
+def _file_problems(folder: Path, files: dict[str, tuple[str, int]], *, strict: bool) -> list[str]:
+    problems = []
+    for name, (digest, size) in files.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
+        elif sha256(file) != digest:
+            problems.append(f"{name} was altered: its sha256 is not the one in {MANIFEST}")
+    present = files_below(folder, "." if strict else "experts")
+    problems += [f"{name} does not belong to it" for name in sorted(present - files.keys() - {MANIFEST})]
+    return problems
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,140 @@
+"""One call of `generate`: what it was asked for, what its rows are decided on, and the routing of what came out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig, PreTrainedModel
+
+from dylo_moe.model.routing_hooks import NotForced, Prompt, RoutingHooks, one_per_row
+from dylo_moe.routing.cache import find_router_layer
+from dylo_moe.routing.router import Routing
+from dylo_moe.routing.token_masks import as_list, finished_mask, prompt_mask
+
+
+class GenerateCall:
+    """The arguments of one `generate`, and what of them the routing needs to know.
+
+    Args:
+        args: positional: the prompt's ids, a generation config.
+        kwargs: all others; `keywords` holds them as they are to be passed on.
+        defaults: the model's own generation config.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any], *, defaults: GenerationConfig) -> None:
+        self._configs = [args[1] if len(args) > 1 else kwargs.get("generation_config"), defaults]
+        self.keywords = {**kwargs, "disable_compile": True}  # which Transformers would do to a static cache on a GPU
+        self.input_ids: Tensor | None = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        self.inputs_embeds: Tensor | None = kwargs.get("inputs_embeds")
+        self.position_ids: Tensor | None = kwargs.get("position_ids")
+        self.cache: Cache | None = kwargs.get("past_key_values")
+        self.ends = as_list(self.value("eos_token_id"))
+        self.mask = self._mask()
+        """[prompts, prompt tokens], 0 on padding; None where there is no prompt at all."""
+        if self.mask is not None:
+            self.keywords["attention_mask"] = self.mask
+
+    def value(self, name: str) -> Any:
+        """An option as Transformers resolves it: the keyword, else the config passed, else the model's own."""
+        values = [self.keywords.get(name), *(getattr(config, name, None) for config in self._configs)]
+        return next((value for value in values if value is not None), None)
+
+    def _mask(self) -> Tensor | None:
+        mask = self.keywords.get("attention_mask")
+        if mask is None and self.input_ids is not None:
+            return prompt_mask(self.input_ids, pad=self.value("pad_token_id"), ends=self.ends)
+        if mask is None and self.inputs_embeds is not None:
+            return torch.ones(self.inputs_embeds.shape[:2], dtype=torch.int64, device=self.inputs_embeds.device)
+        return mask
+
+    def check(self, hooks: RoutingHooks) -> None:
+        """Raises ValueError for what cannot be decoded with this router."""
+        config, forced = hooks.router.config, hooks.decider()
+        if config.reads_final and not config.per_sequence and forced is NotForced:
+            raise ValueError(
+                "router_layer='final' with granularity='token' cannot generate: the router would have to read every "
+                "new token in a second pass of the base alone; use granularity='sequence', or generate inside route_to"
+            )
+        if self.value("compile_config") is not None:
+            raise ValueError("compile_config is given, but decoding of a routed model cannot be compiled yet")
+        if self.mask is not None and isinstance(forced, (list, tuple)):
+            one_per_row(forced, self.mask.shape[0], expandable=False)
+
+    def prompt(self, hooks: RoutingHooks) -> Prompt | None:
+        """What the forwards of this call have to know; None where there is no prompt."""
+        if self.mask is None:
+            return None
+        config = hooks.router.config
+        decided = None
+        if config.per_sequence and not (config.reads_final and hooks.decider() is not NotForced):
+            decided = self._decide(hooks, self.mask)
+        drafts = self.value("is_assistant") or self.value("assistant_early_exit") is not None
+        return Prompt(self.mask, decided, drafts=bool(drafts))
+
+    def _decide(self, hooks: RoutingHooks, mask: Tensor) -> Tensor:
+        """What each prompt's row is decided on, fp32 [prompts, hidden]: as its cache has it, or of all its tokens."""
+        memory = None if self.cache is None else find_router_layer(self.cache)
+        if memory is not None and memory.decided is not None:
+            return memory.decided
+        text = {"input_ids": self.input_ids} if self.inputs_embeds is None else {"inputs_embeds": self.inputs_embeds}
+        with hooks.forcing(NotForced):
+            features = hooks.read(**text, **self._positioned(mask, hooks), prompt_lengths=mask.sum(1)).features
+        assert features is not None
+        return features[:, -1]
+
+    def finish(self, hooks: RoutingHooks, output: Any) -> None:
+        """Add the routing of every token to the output, and put right what the cache remembers of ended rows.
+
+        A row that ended early is filled up while the others go on, and the router has read the filling.
+        """
+        if self.input_ids is None or self.mask is None or self.input_ids.shape != self.mask.shape:
+            return  # the text's beginning is only in the cache
+        bare = isinstance(output, Tensor)
+        sequences = output if bare else output.sequences
+        real = finished_mask(sequences, self.mask, ends=self.ends)
+        cache = self.cache if bare else output.get("past_key_values")
+        memory = None if cache is None or (self.value("num_beams") or 1) > 1 else find_router_layer(cache)
+        if memory is not None and bool(real[:, self.mask.shape[1] :].all()):
+            memory = None  # no row ended early
+        if bare and memory is None:
+            return
+        end = int(min(_context_end(hooks.base), sequences.shape[1]))
+        read = hooks.read(input_ids=sequences[:, :end], **self._positioned(real[:, :end], hooks))
+        if not bare:
+            output.routing = _padded(read.routing, length=sequences.shape[1])
+        if memory is not None and read.states is not None:
+            memory.replace(read.states)
+
+    def _positioned(self, mask: Tensor, hooks: RoutingHooks) -> dict[str, Tensor]:
+        """A mask of finished rows and, for a base that takes any, their position ids: given ones go on by one."""
+        inputs = {"attention_mask": mask}
+        if "position_ids" not in inspect.signature(hooks.base.forward).parameters:
+            return inputs
+        given = self.position_ids
+        if given is None:
+            return {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
+        given = given.repeat_interleave(len(mask) // len(given), 0)
+        new = torch.arange(1, mask.shape[1] - given.shape[1] + 1, device=given.device)
+        return {**inputs, "position_ids": torch.cat([given, given[:, -1:] + new], 1)}
+
+
+def _context_end(base: PreTrainedModel) -> float:
+    """How many tokens a base can read: for learned positions, those it has; the last one generated may lie behind."""
+    words = base.get_input_embeddings()
+    learned = any(isinstance(module, nn.Embedding) and module is not words for module in base.modules())
+    return base.config.get_text_config().max_position_embeddings if learned else math.inf
+
+
+def _padded(routing: Routing, *, length: int) -> Routing:
+    """With tokens behind the end that were not routed, as padding is not."""
+    missing = length - routing.mask.shape[1]
+    if missing == 0:
+        return routing
+    tensors = (None if part is None else F.pad(part, (0, 0, 0, missing)) for part in (routing.weights, routing.logits))
+    weights, logits = tensors
+    return Routing(routing.names, cast(Tensor, weights), F.pad(routing.mask, (0, missing)), logits)

@@ -1,0 +1,370 @@
+"""What happens before, inside and after each forward of the base, so that its tokens are routed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.experts.expert import ExpertPool
+from dylo_moe.model.nonfinite import broken_weights
+from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, router_cache_layer
+from dylo_moe.routing.features import causal_exponential_mean
+from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
+from dylo_moe.routing.router import Router, Routing, force_routing, make_dispatch
+from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
+from dylo_moe.utils.distributed import are_joined
+from dylo_moe.utils.words import listed
+
+BASE_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+"""What a pass of the base alone takes over of a forward's inputs."""
+
+
+class NotForced:
+    """Stands where `route_to` puts its experts, while the router decides. The class itself is the mark."""
+
+
+class Prompt(NamedTuple):
+    """What `generate` works on while it runs."""
+
+    mask: Tensor
+    """[prompts, prompt tokens], 0 on padding."""
+    decided: Tensor | None
+    """fp32 [prompts, hidden]: with sequence granularity, what the rows are decided on."""
+    drafts: bool = False
+    """Whether tokens are drafted one by one and may all be taken back."""
+
+
+class _RouterReached(Exception):
+    """Ends a forward that was only asked where its tokens go."""
+
+    def __init__(self, context: ForwardContext) -> None:
+        super().__init__()
+        self.context = context
+
+
+class RoutingHooks:
+    """Routes every forward of a base: one that the model calls, one of `generate`, one of a user's own.
+
+    Before the base begins, its inputs are kept (and, where the router reads the last hidden states, the base
+    is run alone); as the first routed layer begins, the router decides, and the dispatch that all routed
+    linears read is made; when the base is done, the routing goes into its output. With `skips_head` the base is asked
+    for no logits and no loss: what would enter its head goes into the output as `head_input`.
+
+    Args:
+        base: the base model, with the adapters injected.
+        router: decides.
+        pool: the experts.
+        slot: where the running forward's context lies for the routed linears.
+    """
+
+    def __init__(self, base: PreTrainedModel, *, router: Router, pool: ExpertPool, slot: ContextSlot) -> None:
+        self.base = base
+        self.router = router
+        self.pool = pool
+        self.slot = slot
+        self.forced: Any = NotForced
+        """What `route_to` asks for: an expert's name, None for the base alone, a list of these, or `NotForced`."""
+        self.prompt: Prompt | None = None
+        """Inside `generate`."""
+        _, layers = decoder_layers(base)
+        self._num_layers = len(layers)
+        self._first_layer = router.config.layer_index(self._num_layers)
+        self._handles = [
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            base.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+            layers[self._first_layer].register_forward_pre_hook(self._route, with_kwargs=True),
+            cast(nn.Module, base.get_output_embeddings()).register_forward_pre_hook(self._skip_head),
+        ]
+        self._head_inputs: list[Tensor] | None = None
+        """In a forward that skips the head, what would enter it."""
+
+    def remove(self) -> None:
+        """Leave the base as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def read(self, **inputs: Any) -> ForwardContext:
+        """Run the base up to the router and no further.
+
+        Returns:
+            The forward's context: its `routing`, and its `features` (fp32 [batch, seq, hidden]).
+        """
+        try:
+            self.base(**inputs, use_cache=False, ends_at_router=True)
+        except _RouterReached as reached:
+            return reached.context
+        raise RuntimeError(f"{type(self.base).__name__} never ran its layer {self._first_layer}")
+
+    @contextmanager
+    def forcing(self, experts: Any) -> Iterator[None]:
+        """Inside, forwards are routed to these, or by the router (`NotForced`). Nests; the inner one holds."""
+        before, self.forced = self.forced, experts
+        try:
+            yield
+        finally:
+            self.forced = before
+
+    @contextmanager
+    def generating(self, prompt: Prompt | None) -> Iterator[None]:
+        """Inside, forwards are those of `generate`, on this prompt."""
+        before, self.prompt = self.prompt, prompt
+        try:
+            yield
+        finally:
+            self.prompt = before
+
+    # Before the base.
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        ends_at_router, labels = kwargs.pop("ends_at_router", False), kwargs.get("labels")
+        if kwargs.pop("skips_head", False):
+            self._head_inputs, kwargs = [], {**kwargs, "labels": None}
+        context = ForwardContext(
+            self.forced,
+            dense=self.pool.has_nascent,
+            position_ids=kwargs.get("position_ids"),
+            prompt_lengths=kwargs.pop("prompt_lengths", None),
+            labels=labels,
+            ends_at_router=ends_at_router,
+        )
+        self.slot.begin(context)  # first, because `_end` runs whatever happens
+        context.forced = self.decider()
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            context.attention_mask = mask
+            args, kwargs = _keep_texts_apart(mask, args, kwargs)
+        elif mask is not None and self.prompt is None:  # `generate` makes a static cache's mask ahead
+            kind = f"{mask.dim()}-d tensor" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask is a {kind}; the router needs the 2-d one, [batch, tokens], to tell padding from text"
+            )
+        if self.base.training and hasattr(self.base.get_input_embeddings(), "neftune_noise_alpha"):
+            raise ValueError("NEFTune's noise would change what the router reads; leave neftune_noise_alpha out")
+        if self.router.config.reads_final and context.forced is NotForced and not self._is_decided(kwargs):
+            context.last_hidden = self._base_pass(args, kwargs)
+        return args, kwargs
+
+    def decider(self) -> Any:
+        """What decides a forward that begins now: as `forced`, where a merged expert counts as asked for."""
+        merged = next((layer.merged_adapters[0] for layer in self.pool.layers if layer.merged_adapters), None)
+        if merged is None:
+            return self.forced
+        if self.forced is not NotForced and self.forced != merged:
+            raise ValueError(f"expert {merged!r} is merged into the base, so nothing else can be routed to; unmerge it")
+        return merged
+
+    def _is_decided(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nothing has to be read any more."""
+        if self.prompt is not None and self.prompt.decided is not None:
+            return True
+        cache = kwargs.get("past_key_values")
+        memory = find_router_layer(cache) if isinstance(cache, Cache) else None
+        if memory is not None and memory.num_tokens > 0 and memory.decided is None:
+            raise ValueError(
+                f"this cache's {memory.num_tokens} tokens were not read by the router: with router_layer='final', it "
+                "can go on from a cache only with granularity='sequence', and only where the router decided first"
+            )
+        return memory is not None and memory.decided is not None
+
+    @torch.no_grad()
+    def _base_pass(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The base's last hidden states without any expert, [batch, seq, hidden]."""
+        inputs = {name: kwargs[name] for name in BASE_PASS_INPUTS if kwargs.get(name) is not None}
+        inputs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
+        decoder = getattr(self.base, self.base.base_model_prefix)
+        self.slot.begin(ForwardContext(None, attention_mask=inputs.get("attention_mask")))
+        try:
+            return decoder(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        finally:
+            self.slot.end()
+
+    # As the first routed layer begins.
+
+    def _route(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hidden states -> features -> routing -> dispatch."""
+        context = self.slot.current
+        if context is None:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+        mask = self._mask(context, hidden, cache)
+        forced, dtype = context.forced, self.pool.compute_dtype()
+        decides = forced is NotForced or context.ends_at_router
+        if decides or cache is not None:
+            context.features = self._features(context, hidden.detach(), mask, cache)
+        if forced is NotForced:
+            assert context.features is not None
+            context.routing, selected = self.router(context.features, mask=mask, dense=context.dense)
+            context.dispatch = make_dispatch(context.routing, selected, layouts=self.pool.layouts, dtype=dtype)
+        else:
+            experts = one_per_row(forced, mask.shape[0], expandable=self.prompt is not None)
+            context.routing, context.dispatch = force_routing(
+                self.router.names, experts, mask=mask, layouts=self.pool.layouts, dtype=dtype
+            )
+        if context.ends_at_router:
+            raise _RouterReached(context)
+        if self.router.training and not hidden.requires_grad and torch.is_grad_enabled() and are_joined():
+            hidden.requires_grad_()  # so that a rank whose tokens chose no expert takes part in the others' backward
+
+    def _mask(self, context: ForwardContext, hidden: Tensor, cache: Cache | None) -> Tensor:
+        batch, seq = hidden.shape[:2]
+        mask = context.attention_mask
+        if mask is None and self.prompt is not None:
+            prompt = _expand_rows(self.prompt.mask, batch)
+            start = 0 if cache is None else int(cache.get_seq_length(self._first_layer))
+            mask = torch.cat([prompt, prompt.new_ones(batch, max(start + seq - prompt.shape[1], 0))], 1)
+            mask = mask[:, : start + seq]
+        return token_mask(mask, batch=batch, seq=seq, device=hidden.device)
+
+    @torch.no_grad()
+    def _features(self, context: ForwardContext, hidden: Tensor, mask: Tensor, cache: Cache | None) -> Tensor | None:
+        memory = None if cache is None else router_cache_layer(cache, num_layers=self._num_layers)
+        if cache is not None and memory is not None:
+            memory.check_continues(int(cache.get_seq_length(self._first_layer)))
+        if self.router.config.reads_final:
+            hidden = context.last_hidden  # type: ignore[assignment]
+        if self.router.config.per_sequence:
+            return self._sequence_features(context, hidden, mask, memory)
+        if hidden is None:  # forced, so that the base was not run alone
+            if memory is not None:
+                memory.hold(None, num_tokens=mask.shape[1])
+            return None
+        starts = text_starts(context.position_ids, mask=mask)
+        state = None if memory is None else memory.state
+        features, states = causal_exponential_mean(
+            hidden, mask=mask, half_life=self.router.config.router_half_life, state=state, starts=starts
+        )
+        context.states = states
+        if memory is not None:
+            memory.store(states, all_of_them=self.prompt is not None and self.prompt.drafts)
+        return features
+
+    def _sequence_features(
+        self, context: ForwardContext, hidden: Tensor | None, mask: Tensor, memory: RouterCacheLayer | None
+    ) -> Tensor | None:
+        """The features of each text's last prompt token, at all of its tokens."""
+        batch, seq = mask.shape
+        decided = None if memory is None else memory.decided
+        if decided is None and self.prompt is not None and self.prompt.decided is not None:
+            decided = _expand_rows(self.prompt.decided, batch)
+        features = None
+        if decided is not None:
+            if context.prompt_lengths is not None:
+                raise ValueError("prompt_lengths came too late: the rows of this cache are decided; leave it out")
+            features = decided[:, None].expand(batch, seq, -1)
+        elif hidden is not None:
+            starts = text_starts(context.position_ids, mask=mask)
+            features, _ = causal_exponential_mean(
+                hidden, mask=mask, half_life=self.router.config.router_half_life, starts=starts
+            )
+            ends = prompt_ends(mask, starts=starts, prompt_lengths=context.prompt_lengths, labels=context.labels)
+            features = features.gather(1, ends[..., None].expand_as(features))
+            decided = features[:, -1]
+        if memory is not None:
+            memory.hold(decided, num_tokens=seq)
+        return features
+
+    # As the head begins, and after the base.
+
+    def _skip_head(self, head: nn.Module, args: tuple) -> tuple | None:
+        """No token goes on, where the loss is computed elsewhere."""
+        if self._head_inputs is None:
+            return None
+        self._head_inputs.append(args[0])
+        return (args[0][:, :0], *args[1:])
+
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        context, head_inputs = self.slot.end(), self._head_inputs
+        self._head_inputs = None
+        if not isinstance(output, ModelOutput):
+            return
+        output.routing = context.routing
+        if head_inputs is not None:
+            if not head_inputs:
+                raise ValueError(
+                    "the base has another output head than when this model was made, so that no loss can be computed "
+                    "in chunks; set loss_chunk_size to None, or make the model anew on this base"
+                )
+            output.head_input = head_inputs[0]
+            return
+        logits = output.get("logits")
+        if logits is not None and context.routing is not None:  # None where a draft ends before the router's layer
+            lost = logits[..., 0].isnan()  # a token whose hidden state is NaN
+            # One entry of a row: NaN in the head itself.
+            self.name_nan(context.routing, lost | (logits[:, -1:].isnan().any(-1) & ~lost[:, -1:]))
+
+    def name_nan(self, routing: Routing, lost: Tensor) -> None:
+        """Find what made the output NaN; on padding alone, or without broken weights, it may be. Not while compiling.
+
+        Args:
+            lost: bool [batch, seq], where it is NaN.
+
+        Raises:
+            ValueError: naming the weights to blame.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if lost.shape == routing.mask.shape:
+            lost = lost & routing.mask
+        misled = routing.mask.new_zeros(())
+        if routing.logits is not None:  # top-1 weights are exactly 1, also where the gate is NaN
+            misled = (~routing.logits.isfinite().all(-1) & routing.mask).any()
+        if not (lost.any() | misled):
+            return
+        broken = broken_weights(self.pool, self.router)
+        if not broken:
+            base = ((name, weight) for name, weight in self.base.named_parameters() if ".lora_" not in name)
+            broken = [f"the base's {name.replace('.base_layer', '')}" for name, p in base if not p.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"the output is NaN because of {listed(broken)}; remove the expert, or load an older checkpoint"
+            )
+
+
+def _keep_texts_apart(mask: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The base's inputs where packed rows are padded.
+
+    Transformers separates packed texts by their positions, but only where no mask is given. Without one, a padding
+    token is kept from the texts by a position of its own: 0, as a text of one token.
+    """
+    positions = kwargs.get("position_ids")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is not False:
+        return args, kwargs
+    starts = text_starts(positions, mask=mask.bool())
+    if positions is None or starts is None or not (torch.compiler.is_compiling() or starts.any()):
+        return args, kwargs
+    if len(args) > 1:
+        args = (args[0], None, *args[2:])
+    else:
+        kwargs = {**kwargs, "attention_mask": None}
+    return args, {**kwargs, "position_ids": positions.masked_fill(mask == 0, 0)}
+
+
+def one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None]:
+    """One expert (None: the base alone) for each row of a batch, from what `route_to` was given.
+
+    Args:
+        expandable: rows may stand for several of a shorter list each, as `generate` repeats them.
+
+    Raises:
+        ValueError: for a list of another length.
+    """
+    if forced is None or isinstance(forced, str):
+        return [forced] * batch
+    if len(forced) == batch:
+        return list(forced)
+    if expandable and batch % len(forced) == 0:
+        return [name for name in forced for _ in range(batch // len(forced))]
+    raise ValueError(f"route_to was given {len(forced)} experts for a batch of {batch}; give one per row")
+
+
+def _expand_rows(tensor: Tensor, batch: int) -> Tensor:
+    """The rows of prompts for the rows that `generate` made of each."""
+    return tensor.repeat_interleave(batch // tensor.shape[0], 0)

@@ -1,0 +1,163 @@
+"""What a run shows when it is done: tables, samples coloured by expert, plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dylo_moe.data.loading import DatasetCounts, LoadedData
+from dylo_moe.data.mixing import Share
+from dylo_moe.data.tokenized import Reason
+from dylo_moe.evaluation.continuation import Sample
+from dylo_moe.model.loss import chunk_loss
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.training.alarms import DEAD_SHARE, dead_experts
+from dylo_moe.training.metrics import Reading
+
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow")
+
+COUNT_TITLES = {
+    "documents": "documents",
+    "left_out": "left out",
+    "read": "read",
+    "train": "train",
+    "evaluation": "held out",
+    "unused": "not used",
+    "cut_prompt": "prompt cut",
+    "cut_response": "response cut",
+    "too_long": "too long",
+    "empty": "empty",
+    "malformed": "malformed",
+    "duplicates": "double",
+    "duplicates_across": "in another",
+    "held_out": "asked in held-out",
+    "contaminated": "contaminated",
+}
+
+MAX_REASONS = 8
+"""Kinds of problem shown of one dataset; the rest is summed up."""
+
+
+def show_data(console: Console, data: LoadedData) -> None:
+    """What became of every row, why, and what an epoch is made of."""
+    show_counts(console, data.counts)
+    for name, origin in data.origins.items():
+        console.print(Text(f"{name}: {origin}", style="dim"), soft_wrap=True)
+    for name, reasons in data.reasons.items():
+        show_reasons(console, name, reasons)
+    show_mixture(console, data.shares)
+    for note in data.notes:
+        console.print(Text(f"Note: {note}", style="yellow"))
+
+
+def show_counts(console: Console, counts: Sequence[DatasetCounts]) -> None:
+    """What happened to every row, a column for each dataset; a line that is zero everywhere is left out."""
+    table = Table(title="rows read, and what became of them", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for count in counts:
+        table.add_column(count.name, justify="right", overflow="fold")
+    for field, title in COUNT_TITLES.items():
+        values = [getattr(count, field) for count in counts]
+        if field in ("train", "evaluation") or any(values):
+            table.add_row(title, *(f"{value:,}" for value in values))
+    console.print(table)
+
+
+def show_reasons(console: Console, name: str, reasons: Sequence[Reason]) -> None:
+    """Why rows of a dataset were not taken, or not as they are."""
+    for reason in reasons[:MAX_REASONS]:
+        console.print(Text(f"{name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})"), soft_wrap=True)
+    if len(reasons) > MAX_REASONS:
+        rest = sum(reason.num_rows for reason in reasons[MAX_REASONS:])
+        console.print(f"{name}: {rest:,} more rows with {len(reasons) - MAX_REASONS:,} other reasons", highlight=False)
+
+
+def show_mixture(console: Console, shares: Sequence[Share]) -> None:
+    """What each dataset is of an epoch."""
+    table = Table(title="one epoch, in rows and in trained tokens")
+    for column in ("dataset", "rows", "share", "tokens", "share", "passes"):
+        table.add_column(column, justify="left" if column == "dataset" else "right", overflow="fold")
+    for share in shares:
+        cells = f"{share.rows:,}", f"{share.share:.1%}", f"{share.tokens:,}", f"{share.token_share:.1%}"
+        table.add_row(share.name, *cells, f"{share.passes:.2f}")
+    console.print(table)
+
+
+def show_losses(console: Console, before: dict[str, float], after: dict[str, Reading]) -> None:
+    """Held-out loss of each dataset before and after."""
+    table = Table(title="held-out loss, nats per token")
+    for column in ("dataset", "before", "after", "change"):
+        table.add_column(column, justify="left" if column == "dataset" else "right")
+    for domain, reading in after.items():
+        change = reading.loss - before[domain]
+        colour = "green" if change < 0 else "red"
+        table.add_row(domain, f"{before[domain]:.3f}", f"{reading.loss:.3f}", Text(f"{change:+.3f}", style=colour))
+    console.print(table)
+
+
+def show_shares(console: Console, readings: dict[str, Reading]) -> None:
+    """Experts x datasets: which share of a dataset's held-out tokens went to which expert."""
+    table = Table(title="share of the held-out tokens sent to each expert")
+    table.add_column("expert")
+    for domain in readings:
+        table.add_column(domain, justify="right", overflow="fold")
+    experts = list(next(iter(readings.values())).shares)
+    for index, expert in enumerate(experts):
+        cells = []
+        for reading in readings.values():
+            share = reading.shares[expert]
+            cells.append(Text(f"{share:.2f}", style="bold" if share >= 0.5 else "dim" if share < 0.05 else ""))
+        table.add_row(Text(expert, style=COLOURS[index % len(COLOURS)]), *cells)
+    entropies = [
+        ("router entropy, per token", [f"{reading.token_entropy:.2f}" for reading in readings.values()]),
+        ("router entropy, of the average", [f"{reading.average_entropy:.2f}" for reading in readings.values()]),
+    ]
+    table.add_section()
+    for label, cells_ in entropies:
+        table.add_row(Text(label, style="dim"), *cells_)
+    console.print(table)
+    dead = dead_experts(readings)
+    if dead:
+        console.print(
+            f"[red]dead: {', '.join(dead)}[/red] (under {DEAD_SHARE:.0%} of every dataset); "
+            "raise --balance_coefficient or use fewer experts"
+        )
+    else:
+        console.print("No expert is dead.")
+
+
+def show_sample(console: Console, sample: Sample, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]) -> None:
+    """One text, each token in the colour of its expert; without colours, each change of expert is written out."""
+    styles: dict[str | None, str] = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(experts)}
+    text, last = Text(), "nobody"
+    for position, (token, expert) in enumerate(zip(sample.ids, sample.experts, strict=True)):
+        if position == sample.prompt_length:
+            text.append(" » ", style="bold")
+        if not console.is_terminal and not console.record and expert != last:
+            text.append(f"⟨{expert or 'base'}⟩")
+        last = expert or "base"
+        faint = " dim" if position < sample.prompt_length else ""
+        text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + faint)
+    console.rule(sample.domain, align="left", style="dim")
+    console.print(text, highlight=False)
+
+
+def show_legend(console: Console, experts: Sequence[str]) -> None:
+    """Which colour is whose."""
+    legend = Text("tokens by expert: ")
+    for index, name in enumerate(experts):
+        legend.append(f"{name}  ", style=COLOURS[index % len(COLOURS)])
+    legend.append("(the prompt is faint; » is where the model goes on)", style="dim")
+    console.print(legend)
+
+
+def show_loss(console: Console, model: DyLoRAMoE, wanted: int | None) -> None:
+    """Choose how the loss is computed, and say so."""
+    text = chunk_loss(model, wanted)
+    if text:
+        console.print(text, highlight=False, markup=False)

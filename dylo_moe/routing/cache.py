@@ -1,0 +1,163 @@
+"""The router's memory as one more layer of a Transformers cache, so that it follows the cache.
+
+Beam search reorders a cache, sampling several answers repeats it, assisted decoding takes back what a
+draft got wrong; a memory that lives in the same object goes through the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, cache_utils
+
+from dylo_moe.routing.features import RouterState
+
+HISTORY = 128
+"""How many tokens before the last call can be taken back; the last call itself always can."""
+
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
+"""Transformers' own layer that holds no keys and values; it has one since 5.23."""
+
+
+class RouterCacheLayer(DummyLayer):
+    """What the router remembers of each row, and how many tokens it has seen.
+
+    With token granularity that is the causal mean's state after each of the last tokens, because a running
+    mean cannot be unsummed; with sequence granularity, the features on which the row was decided. To
+    Transformers it is one of the layers that hold no keys and values, and it is passed over as those are.
+    """
+
+    is_compileable = True  # as static layers are: Transformers masks by it what they have not filled yet
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = None
+    """Neither: before 5.23 masks are measured at the first layer that slides, or that does not; never at this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = self.values = None
+        self.is_initialized = True
+        self.num_tokens = 0
+        self.decided: Tensor | None = None
+        """fp32 [batch, hidden]: what the routing of the whole row was decided on."""
+        self._history: list[RouterState] = []
+
+    def check_continues(self, num_tokens: int) -> None:
+        """Raises ValueError when the rest of the cache holds another number of tokens than this memory saw."""
+        if num_tokens != self.num_tokens:
+            raise ValueError(
+                f"the cache holds {num_tokens} tokens, but the router has seen {self.num_tokens} of them; "
+                "pass a cache that this model filled from its first token"
+            )
+
+    @property
+    def state(self) -> RouterState | None:
+        """After the last token: total [batch, hidden], mass [batch, 1]. None when nothing was seen yet."""
+        return self._history[-1].last if self._history else None
+
+    def store(self, states: RouterState, *, all_of_them: bool = False) -> None:
+        """Remember some more tokens (padding counted).
+
+        Args:
+            states: after each of them: total [batch, seq, hidden], mass [batch, seq, 1].
+            all_of_them: drop none, because a draft may be taken back that was made token by token.
+        """
+        self._history.append(states)
+        self.num_tokens += _length(states)
+        if all_of_them:
+            return
+        excess = sum(map(_length, self._history[:-1])) - HISTORY - 1  # with the state before the earliest of them
+        while excess > 0:
+            oldest = self._history.pop(0)
+            if _length(oldest) > excess:  # a copy, so that the rest of a long prompt is let go
+                self._history.insert(0, oldest.span(excess, None).each(Tensor.clone))
+            excess -= _length(oldest)
+
+    def replace(self, states: RouterState) -> None:
+        """Remember other states than were stored, for the same tokens."""
+        self._history = [states.span(0, self.num_tokens)]
+
+    def hold(self, decided: Tensor | None, *, num_tokens: int) -> None:
+        """Keep what the rows were decided on; `num_tokens` more tokens went by."""
+        self.decided = decided
+        self.num_tokens += num_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens.
+
+        Args:
+            tokens_to_remove: 0 or less, as in Transformers.
+
+        Raises:
+            ValueError: for more than are remembered.
+        """
+        count = abs(tokens_to_remove)
+        if count >= self.num_tokens:
+            return self.reset()
+        if self._history:
+            remembered = sum(map(_length, self._history))
+            if count >= remembered:
+                raise ValueError(
+                    f"{count} tokens cannot be taken back from this cache: a running mean cannot be unsummed, and the "
+                    f"router remembers how it stood {remembered - 1} tokens ago, not before; fill a new cache"
+                )
+            removed = count
+            while removed > 0:
+                last = self._history.pop()
+                if _length(last) > removed:
+                    self._history.append(last.span(0, -removed))
+                removed -= _length(last)
+        self.num_tokens -= count
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow beam search. What was before can then no longer be taken back: beams never do, and it is dear."""
+        self._history = [states.span(-1, None) for states in self._history[-1:]]
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._change_rows(lambda part: part.index_select(0, indices.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._change_rows(lambda part: part.repeat_interleave(repeats, 0))
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._history = [states.each(change) for states in self._history]
+        self.decided = None if self.decided is None else change(self.decided)
+
+    def get_max_length(self) -> int:
+        """-1: unbounded."""
+        return -1
+
+    def offload(self) -> None:
+        """Nothing: it is small, and stays where it is."""
+
+    def prefetch(self) -> None:
+        """Nothing: see `offload`."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._history, self.decided, self.num_tokens = [], None, 0
+
+
+def _length(states: RouterState) -> int:
+    return states.mass.shape[1]
+
+
+def find_router_layer(cache: Cache) -> RouterCacheLayer | None:
+    """The router's layer of a cache; None where this cache has none yet."""
+    return next((layer for layer in reversed(cache.layers) if isinstance(layer, RouterCacheLayer)), None)
+
+
+def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
+    """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new."""
+    memory = find_router_layer(cache)
+    if memory is None:
+        while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        memory = RouterCacheLayer()
+        cache.layers.append(memory)
+    return memory

@@ -1,0 +1,164 @@
+"""Every knob of ours, in dataclasses that check themselves.
+
+What belongs to a neighbour stays with it: an expert's rank, alpha, dropout and targets are PEFT's
+`LoraConfig`, the training loop's settings are the Trainer's arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from dylo_moe.utils.checks import _is_number
+
+EMBEDDINGS = "embeddings"
+
+FINAL = "final"
+
+TOKEN = "token"
+
+SEQUENCE = "sequence"
+
+LEARNED = "learned"
+
+UNIFORM = "uniform"
+
+RANDOM = "random"
+
+BASE = "base"
+"""The member of a growing pool that stands for the unchanged base: a gate row, and no adapter."""
+
+BALANCE_COEFFICIENT = 0.01
+
+OF_LEARNING = ("z_loss_coefficient", "entropy_coefficient", "temperature")
+
+OF_CHOOSING = ("top_k", "granularity", "router_half_life")
+"""Fields of `RouterConfig` that shape how a gate learns, and what each token's choice follows from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens are sent to experts.
+
+    Raises:
+        ValueError: for values out of range; all problems of one config in one message.
+    """
+
+    top_k: int = 1
+    """Experts per token in sparse delegation, from 1 to the number of experts."""
+
+    router_layer: str | int | float = EMBEDDINGS
+    """Where the router reads: "embeddings", a layer's index (the hidden states entering that layer), or
+    a fraction of the depth between 0 and 1. Layers below it carry no adapters. "final": the last hidden
+    states of a pass of the base alone, before the pass with the experts; twice the work."""
+
+    granularity: str = TOKEN
+    """"token": every token is sent on its own. "sequence": a text is sent as a whole, by what the router
+    reads at the last token of its prompt, and that holds for all of it, generated tokens included."""
+
+    policy: str = LEARNED
+    """"learned": the gate decides, and learns. For comparison, with a gate that stays as it was drawn: "uniform": every
+    token goes to all experts alike; "random": to `top_k` experts alike, by a fixed pseudo-random function of what the
+    gate reads, so that a text is always routed the same way and its content does not matter."""
+
+    router_half_life: float = 32.0
+    """Half-life, in tokens, of the causal exponential mean that the gate reads."""
+
+    temperature: float = 1.0
+    """Divides the gate logits of dense collaboration; towards 0 it becomes top-1."""
+
+    z_loss_coefficient: float = 0.0
+    """Weight of the router z-loss, mean(logsumexp(logits)^2)."""
+
+    entropy_coefficient: float = 0.0
+    """Weight of the mean entropy of a token's routing, in nats; positive makes the router surer."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
+            problems.append(f"top_k is {self.top_k!r}; it must be a whole number of at least 1")
+        if not _is_router_layer(self.router_layer):
+            problems.append(
+                f"router_layer is {self.router_layer!r}; it must be 'embeddings', a layer's index (0 or more), "
+                "a fraction of the depth between 0 and 1, or 'final'"
+            )
+        if self.granularity not in (TOKEN, SEQUENCE):
+            problems.append(f"granularity is {self.granularity!r}; it must be 'token' or 'sequence'")
+        if self.policy not in (LEARNED, UNIFORM, RANDOM):
+            problems.append(f"policy is {self.policy!r}; it must be 'learned', 'uniform' or 'random'")
+        for name in ("router_half_life", "temperature"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+                problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number above 0")
+        for name in ("z_loss_coefficient", "entropy_coefficient"):
+            if not _is_number(getattr(self, name)) or not math.isfinite(getattr(self, name)):
+                problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number")
+        problems += [] if problems else self._policy_problems()
+        if problems:
+            raise ValueError("RouterConfig: " + "; ".join(problems))
+
+    def _policy_problems(self) -> list[str]:
+        """What cannot apply where nothing is learned, or, with "uniform", nothing is chosen."""
+        without_meaning = {LEARNED: (), RANDOM: OF_LEARNING, UNIFORM: (*OF_LEARNING, *OF_CHOOSING)}[self.policy]
+        defaults = {item.name: item.default for item in fields(self)}
+        problems = [
+            f"{name} is {getattr(self, name)!r}, which has no meaning with policy {self.policy!r}; leave it out"
+            for name in without_meaning
+            if getattr(self, name) != defaults[name]
+        ]
+        if self.policy == UNIFORM and self.reads_final:
+            problems.append("router_layer is 'final', which has no meaning with policy 'uniform'; leave it out")
+        return problems
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the gate decides."""
+        return self.policy == LEARNED
+
+    @property
+    def reads_final(self) -> bool:
+        """Whether a pass of the base alone comes first."""
+        return self.router_layer == FINAL
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a text is routed as a whole."""
+        return self.granularity == SEQUENCE
+
+    def layer_index(self, num_layers: int) -> int:
+        """Index of the first layer that carries experts, in a model of `num_layers` layers; the routing is
+        known as that layer begins.
+
+        Raises:
+            ValueError: when the index is not below `num_layers`.
+        """
+        if self.router_layer in (EMBEDDINGS, FINAL):
+            return 0
+        if isinstance(self.router_layer, float):
+            return int(self.router_layer * num_layers)
+        index = int(self.router_layer)
+        if index >= num_layers:
+            raise ValueError(
+                f"router_layer is {index}, but the base has {num_layers} layers: use 0 to {num_layers - 1}, "
+                "so that at least one layer is left to carry experts"
+            )
+        return index
+
+
+def _is_router_layer(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return value >= 0
+    if isinstance(value, float):
+        return 0 < value < 1
+    return value in (EMBEDDINGS, FINAL)
+
+
+def parse_router_layer(text: str) -> str | int | float:
+    """A `router_layer` as typed: a whole number is an index, a number with a point a fraction."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

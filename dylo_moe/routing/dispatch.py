@@ -1,0 +1,228 @@
+"""One forward's tokens laid out for the experts: which are at hand, which products, which weights.
+
+Shapes: T = batch x sequence tokens, K top-k, N assignments (tokens x selected experts, padding left out), E members of
+        the pool, G experts at hand, R sum of their ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+GROUPING_TOKENS = 96
+"""Gathering tokens by expert and adding them back costs about as much as so many tokens of one expert's products."""
+
+GROUP_TOKENS = 8
+"""And each group in it about as much as this many more."""
+
+
+class ExpertShape(NamedTuple):
+    """One expert as one routed linear holds it."""
+
+    name: str
+    rank: int
+    scaling: float
+
+
+class Layout:
+    """The experts that one or more routed linears hold alike.
+
+    A layout is compared by identity: every routed linear looks its own up in every forward, and that must not take
+    longer the more experts there are.
+
+    Args:
+        shapes: in gate order.
+    """
+
+    def __init__(self, shapes: Iterable[ExpertShape]) -> None:
+        self.shapes = tuple(shapes)
+
+
+class Dense(NamedTuple):
+    """Every token times every one of these experts, weighted: two products for any number of experts."""
+
+    names: tuple[str, ...]
+    weights_TR: Tensor | None
+    """w_e s_e for each of the stacked rank columns; None: all tokens use the only expert, with weight exactly 1."""
+    scaling: float
+    """s_e of that only expert."""
+
+
+class Grouped(NamedTuple):
+    """Each token times the experts it selected and no other: tokens grouped by expert, two grouped products."""
+
+    names: tuple[str, ...]
+    lengths: tuple[int, ...]
+    """Assignments of each."""
+    ends_G: Tensor
+    """int32: where each one's assignments end."""
+    rows_N: Tensor | None
+    """int64: the token of each assignment; None where they are the tokens in order."""
+    weights_N1: Tensor | None
+    """w_e s_e of each assignment; None: all weights are exactly 1, and the scalings alike."""
+    scaling: float
+    """s_e where they are alike."""
+
+
+class Dispatch:
+    """Which experts the tokens of one forward go to; made once, read by every routed linear.
+
+    What depends on the routing weights is computed here and not in the layers: a layer that is
+    recomputed under gradient checkpointing must record the same operations as the first time.
+
+    Args:
+        parts: what the linears of each layout compute; None: nothing beside their base.
+        dtype: what they compute it in.
+    """
+
+    def __init__(self, parts: dict[Layout, Dense | Grouped | None], *, dtype: torch.dtype) -> None:
+        self.parts = parts
+        self.dtype = dtype
+
+
+def dispatch_to_all(
+    names: Sequence[str], weights_TE: Tensor, *, layouts: Iterable[Layout], dtype: torch.dtype
+) -> Dispatch:
+    """All experts for every token.
+
+    Args:
+        names: the members of the pool, in gate order.
+        weights_TE: routing weights, fp32, zero where an expert is not selected.
+        layouts: of the model's routed linears.
+        dtype: what the adapters are computed in.
+    """
+    position = {name: index for index, name in enumerate(names)}
+    return Dispatch(
+        {layout: _dense(layout.shapes, weights_TE, position=position, dtype=dtype) for layout in layouts}, dtype=dtype
+    )
+
+
+def dispatch_to_selected(
+    names: Sequence[str],
+    weights_TE: Tensor | None,
+    *,
+    selected_TK: Tensor,
+    layouts: Iterable[Layout],
+    dtype: torch.dtype,
+) -> Dispatch:
+    """The selected experts of each token, and of the others no arithmetic unless it is cheaper than leaving it out.
+
+    Args:
+        names: the members of the pool, in gate order.
+        weights_TE: as for `dispatch_to_all`; None: all are exactly 1, no gradient is wanted, and no token may meet an
+            expert that it did not select, not even with weight 0.
+        selected_TK: int64, each token's experts as positions in `names`; -1 for none, as for padding.
+        layouts: of the model's routed linears.
+        dtype: what the adapters are computed in.
+    """
+    selection = _Selection(names, selected_TK)
+    parts: dict[Layout, Dense | Grouped | None] = {}
+    for layout in layouts:
+        shapes = [shape for shape in layout.shapes if selection.count(shape.name)]
+        parts[layout] = _part(shapes, weights_TE, selection=selection, dtype=dtype)
+    return Dispatch(parts, dtype=dtype)
+
+
+class _Selection:
+    """Who selected whom. Of tokens without values, in a simulated step, each expert gets its equal share."""
+
+    def __init__(self, names: Sequence[str], selected_TK: Tensor) -> None:
+        self.num_tokens, self.top_k = selected_TK.shape
+        self.position = {name: index for index, name in enumerate(names)}
+        self._expert_N = selected_TK.reshape(-1)
+        if isinstance(selected_TK, FakeTensor):
+            total, members = selected_TK.numel(), len(names)
+            self._counts = [0, *(total * (e + 1) // members - total * e // members for e in range(members))]
+        else:
+            self._counts = torch.bincount(self._expert_N + 1, minlength=len(names) + 1).tolist()
+        self._order_N: Tensor | None = None
+
+    def count(self, name: str) -> int:
+        """How many tokens selected an expert."""
+        return self._counts[self.position[name] + 1]
+
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """The tokens that selected these experts, expert by expert, int64."""
+        if self._order_N is None:
+            self._order_N = self._expert_N.argsort(stable=True)
+        ends = list(accumulate(self._counts))
+        spans = [(ends[self.position[name]], ends[self.position[name] + 1]) for name in names]
+        if all(end == start for (_, end), (start, _) in pairwise(spans)):
+            order_N = self._order_N[spans[0][0] : spans[-1][1]]
+        else:
+            order_N = torch.cat([self._order_N[start:end] for start, end in spans])
+        return order_N if self.top_k == 1 else order_N // self.top_k
+
+
+def _part(
+    shapes: Sequence[ExpertShape], weights_TE: Tensor | None, *, selection: _Selection, dtype: torch.dtype
+) -> Dense | Grouped | None:
+    if not shapes:
+        return None
+    if len(shapes) == selection.top_k == 1 and selection.count(shapes[0].name) == selection.num_tokens:
+        if weights_TE is None or not weights_TE.requires_grad:
+            return Dense((shapes[0].name,), None, shapes[0].scaling)
+        return _dense(shapes, weights_TE, position=selection.position, dtype=dtype)
+    if weights_TE is not None and dense_is_quicker(
+        num_tokens=selection.num_tokens, num_experts=len(shapes), top_k=selection.top_k
+    ):
+        return _dense(shapes, weights_TE, position=selection.position, dtype=dtype)
+    return _grouped(shapes, weights_TE, selection=selection, dtype=dtype)
+
+
+def _dense(
+    shapes: Sequence[ExpertShape], weights_TE: Tensor, *, position: dict[str, int], dtype: torch.dtype
+) -> Dense | None:
+    if not shapes:
+        return None
+    index = [position[shape.name] for shape in shapes for _ in range(shape.rank)]
+    scaling = [shape.scaling for shape in shapes for _ in range(shape.rank)]
+    device = weights_TE.device
+    weights_TR = weights_TE.index_select(1, torch.tensor(index, dtype=torch.int64, device=device))
+    weights_TR = weights_TR * torch.tensor(scaling, device=device)
+    return Dense(tuple(shape.name for shape in shapes), weights_TR.to(dtype), 1.0)
+
+
+def _grouped(
+    shapes: Sequence[ExpertShape], weights_TE: Tensor | None, *, selection: _Selection, dtype: torch.dtype
+) -> Grouped:
+    names = tuple(shape.name for shape in shapes)
+    lengths = tuple(selection.count(name) for name in names)
+    rows_N = selection.rows(names)
+    device = rows_N.device
+    repeats = torch.tensor(lengths, device=device)
+    scalings = {shape.scaling for shape in shapes}
+    weights_N1 = None
+    if len(scalings) > 1:
+        scaling_G = torch.tensor([shape.scaling for shape in shapes], device=device)
+        weights_N1 = scaling_G.repeat_interleave(repeats, output_size=len(rows_N))[:, None]
+    if weights_TE is not None and (selection.top_k > 1 or weights_TE.requires_grad):
+        expert_G = torch.tensor([selection.position[name] for name in names], device=device)
+        expert_N1 = expert_G.repeat_interleave(repeats, output_size=len(rows_N))[:, None]
+        chosen_N1 = weights_TE.index_select(0, rows_N).gather(1, expert_N1)
+        weights_N1 = chosen_N1 * (shapes[0].scaling if weights_N1 is None else weights_N1)
+    in_order = len(rows_N) == selection.num_tokens and not isinstance(rows_N, FakeTensor)
+    in_order = in_order and torch.equal(rows_N, torch.arange(len(rows_N), device=device))
+    return Grouped(
+        names,
+        lengths,
+        repeats.cumsum(0).to(torch.int32),
+        None if in_order else rows_N,
+        None if weights_N1 is None else weights_N1.to(dtype),
+        shapes[0].scaling,
+    )
+
+
+def dense_is_quicker(*, num_tokens: int, num_experts: int, top_k: int) -> bool:
+    """Whether the products with all experts at hand beat those with the selected ones alone, by shapes only.
+
+    Dense wastes (G - K) / K of the adapter arithmetic on every token; grouping moves tokens, and starts a product for
+    each group. Fitted by benchmarks/speed/dispatch.py; docs/performance.md says how well.
+    """
+    wasted = num_tokens * (num_experts - top_k)
+    return wasted <= GROUPING_TOKENS + GROUP_TOKENS * num_experts

@@ -1,0 +1,382 @@
+"""The router: features of the frozen base -> gate logits -> routing, and the losses that shape it.
+
+Shapes: B batch, S sequence, D hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dylo_moe.routing.config import BASE, UNIFORM, RouterConfig
+from dylo_moe.routing.dispatch import Dispatch, Layout, dispatch_to_all, dispatch_to_selected
+from dylo_moe.routing.initial_gate import START_MARGIN, kmeans
+from dylo_moe.utils.distributed import are_joined, is_first
+
+GATE_WIDTH = 64
+"""The gate's product is padded to a multiple of this many rows, because products of different widths
+differ in the last bit: a new expert must not move the logits of the old ones."""
+
+GATE_INIT_STD = 0.1
+"""Standard deviation of a random gate row. A zero gate would send everything to the first expert."""
+
+RANDOM_TURNS = 300.0
+"""What multiplies a gate logit and the half-life where routing is random: then one more token turns the sine's angle by
+tens of radians, and the choices of neighbours are independent; a last bit of rounding turns it by 1e-4."""
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one forward went. All tensors fp32 unless said."""
+
+    names: tuple[str, ...]
+    """The experts, in gate order: the columns of the tensors below."""
+    weights: Tensor
+    """[batch, seq, experts]; zero where not selected and on padding; else a distribution."""
+    mask: Tensor
+    """bool [batch, seq]; False on padding."""
+    logits: Tensor | None
+    """[batch, seq, experts] gate logits; None where the gate did not decide: by `route_to`, or with a policy of the
+    router that is not learned."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """softmax over all experts: [batch, seq, experts]. Raises ValueError where the gate did not decide."""
+        if self.logits is None:
+            raise ValueError("this routing was forced by route_to or a policy, so the gate has no probabilities")
+        return self.logits.softmax(-1)
+
+
+class RouterLosses(NamedTuple):
+    """Scalars, unweighted; each a mean over the real tokens of the batch or of the optimizer step."""
+
+    balance: Tensor
+    z: Tensor
+    entropy: Tensor
+
+
+class Router(nn.Module):
+    """One gate for the whole model: logits_e = ((f - mean) * scale) . g_e + b_e.
+
+    Sparse delegation takes the top-k of the experts, with a softmax over the selected logits (an expert
+    that is not selected has no influence at all). At k = 1 the forward weight is exactly 1 and the
+    gradient reaches the gate straight through the full softmax probability (Bengio et al. 2013,
+    arXiv:1308.3432; the probability as in Switch Transformers, Fedus et al. 2021, arXiv:2101.03961,
+    eq. 2, which scales the output by it: we do not). Dense collaboration is a softmax over all experts.
+
+    With another policy than "learned" (see `RouterConfig`) the gate is frozen as it was drawn, and routings have no
+    logits, so that no loss reaches it.
+
+    `base` may be a member: its row sends tokens to the unchanged base, and is never trained by gradients.
+
+    The rows start small and random, and mean and scale neutral, until `initialize` sets all of them from
+    text. The features of all texts share a large common part that a gate would first have to learn to
+    ignore, and rows that start at the clusters of the text give each expert its own kind of text from
+    the first step on.
+
+    Args:
+        config: see `RouterConfig`.
+        hidden_size: of the base.
+        names: the experts, in gate order.
+    """
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+    shares: Tensor
+    step_counts: Tensor
+    seen_values: Tensor
+
+    def __init__(self, config: RouterConfig, *, hidden_size: int, names: Sequence[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.temperature = config.temperature
+        """Of dense collaboration; training may anneal it."""
+        self.hidden_size = hidden_size
+        self.gate = nn.ParameterDict()
+        self.gate_bias = nn.ParameterDict()
+        self.register_buffer("feature_mean", torch.zeros(hidden_size))
+        self.register_buffer("feature_scale", torch.full((hidden_size,), hidden_size**-0.5))
+        self.register_buffer("shares", torch.zeros(0))
+        self.register_buffer("step_counts", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("seen_values", torch.zeros(0), persistent=False)
+        self._seen_version: int | None = None
+        for name in names:
+            self.add_row(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, in gate order; `base` among them where it is a member."""
+        return tuple(self.gate.keys())
+
+    @property
+    def has_base(self) -> bool:
+        """Whether tokens can be sent to the unchanged base."""
+        return BASE in self.gate
+
+    def add_base(self) -> None:
+        """Make `base` a member, with a row of zeros: what the other rows are measured against."""
+        self.add_row(BASE)
+        self.set_row(BASE, torch.zeros(self.hidden_size), torch.zeros(()))
+        self.gate[BASE].requires_grad_(False)
+        self.gate_bias[BASE].requires_grad_(False)
+
+    def add_row(self, name: str) -> None:
+        """A new gate row, small and random. The old rows and their logits stay bit for bit."""
+        device = self.feature_mean.device
+        row, learns = torch.randn(self.hidden_size, device=device) * GATE_INIT_STD, self.config.is_learned
+        self.gate[name] = nn.Parameter(row, requires_grad=learns)
+        self.gate_bias[name] = nn.Parameter(torch.zeros((), device=device), requires_grad=learns)
+        self._reset_shares()
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Put the members into this order; `base` among them becomes one."""
+        if BASE in names and not self.has_base:
+            self.add_base()
+        self.gate = nn.ParameterDict(OrderedDict((name, self.gate[name]) for name in names))  # a dict would be sorted
+        self.gate_bias = nn.ParameterDict(OrderedDict((name, self.gate_bias[name]) for name in names))
+
+    @torch.no_grad()
+    def set_row(self, name: str, row: Tensor, bias: Tensor) -> None:
+        """Give a gate row its values, fp32 [hidden] and a scalar; the others stay bit for bit."""
+        self.gate[name].copy_(row)
+        self.gate_bias[name].copy_(bias)
+
+    def remove_row(self, name: str) -> None:
+        """Drop a gate row; the others stay bit for bit."""
+        del self.gate[name], self.gate_bias[name]
+        self._reset_shares()
+
+    def _reset_shares(self) -> None:
+        count = len(self.gate)
+        self.shares = torch.full((count,), 1.0 / max(count, 1), device=self.feature_mean.device)
+        self.step_counts = torch.zeros(count, dtype=torch.int64, device=self.feature_mean.device)
+        self.seen_values = torch.full_like(self._values(), torch.nan)  # unlike any, so that what follows begins a step
+
+    @torch.no_grad()
+    def initialize(self, texts: Sequence[Tensor], *, seed: int) -> None:
+        """Start from text: mean and scale of its features, and a gate row at each of its clusters.
+
+        Scaled features have unit variance over sqrt(hidden). The rows make the logits those of a mixture
+        of equal Gaussians around the centres: g_e = c_e / t, b_e = -|c_e|^2 / 2t, with t such that a
+        text's first expert leads its second by `START_MARGIN` on average. Only before training: it
+        moves every logit.
+
+        Args:
+            texts: features of each text, fp32 [tokens, hidden]; at least one text per expert.
+            seed: of the clustering.
+        """
+        tokens = torch.cat(list(texts))
+        self.feature_mean.copy_(tokens.mean(0))
+        deviation = tokens.std(0, correction=min(1, len(tokens) - 1))  # 0 where all texts are alike
+        self.feature_scale.copy_(self.hidden_size**-0.5 / torch.where(deviation > 1e-6, deviation, 1.0))
+        settled = int(self.config.router_half_life)
+        points = torch.stack([text[min(settled, len(text) - 1) :].mean(0) for text in texts])
+        points = (points - self.feature_mean) * self.feature_scale
+        centres = kmeans(points, len(self.names), seed=seed)
+        squared = torch.cdist(points, centres) ** 2
+        if len(self.names) > 1:
+            nearest = squared.topk(2, largest=False).values
+            spread = float((nearest[:, 1] - nearest[:, 0]).mean()) / (2 * START_MARGIN)
+        else:
+            spread = 1.0
+        for name, centre in zip(self.names, centres / max(spread, 1e-6), strict=True):
+            self.gate[name].copy_(centre)
+            self.gate_bias[name].copy_(-0.5 * max(spread, 1e-6) * centre.square().sum())
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Gate logits, fp32 [..., experts], of features fp32 [..., hidden]."""
+        names = self.names
+        rows, biases = self.gate._parameters, self.gate_bias._parameters  # a ParameterDict's own look-up is slow
+        rows_ED = torch.stack([cast(Tensor, rows[name]) for name in names]).float()
+        bias_E = torch.stack([cast(Tensor, biases[name]) for name in names]).float()
+        padding = -len(names) % GATE_WIDTH
+        with torch.autocast(features.device.type, enabled=False):
+            scaled = (features - self.feature_mean.float()) * self.feature_scale.float()
+            logits = F.linear(scaled, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
+        return logits[..., : len(names)]
+
+    def non_finite(self) -> list[str]:
+        """The experts whose gate row holds NaN or infinity."""
+        rows = {name: torch.cat([self.gate[name], self.gate_bias[name][None]]) for name in self.names}
+        return [name for name, row in rows.items() if not row.isfinite().all()]
+
+    def forward(self, features: Tensor, *, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
+        """Route the tokens of one forward.
+
+        Args:
+            features: fp32 [batch, seq, hidden].
+            mask: bool [batch, seq], False on padding.
+            dense: all experts for every token (some expert is nascent), else the top-k.
+
+        Returns:
+            The routing, and the selected experts, int64 [batch, seq, top_k], as positions in its names
+            (None where all are).
+        """
+        if not self.config.is_learned:
+            return self._fixed(features, mask=mask)
+        logits_BSE = self.logits(features)
+        names, top_k = self.names, self.config.top_k
+        num_experts = len(names)
+        if dense or top_k >= num_experts:
+            temperature = self.temperature if dense else 1.0
+            weights_BSE = (logits_BSE / temperature).softmax(-1)
+            selected_BSK = None
+        else:
+            weights_BSE, selected_BSK = select_top_k(logits_BSE, top_k=top_k)
+        weights_BSE = weights_BSE * mask[..., None]
+        return Routing(names, weights_BSE, mask, logits_BSE), selected_BSK
+
+    @torch.no_grad()
+    def _fixed(self, features: Tensor, *, mask: Tensor) -> tuple[Routing, Tensor | None]:
+        """As `forward`, with a policy that nothing is learned by."""
+        names, top_k = self.names, self.config.top_k
+        if self.config.policy == UNIFORM or top_k >= len(names):
+            weights_BSE, selected_BSK = features.new_full((*mask.shape, len(names)), 1 / len(names)), None
+        else:
+            turns = RANDOM_TURNS * self.config.router_half_life  # one more token moves a long memory less
+            selected_BSK = (turns * self.logits(features)).sin().topk(top_k, dim=-1).indices
+            weights_BSE = features.new_zeros((*mask.shape, len(names))).scatter(-1, selected_BSK, 1 / top_k)
+        return Routing(names, weights_BSE * mask[..., None], mask, None), selected_BSK
+
+    # The balance loss: f of the last optimizer step, P of the tokens at hand.
+
+    @torch.no_grad()
+    def observe(self, routing: Routing) -> None:
+        """Count this forward's selections towards the running optimizer step.
+
+        A step is over when the gate has changed; this needs no callback, so any training loop, any optimizer
+        and any number of micro-batches are counted right. Nothing here waits for the device or branches on values,
+        so that it can be compiled; compiled code cannot see versions, and there a step at learning rate 0 is
+        counted together with the next one.
+        """
+        changed = self._has_changed()
+        total_E = self.step_counts.clone()
+        if are_joined():
+            torch.distributed.all_reduce(total_E)
+        count = total_E.sum()
+        self.shares.copy_(torch.where(changed & (count > 0), total_E / count.clamp_min(1), self.shares))
+        selected_E = (routing.weights.detach() > 0).flatten(0, 1).sum(0)
+        self.step_counts.copy_(torch.where(changed, 0, self.step_counts) + selected_E)
+
+    @torch.no_grad()
+    def collect_counts(self) -> None:
+        """Give the first rank what all have counted of the running step, as a checkpoint holds it."""
+        if are_joined():
+            torch.distributed.all_reduce(self.step_counts)
+        self.keep_counts_on_first()
+
+    @torch.no_grad()
+    def keep_counts_on_first(self) -> None:
+        """What every rank holds of the running step, as read from a checkpoint, is counted once."""
+        if are_joined() and not is_first():
+            self.step_counts.zero_()
+
+    def _values(self) -> Tensor:
+        """All gate rows, behind one another."""
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters()])
+
+    def _has_changed(self) -> Tensor:
+        """bool scalar: whether an optimizer has stepped since the last call."""
+        # Fused optimizers do not raise the versions; a step at learning rate 0 does not move the values.
+        values = self._values()
+        changed = (values != self.seen_values).any()
+        self.seen_values.copy_(values)
+        if not torch.compiler.is_compiling():
+            version = sum(parameter._version for parameter in self.parameters())
+            changed = changed | (version != self._seen_version)
+            self._seen_version = version
+        return changed
+
+    def losses(self, routing: Routing, *, tokens: Tensor | None, num_tokens: Tensor | int | None) -> RouterLosses:
+        """Balance loss E * sum_e f_e P_e (Fedus et al. 2021, eq. 4), router z-loss (Zoph et al. 2022,
+        arXiv:2202.08906, eq. 5) and mean entropy of a token's probabilities.
+
+        f is the share of the optimizer step before (uniform before the first), so that it does not
+        depend on how a step is cut into micro-batches; P, z and entropy come from the tokens at hand.
+
+        Args:
+            tokens: bool [batch, seq], the tokens to average over; None: all real ones.
+            num_tokens: how many such tokens the whole optimizer step has; None: those at hand.
+        """
+        logits_BSE = routing.logits
+        if logits_BSE is None:
+            zero = routing.weights.new_zeros(())
+            return RouterLosses(zero, zero, zero)
+        tokens = routing.mask if tokens is None else tokens & routing.mask
+        count = (tokens.sum() if num_tokens is None else torch.as_tensor(num_tokens)).clamp_min(1)
+        logits_BSE = logits_BSE.masked_fill(~tokens[..., None], 0.0)
+        log_p_BSE = logits_BSE.log_softmax(-1)
+        p_BSE = log_p_BSE.exp() * tokens[..., None]
+        mean_p_E = p_BSE.sum((0, 1)) / count
+        balance = len(routing.names) * (self.shares.to(mean_p_E, copy=True) * mean_p_E).sum()
+        z = (logits_BSE.logsumexp(-1) ** 2 * tokens).sum() / count
+        entropy = -(p_BSE * log_p_BSE).sum() / count
+        return RouterLosses(balance, z, entropy)
+
+
+def select_top_k(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """Sparse delegation.
+
+    Args:
+        logits: fp32 [..., experts].
+
+    Returns:
+        weights, fp32 [..., experts], zero where not selected; and the selected, int64 [..., top_k].
+    """
+    values, selected = logits.topk(top_k, dim=-1)
+    if top_k == 1:
+        probability = logits.softmax(-1).gather(-1, selected)
+        weights = (probability - probability.detach()) + 1.0
+    else:
+        weights = values.softmax(-1)
+    return torch.zeros_like(logits).scatter(-1, selected, weights), selected
+
+
+def make_dispatch(
+    routing: Routing, selected_BSK: Tensor | None, *, layouts: Iterable[Layout], dtype: torch.dtype
+) -> Dispatch:
+    """Decide the kernel path and lay out the tokens for it.
+
+    Args:
+        selected_BSK: int64 [batch, seq, top_k], positions in `routing.names`; None: all experts.
+        layouts: of the model's routed linears.
+        dtype: what the adapters are computed in.
+    """
+    names = routing.names
+    weights_TE = routing.weights.reshape(-1, len(names))
+    if selected_BSK is None or torch.compiler.is_compiling():  # who is at hand is known by values only
+        return dispatch_to_all(names, weights_TE, layouts=layouts, dtype=dtype)
+    selected_TK = selected_BSK.masked_fill(~routing.mask[..., None], -1).reshape(-1, selected_BSK.shape[-1])
+    return dispatch_to_selected(names, weights_TE, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
+
+
+def force_routing(
+    names: Sequence[str],
+    experts: Sequence[str | None],
+    *,
+    mask: Tensor,
+    layouts: Iterable[Layout],
+    dtype: torch.dtype,
+) -> tuple[Routing, Dispatch]:
+    """The routing that `route_to` asks for: one expert a row, or None for the base alone.
+
+    Args:
+        names: the members of the pool, in gate order.
+        experts: one entry per row of the batch.
+        mask: bool [batch, seq].
+        layouts: of the model's routed linears.
+        dtype: what the adapters are computed in.
+    """
+    names = tuple(names)
+    chosen = [names.index(name or BASE) if name is not None or BASE in names else -1 for name in experts]
+    chosen_BS = torch.tensor(chosen, device=mask.device)[:, None].expand_as(mask)
+    weights_BSE = (chosen_BS[..., None] == torch.arange(len(names), device=mask.device)).float()
+    routing = Routing(names, weights_BSE * mask[..., None], mask, None)
+    if torch.compiler.is_compiling():
+        return routing, dispatch_to_all(names, weights_BSE.flatten(0, 1), layouts=layouts, dtype=dtype)
+    selected_TK = chosen_BS.reshape(-1, 1)
+    return routing, dispatch_to_selected(names, None, selected_TK=selected_TK, layouts=layouts, dtype=dtype)

@@ -1,0 +1,83 @@
+"""The model of a training run: the base, its experts, and the router's start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from dylo_moe.base.loading import four_bit, load_base
+from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.data.collator import Collator
+from dylo_moe.data.loading import LoadedData
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import RouterConfig, parse_router_layer
+from dylo_moe.training.arguments import ModelArguments
+
+ROUTER_START_ROWS = 512
+"""Training rows whose features start the gate."""
+
+ROUTER_START_BATCH = 16
+
+
+def build_model(
+    flags: ModelArguments,
+    *,
+    bf16: bool,
+    growth: GrowthConfig | None = None,
+    load: Callable[..., PreTrainedModel] = load_base,
+) -> DyLoRAMoE:
+    """The base with fresh experts and router, as the flags say; every problem of the flags is raised here.
+
+    Args:
+        bf16: whether the base is loaded in bfloat16.
+        growth: for a pool that begins empty and grows.
+        load: makes the base, as `load_base` does.
+    """
+    router = RouterConfig(
+        top_k=flags.top_k,
+        router_layer=parse_router_layer(flags.router_layer),
+        granularity=flags.granularity,
+        policy=flags.router_policy,
+        router_half_life=flags.router_half_life,
+        z_loss_coefficient=flags.z_loss_coefficient,
+        entropy_coefficient=flags.entropy_coefficient,
+    )
+    if router.reads_final and not router.per_sequence:
+        raise ValueError("router_layer final with granularity token cannot generate; add --granularity sequence")
+    targets = flags.lora_targets
+    lora = LoraConfig(
+        r=flags.lora_r,
+        lora_alpha=flags.lora_alpha,
+        lora_dropout=flags.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+    )
+    return DyLoRAMoE.from_base(
+        load(flags.model, **base_options(flags, bf16=bf16)),
+        num_experts=flags.num_experts if growth is None else None,
+        lora=lora,
+        router=router,
+        allow_expert_growth=growth is not None,
+        growth=growth,
+        balance_coefficient=flags.balance_coefficient,
+    )
+
+
+def base_options(flags: ModelArguments, *, bf16: bool) -> dict[str, Any]:
+    """How a base is loaded, as `load_base` takes it."""
+    attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
+    bits = {"quantization_config": four_bit(torch.bfloat16 if bf16 else torch.float32)} if flags.load_in_4bit else {}
+    return {"dtype": torch.bfloat16 if bf16 else "auto", **attention, **bits}
+
+
+def start_router(model: DyLoRAMoE, data: LoadedData, collator: Collator, *, seed: int) -> None:
+    """Start the gate from the first training rows."""
+    num_rows = min(ROUTER_START_ROWS, len(data.train))
+    batches = (
+        collator([data.train[row] for row in range(start, min(start + ROUTER_START_BATCH, num_rows))])
+        for start in range(0, num_rows, ROUTER_START_BATCH)
+    )
+    model.initialize_router(batches, seed=seed)

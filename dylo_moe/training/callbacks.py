@@ -1,0 +1,123 @@
+"""What a run tells while it trains: a live bar on a terminal, plain lines in a file, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from dylo_moe.utils.atomic_files import write_whole
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log of the Trainer to a file, one JSON object a line, with step, epoch and time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, history: list[dict[str, Any]]) -> int:
+        """Back to where a checkpoint was saved; what came later is logged again when the run goes on.
+
+        Args:
+            history: the Trainer's `log_history` of the checkpoint; written where the file does not hold as much.
+
+        Returns:
+            How many lines were dropped.
+        """
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        left, kept = len(history), []
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except ValueError:  # cut off by a kill
+                break
+            if values["step"] > 0 and "alarms" not in values:
+                left -= 1
+            if left < 0:
+                break
+            kept.append(line)
+        if left > 0:
+            kept = [json.dumps(values, default=float) for values in history]
+        write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
+        return max(len(lines) - len(kept), 0)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line."""
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=float) + "\n")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write one line; a value that is not finite becomes null, so that the line stays JSON."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in logs.items()
+        }
+        self.write(state.global_step, values)
+
+
+class ProgressBar(TrainerCallback):
+    """Step, loss, certainty of the router, tokens per second and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.started, self.start_step = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar."""
+        self.started, self.start_step = time.time(), state.global_step
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        columns = [
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        self.progress = Progress(*columns, console=self.console)
+        self.task = self.progress.add_task("training", total=state.max_steps, note="", completed=state.global_step)
+        self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the newest training losses."""
+        if not state.is_world_process_zero or logs is None or "lm_loss" not in logs:
+            return
+        note = (
+            f"loss {logs['lm_loss']:.3f}, balance {logs['balance_loss']:.2f}, entropy {logs['token_entropy']:.2f}, "
+            f"{logs['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self.progress is not None:
+            self.progress.update(self.task, note=note)
+        else:
+            elapsed = time.time() - self.started
+            done = max(state.global_step - self.start_step, 1)
+            left = elapsed / done * (state.max_steps - state.global_step)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {note}  {elapsed:.0f} s, about {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,88 @@
+"""One training from its first or resumed step to its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from transformers import TrainerState
+
+from dylo_moe.training.callbacks import MetricsFile
+from dylo_moe.training.metrics import Reading
+from dylo_moe.training.run_folder import checkpoint_name
+from dylo_moe.training.stopping import EarlyStopping, StopRequest
+from dylo_moe.training.trainer import DyLoRATrainer
+from dylo_moe.utils import distributed
+from dylo_moe.utils.errors import Stopped
+
+
+def go_on(folder: Path) -> str:
+    """How a run is taken up."""
+    how = f"with: {command()} train" if distributed.num_ranks() == 1 else "with the same launcher and: train.py"
+    return f"Go on {how} --resume_from_checkpoint {folder}"
+
+
+def command() -> str:
+    """How the reader can call this very installation: by name where that finds it, else by its path."""
+    beside, found = Path(sys.executable).with_name("dylora"), shutil.which("dylora")
+    if found and Path(found).resolve() == beside.resolve():
+        return "dylora"
+    return os.path.relpath(beside) if beside.exists() else f"{sys.executable} -m dylo_moe.cli"
+
+
+# Training.
+
+
+def take_up_log(console: Console, metrics: MetricsFile, checkpoint: Path | None) -> TrainerState | None:
+    """Bring metrics.jsonl to where training begins; returns the Trainer's state there, None at the very beginning."""
+    if checkpoint is None:
+        if distributed.is_first():
+            metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        return None
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if not distributed.is_first():
+        return state
+    dropped = metrics.rewind(state.log_history)
+    if dropped:
+        console.print(f"{dropped} lines of metrics.jsonl came after it; they are logged again", highlight=False)
+    return state
+
+
+def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None, state: TrainerState | None) -> None:
+    """Train to the end, or until asked to stop; then what was trained is saved.
+
+    Args:
+        checkpoint, state: what to go on from, and the Trainer's state there.
+
+    Raises:
+        Stopped: with how to go on.
+    """
+    if checkpoint is not None and state is not None and is_over(trainer, state):
+        trainer.take_up(checkpoint, state)
+        return
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Stopped:
+        trainer.save_now()
+    if stop.number is not None:
+        folder = Path(str(trainer.args.output_dir))
+        raise Stopped(
+            stop.number,
+            f"saved {folder / checkpoint_name(trainer.state.global_step)}. {go_on(folder)}",
+        )
+
+
+def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
+    """Whether no step is left to a training that stands there."""
+    early = next((item for item in trainer.callback_handler.callbacks if isinstance(item, EarlyStopping)), None)
+    return state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history))
+
+
+def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, Reading]:
+    """The held-out reading of every dataset."""
+    with console.status(f"evaluating {when}"):
+        trainer.evaluate()
+    return dict(trainer.readings)

@@ -1,0 +1,97 @@
+"""A file that is there whole or not at all, and how it is known again; of a folder, all its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside the place and rename into it; a failure leaves what was there before."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """A rename must not reach the disk before what it names."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def files_below(folder: Path, scope: str = ".") -> set[str]:
+    """Every file in a folder, or in a part of it, by its path in the folder."""
+    return {file.relative_to(folder).as_posix() for file in (folder / scope).rglob("*") if not file.is_dir()}
+
+
+def listing(folder: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and size of every file in a folder, by its path in it."""
+    return {
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in sorted(files_below(folder))
+    }
+
+
+def replace_folder(aside: Path, target: Path) -> None:
+    """Put a whole folder where another one may lie."""
+    os.chmod(aside, 0o755)
+    if not target.exists():
+        os.rename(aside, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        os.rename(target, old / "checkpoint")
+        try:
+            os.rename(aside, target)
+        except BaseException:
+            os.rename(old / "checkpoint", target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(target: Path) -> None:
+    """Raises ValueError where something lies that an export would replace."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"output {target} exists and is not an empty folder; name a new one")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write into, put in its place when all went well, and removed when not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors keeps its files from all other users, such as a server's
+                sync(path)
+        replace_folder(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,130 @@
+"""One run in several processes, its ranks: which of them speaks, and what they have to agree on.
+
+Started by `torchrun` or `accelerate launch`. In one process each function here does nothing, or what one would expect.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import distributed
+
+STORE_TIMEOUT = timedelta(seconds=10)
+"""How long a rank tries to reach what the launcher keeps."""
+
+WORK_TIMEOUT = timedelta(hours=1)
+"""How long ranks wait for what the first one makes, such as a download."""
+
+_CALLS = itertools.count()
+
+
+def num_ranks() -> int:
+    """How many processes the run has; before they are joined, as the launcher says."""
+    return distributed.get_world_size() if _is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints, and writes files."""
+    return (distributed.get_rank() if _is_initialized() else int(os.environ.get("RANK", "0"))) == 0
+
+
+def are_joined() -> bool:
+    """Whether there are others, and they can be talked to."""
+    return _is_initialized() and distributed.get_world_size() > 1
+
+
+def _is_initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def console() -> Console:
+    """What the run tells is printed once."""
+    return Console(quiet=not is_first())
+
+
+def from_first(make: Callable[[], str]) -> str:
+    """What `make` returns on the first rank, which alone calls it; also before the ranks are joined.
+
+    Raises:
+        ValueError, OSError: on the first rank, as `make` raises them; on the others a ValueError that says the same.
+    """
+    if num_ranks() == 1:
+        return make()
+    store, key = _store(), f"dylora/first/{next(_CALLS)}"
+    store.set_timeout(WORK_TIMEOUT)
+    if is_first():
+        try:
+            made = make()
+        except (ValueError, OSError) as error:
+            store.set(key, json.dumps({"error": str(error)}))
+            raise
+        store.set(key, json.dumps({"made": made}))
+        return made
+    told = json.loads(store.get(key))
+    if "error" in told:
+        raise ValueError(told["error"])
+    return told["made"]
+
+
+def largest(number: int) -> int:
+    """The largest of all ranks' numbers."""
+    if not are_joined():
+        return number
+    numbers = torch.tensor(number, device=_device())
+    distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
+    return int(numbers)
+
+
+def differing(value: Any) -> list[int]:
+    """The ranks whose value is not the first's."""
+    if not are_joined():
+        return []
+    values: list[Any] = [None] * num_ranks()
+    distributed.all_gather_object(values, value)
+    return [index for index, other in enumerate(values) if other != values[0]]
+
+
+def leave() -> None:
+    """The run is over."""
+    if are_joined():
+        distributed.destroy_process_group()
+
+
+def speaks() -> bool:
+    """Whether this process is the one to tell why the run ends: of several that fail, the first to ask."""
+    if num_ranks() == 1:
+        return True
+    try:
+        return _store().add("dylora/told", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # the launcher keeps no store, or is gone
+        return is_first()
+
+
+def _store() -> distributed.PrefixStore:
+    """What the launcher keeps for all ranks of one start."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
+    return distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another rank has gone, or answers no more."""
+    if num_ranks() == 1 or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    signs = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting")
+    return isinstance(error, distributed.DistError) or any(sign in text for sign in signs)
+
+
+def _device() -> torch.device:
+    """Where tensors must lie that are sent to other ranks."""
+    if "gloo" in str(distributed.get_backend()):  # also beside another one
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,21 @@
+"""The errors that the command line prints as one line."""
+
+from __future__ import annotations
+
+import signal
+
+
+class UsageError(ValueError):
+    """A mistake on the command line or in a recipe."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop; `signal` is the number of what asked, the exit status 128 and that number."""
+
+    def __init__(self, number: int, text: str = "nothing was trained yet") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {text}")
+        self.signal = number
+
+
+class RankLost(Exception):
+    """Another process of the run has gone, so that this one cannot go on either."""

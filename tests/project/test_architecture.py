@@ -1,0 +1,147 @@
+"""The structure: folders are layers that import only downwards, and no module takes part in a circle."""
+
+import ast
+import dataclasses
+import re
+
+import pytest
+from reference.paths import ROOT
+
+from dylo_moe.cli import COMMANDS
+from dylo_moe.commands.stream.arguments import StreamArguments
+from dylo_moe.commands.train.arguments import build_parser
+from dylo_moe.data.config import DataConfig
+from dylo_moe.training.arguments import ModelArguments
+
+LAYERS = (
+    ("utils",),
+    ("base", "routing"),
+    ("experts", "data"),
+    ("continual",),
+    ("model",),
+    ("training",),
+    ("evaluation",),
+    ("report",),
+    ("commands",),
+    ("cli",),
+)
+"""A layer imports from those above it in this list. Folders of one layer do not know each other."""
+LEVEL = {folder: level for level, folders in enumerate(LAYERS) for folder in folders}
+PACKAGE = ROOT / "dylo_moe"
+
+
+def module_name(path):
+    """data/sources/read.py -> "data.sources.read"."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """(module, at module level) of every import of ours in a file, those inside functions included."""
+    tree = ast.parse(path.read_text())
+    late = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for child in ast.walk(node)
+    }
+    package = ["dylo_moe", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            home = [*start, *(node.module or "").split(".")] if node.module else start
+            names = [[*home, alias.name] for alias in node.names]
+        for name in names:
+            if name[0] == "dylo_moe" and len(name) > 1:
+                yield as_module(name[1:]), id(node) not in late
+
+
+def as_module(name):
+    """The longest part of a dotted name that is a file or a folder of ours."""
+    for end in range(len(name), 0, -1):
+        path = PACKAGE.joinpath(*name[:end])
+        if path.is_dir() or path.with_suffix(".py").is_file():
+            return ".".join(name[:end])
+    return "__init__"
+
+
+def sources():
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def test_every_folder_has_its_layer():
+    assert {module_name(path).split(".")[0] for path in sources()} == LEVEL.keys()
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_downwards(path):
+    own = module_name(path).split(".")[0]
+    for other, _ in imports(path):
+        folder = other.split(".")[0]
+        assert folder in (own, "__init__") or LEVEL[folder] < LEVEL[own], f"{module_name(path)} imports {other}"
+
+
+def test_no_module_is_in_a_circle():
+    """Imports inside functions count too: laziness is for start-up time, not to hide a circle."""
+    needs = {module_name(path): {other for other, _ in imports(path)} for path in sources()}
+    while free := [name for name in needs if not needs[name] & (needs.keys() - {name})]:
+        for name in free:
+            del needs[name]
+    assert not needs, f"these import each other: {', '.join(sorted(needs))}"
+
+
+def test_the_commands_are_those_of_the_command_line():
+    folders = {path.name for path in (PACKAGE / "commands").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == COMMANDS.keys()
+
+
+def test_the_reader_of_imports_sees_them(monkeypatch, tmp_path):
+    """Else the laws above would hold for any code."""
+    for name in ("experts/layer.py", "routing/router.py", "model/model.py", "data/formats.py", "data/sources/read.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr("test_architecture.PACKAGE", tmp_path)
+    file = tmp_path / "data" / "formats.py"
+    file.write_text(
+        "from dylo_moe import __version__\nfrom dylo_moe.experts.layer import Routed\n"
+        "from dylo_moe.routing import router\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..model.model import DyLoRAMoE\n"
+        "def late():\n    from .sources.read import read\n    import torch\n"
+    )
+    assert set(imports(file)) == {
+        ("__init__", True),
+        ("experts.layer", True),
+        ("routing.router", True),
+        ("model.model", False),
+        ("data.sources.read", False),
+    }
+
+
+def test_the_readme_shows_the_flags_of_the_command_with_their_defaults():
+    """Ours, all of them; a default that is one value is compared."""
+    table = re.findall(r"^\| (`--.*?`) \| (.*?) \| .* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shown = {}
+    for flags, defaults in table:
+        names = re.findall(r"--(\w+)", flags)
+        values = [value.strip().strip("`") for value in defaults.split(",")]
+        shown |= dict(zip(names, values, strict=False))
+    ours = [field for kind in (ModelArguments, DataConfig) for field in dataclasses.fields(kind)]
+    assert {field.name for field in ours} <= shown.keys()
+    known = {option.lstrip("-") for action in build_parser("x")._actions for option in action.option_strings}
+    assert shown.keys() - {"config"} <= known
+    for field in ours:
+        if field.default not in (dataclasses.MISSING, None):  # the README says what None means
+            value = shown[field.name]
+            assert str(field.default) == value or float(field.default) == float(value), field.name
+
+
+def test_docs_have_every_flag_of_a_stream_with_its_default():
+    lines = (ROOT / "docs" / "continual.md").read_text().splitlines()
+    rows = {line.split("`")[1].removeprefix("--"): line.split("|")[2].strip(" `") for line in lines if "| `--" in line}
+    defaults = {item.name: getattr(StreamArguments(), item.name) for item in dataclasses.fields(StreamArguments)}
+    shown = {name: "none" if value in (None, []) else str(value) for name, value in defaults.items()}
+    assert rows == shown

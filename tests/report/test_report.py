@@ -1,0 +1,323 @@
+"""`dylora report`: the page tells what the run's files tell, is whole without a network, and runs nothing."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from reference.browser import BROWSER, needs_browser, open_page, screenshot
+from reference.pages import HOSTILE, KNOWN_TAGS, Reader, read, shown_and_written
+from reference.runs import flags, tiny_run_folder
+
+from dylo_moe.cli import main
+from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.run import train as train
+from dylo_moe.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    MAX_POINTS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Series,
+    colour_class,
+    heatmap,
+    line_chart,
+    number,
+    thinned,
+    ticks,
+)
+from dylo_moe.report.run_page import SECTIONS, write_report
+from dylo_moe.utils.redact import short_name
+
+EXPERTS = ["expert_0", f"b{HOSTILE}"]
+DOMAINS = ["data/a_b.jsonl", f"c {HOSTILE}"]
+
+
+def write_run(folder: Path, *, num_logs: int = 12) -> Path:
+    """The folder of a finished run whose every text is hostile."""
+    folder.mkdir()
+    facts = {
+        "started": HOSTILE,
+        "versions": {"torch": "2.0", HOSTILE: HOSTILE},
+        "hardware": {"platform": HOSTILE, "cpu": HOSTILE, "cores": 3, "gpus": [{"name": HOSTILE, "memory": 1}]},
+        "base": {"id": HOSTILE, "revision": None, "class": HOSTILE, "parameters": 1234},
+        "experts": [{"name": name, "rank": 4, "parameters": 5} for name in EXPERTS],
+        "router": {"parameters": 6, "top_k": 1},
+        "trainable": 16,
+        "frozen": 1234,
+        "data": [
+            {"name": name, "origin": HOSTILE, "train": 7, "evaluation": 3, "share": 0.5, "licence": HOSTILE}
+            for name in DOMAINS
+        ],
+    }
+    (folder / "run.json").write_text(json.dumps(facts))
+    settings = {"model": HOSTILE, "max_steps": num_logs, "hub_token": "planted", "data_dir": "https://u:planted@host/x"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    lines = [{"step": 0, "time": 0, **{f"eval_{name}_loss": 3.0 for name in DOMAINS}}]
+    for step in range(1, num_logs + 1):
+        line = {"step": step, "time": step, "epoch": step / 4, "lm_loss": 3 - step / 100, "token_entropy": 0.5}
+        for place, name in enumerate(DOMAINS):
+            share = (place + step / num_logs) / 2
+            line |= {f"loss_{name}": 2.5 - step / 97 - place, f"share_{name}_{EXPERTS[0]}": share}
+            line[f"share_{name}_{EXPERTS[1]}"] = 1 - share
+        for place, name in enumerate(EXPERTS):
+            line |= {f"gate_drift_{name}": step / 89, f"grad_norm_{name}": 1 / (step + place), f"share_{name}": 0.5}
+        lines.append(line)
+    lines.append({"step": num_logs, "alarms": [HOSTILE]})
+    lines.append({"step": num_logs, **{f"eval_{name}_loss": 2.0 for name in DOMAINS}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample = {"domain": DOMAINS[1], "prompt_length": 2, "tokens": ["a", "\n b", HOSTILE, "\ud800", "e"]}
+    sample["experts"] = [EXPERTS[0], EXPERTS[1], EXPERTS[1], None, EXPERTS[0]]
+    (folder / "samples.json").write_text(json.dumps([sample]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("hostile") / "out")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tiny_run_folder(tmp_path_factory.mktemp("tiny"))
+    train(parse_train(flags(folder, folder / "out", "--eval_strategy", "steps", "--eval_steps", "6")))
+    return folder / "out"
+
+
+# What it tells.
+
+
+def test_every_logged_value_is_on_the_page(finished):
+    """Each training loss, share, drift and gradient, each held-out loss: in the hover title of its step."""
+    page = html.unescape(read(write_report(str(finished))))
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    checked = 0
+    for line in lines:
+        for domain in ("low", "high"):
+            for key, name in ((f"loss_{domain}", "training"), (f"eval_{domain}_loss", "held out")):
+                if key in line:
+                    assert f"{name}, step {line['step']}: {number(line[key])}<" in page
+                    checked += 1
+            for expert in ("expert_0", "expert_1"):
+                if f"share_{domain}_{expert}" in line:
+                    assert f"{expert}, step {line['step']}: {line[f'share_{domain}_{expert}']:.1%}<" in page
+        for expert in ("expert_0", "expert_1"):
+            for key in (f"gate_drift_{expert}", f"grad_norm_{expert}"):
+                if key in line:
+                    assert f"{expert}, step {line['step']}: {number(line[key])}<" in page
+                    checked += 1
+    assert checked > 40
+    facts = json.loads((finished / "run.json").read_text())
+    for value in [*facts["versions"].values(), facts["hardware"]["cpu"], f"{facts['hardware']['cores']} cores"]:
+        assert str(value) in page
+    for name, value in yaml.safe_load((finished / "config.yaml").read_text()).items():
+        if value is not None and not isinstance(value, (list, dict)):
+            assert (
+                f"<td>{name}</td><td class='long'>{value if isinstance(value, str) else json.dumps(value)}</td>" in page
+            )
+
+
+def test_code_benchmarks_that_were_run_while_it_trained_are_on_the_page(finished, tmp_path):
+    assert "No code benchmark was run while it trained." in read(
+        write_report(str(finished), str(tmp_path / "plain.html"))
+    )
+    folder = write_run(tmp_path / "out")
+    rates = {4: 0.05, 8: 0.15}
+    lines = [
+        {"step": step, "eval_humaneval_pass_at_1": rate, "eval_humaneval_num_tasks": 20} for step, rate in rates.items()
+    ]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = html.unescape(read(write_report(str(folder))))
+    for step, rate in rates.items():
+        assert f"pass@1, step {step}: {number(rate)}<" in page
+    assert "20 tasks, one greedy answer each." in page
+
+
+def test_each_token_of_a_sample_has_its_experts_colour_and_name(hostile):
+    reader = Reader(read(write_report(str(hostile))))
+    sample = json.loads((hostile / "samples.json").read_text())[0]
+    spans = [(attrs, text) for attrs, text in reader.of("span") if "title" in attrs]
+    assert [text for _, text in spans] == [token.replace("\ud800", "?") for token in sample["tokens"]]
+    for position, ((attrs, _), expert) in enumerate(zip(spans, sample["experts"], strict=True)):
+        assert attrs["title"] == (expert or "the base alone")
+        kind = colour_class(EXPERTS.index(expert)) if expert else "base"
+        assert attrs["class"] == kind + (" prompt" if position < sample["prompt_length"] else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("run.json", "run.json is missing"),
+        ("config.yaml", "config.yaml is missing"),
+        ("metrics.jsonl", "metrics.jsonl is missing"),
+        ("samples.json", "the run has not ended"),
+    ],
+)
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_a_page_is_made_of_what_is_there_and_says_what_is_not(name, said, how, hostile, tmp_path):
+    """A killed run may have left any file unwritten, or, by another program's hand, half of it."""
+    folder = write_run(tmp_path / "out")
+    if how == "missing":
+        (folder / name).unlink()
+    else:
+        text = (folder / name).read_text()
+        (folder / name).write_text(text[: len(text) // 2] if name != "config.yaml" else "a: [")
+        said = "are cut off|is cut off" if name == "metrics.jsonl" else f"{re.escape(name)} cannot be read"
+    whole, page = read(write_report(str(hostile))), read(write_report(str(folder)))
+    assert re.search(said, page) and not re.search(said, whole)
+    for identity in SECTIONS:
+        assert f"<section id='{identity}'>" in page
+    if name == "run.json":  # the metrics' keys name the datasets and experts too
+        charts = r"<section id='losses'>.*?</section>"
+        assert re.search(charts, page)[0].count("<circle") == re.search(charts, whole)[0].count("<circle")
+
+
+def test_a_run_without_any_log_has_a_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: x\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    page = read(write_report(str(tmp_path)))
+    assert "metrics.jsonl is empty" in page and "not finished" in page
+
+
+def test_what_is_not_finite_breaks_the_line(tmp_path):
+    figure = line_chart("x", [Series("a", [(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], 0)])
+    path = re.search(r"class='line' d='([^']*)'", figure)[1]
+    assert path.count("M") == 2 and path.count("L") == 1 and figure.count("<title>") == 3
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
+    for argument, said in ((tmp_path / "nothing", "there is no run folder"), (tmp_path, "is no run: it holds none of")):
+        assert main(["report", str(argument)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    folder = write_run(tmp_path / "out")
+    assert main(["report", str(folder), "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert main(["report", str(folder), "--output", str(tmp_path / "new" / "page.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "page.html")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["page.html"]
+
+
+# What its charts draw.
+
+VALUES = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40)
+
+
+@given(VALUES)
+def test_a_point_lies_where_its_value_says(values):
+    """Heights are an affine map of the values, and steps go to the right."""
+    figure = line_chart("x", [Series("a", list(enumerate(values)), 0)])
+    places = np.array([[float(x), float(y)] for x, y in re.findall(r"cx='([\d.-]+)' cy='([\d.-]+)'", figure)])
+    assert len(places) == len(values) and (np.diff(places[:, 0]) > 0).all()
+    assert (places >= (LEFT, TOP)).all() and (places <= (WIDTH - RIGHT, HEIGHT - BOTTOM)).all()
+    axis = re.findall(rf"<text x='{LEFT - 6}' y='([\d.-]+)' text-anchor='end'>(-?[\d.,e+-]+)<", figure)
+    (low, low_value), (high, high_value) = [
+        (float(y) - 4, float(text.replace(",", ""))) for y, text in (axis[0], axis[-1])
+    ]
+    assert high < low
+    if high_value > low_value and (high_value - low_value) > 1e-2 * max(abs(high_value), abs(low_value)):
+        wanted = low + (np.array(values) - low_value) / (high_value - low_value) * (high - low)
+        assert np.abs(places[:, 1] - wanted).max() < 0.02 * (low - high)  # the labels are rounded
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_cover_the_values_evenly(low, size):
+    found = ticks(low, low + size)
+    slack = 1e-6 * (abs(low) + size)
+    assert found[0] <= low + slack and found[-1] >= low + size - slack
+    if low + size > low and size > 1e-6 * abs(low):
+        assert 3 <= len(found) <= 8
+        assert np.diff(found) == pytest.approx(np.diff(found)[0], rel=1e-3)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), max_size=700))
+def test_a_long_line_becomes_means_of_neighbours(values):
+    points = thinned(list(enumerate(values)))
+    assert len(points) <= MAX_POINTS
+    size = math.ceil(len(values) / MAX_POINTS) or 1
+    for place, (step, value) in enumerate(points):
+        part = range(len(values))[place * size : (place + 1) * size]
+        assert step == pytest.approx(np.mean(part))
+        assert value == pytest.approx(np.mean([values[index] for index in part]), abs=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_a_cell_is_as_full_as_its_share(shares):
+    figure = heatmap(
+        "x", [("a", list(enumerate(shares))), ("b", [(step, 1 - share) for step, share in enumerate(shares)])]
+    )
+    found = [float(value) for value in re.findall(r"fill-opacity='([\d.]+)'", figure)]
+    assert found == pytest.approx([*shares, *(1 - share for share in shares)], abs=6e-4)
+
+
+def test_experts_beyond_the_colours_have_another_kind_of_line():
+    assert len({colour_class(index) for index in range(28)}) == 28
+
+
+# What it must not do.
+
+
+def test_hostile_text_stays_text(hostile):
+    """Bug this guards against: one value that is written into the page as it is."""
+    page = read(write_report(str(hostile)))
+    reader = Reader(page)
+    assert reader.tags <= KNOWN_TAGS
+    assert not [name for name, _ in reader.attributes if name.startswith("on") or name == "src"]
+    assert [value for name, value in reader.attributes if name == "href"] == ["data:,"]
+    for identity in ("summary", "alarms", "samples", "data", "configuration", "versions", "hardware", "metrics"):
+        section = re.search(f"<section id='{identity}'>.*?</section>", page, re.DOTALL)[0]
+        shown = html.unescape(section)
+        assert any(text in shown for text in (HOSTILE, json.dumps(HOSTILE)[1:-1], short_name(HOSTILE))), identity
+
+
+def test_secrets_are_left_out(hostile):
+    page = read(write_report(str(hostile)))
+    assert "planted" not in page and "https://host/x" in page
+
+
+@needs_browser
+@pytest.mark.parametrize("which", ["hostile", "finished"])
+def test_a_real_browser_shows_it_whole_without_network_or_script(which, request, tmp_path):
+    shown, written = shown_and_written(write_report(str(request.getfixturevalue(which))), tmp_path)
+    assert [attrs["id"] for attrs, _ in shown.of("section")] == list(SECTIONS)
+    # Nothing that was written was dropped, moved or added by the browser's parser.
+    for tag in ("circle", "rect", "path", "td", "span", "title", "figure"):
+        assert [text for _, text in shown.of(tag)] == [text for _, text in written.of(tag)], tag
+    assert len(shown.of("circle")) > 20 and len(shown.of("rect")) > 20
+
+
+@needs_browser
+def test_the_browser_test_would_see_requests_and_script_errors(tmp_path):
+    """Else the law above would hold for any page."""
+    page = tmp_path / "bad.html"
+    page.write_text("<img src='http://outside.invalid/canary.png'><script>throw Error('canary')</script>")
+    opened = open_page(BROWSER, page, tmp_path)
+    assert any("outside.invalid" in line for line in opened.requests)
+    assert any("canary" in line for line in opened.console)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_is_drawn_and_fits_the_screen(width, finished, tmp_path):
+    """The picture has the charts' colours, and nothing sticks out to the right of the page's margin."""
+    from PIL import Image
+
+    picture = tmp_path / "page.png"
+    screenshot(BROWSER, write_report(str(finished)), picture, width=width, height=3000)
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert pixels.shape == (3000, width, 3)
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # the first two datasets'
+        assert (np.abs(pixels - colour).sum(-1) < 30).sum() > 200
+    margin = pixels[:, -8:]
+    assert (margin == margin[0, 0]).all()
