@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dylo_moe.utils.checks import _is_number
+from dylo_moe.utils.checks import is_number
 
 MAHALANOBIS = "mahalanobis"
 
@@ -56,9 +56,9 @@ class GrowthConfig:
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, allowed))}")
         rate, similarity = self.false_alarm_rate, self.similarity_threshold
-        if not _is_number(rate) or not 0 < rate < 1:
+        if not is_number(rate) or not 0 < rate < 1:
             problems.append(f"false_alarm_rate is {rate!r}; it must be a number above 0 and below 1")
-        if not _is_number(similarity) or not -1 < similarity < 1:
+        if not is_number(similarity) or not -1 < similarity < 1:
             problems.append(f"similarity_threshold is {similarity!r}; it must be a number above -1 and below 1")
         if problems:
             raise ValueError("GrowthConfig: " + "; ".join(problems))

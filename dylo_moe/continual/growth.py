@@ -25,7 +25,7 @@ REPORTED = "reported"
 Grow = Callable[..., None]
 """Adds an expert; `source`: a copy of that one, None: a fresh one."""
 
-Rows = dict[str, tuple[Tensor, Tensor]]
+GateRows = dict[str, tuple[Tensor, Tensor]]
 """A gate row, fp32 [hidden], and its bias, fp32 scalar, of each expert."""
 
 
@@ -134,7 +134,7 @@ class Growth:
         """Fit one gate row against the library; all others stay bit for bit."""
         self._router.set_row(expert, *fit_row(self._router, self.library, expert, seed=seed))
 
-    def refit(self, *, seed: int) -> Rows:
+    def refit(self, *, seed: int) -> GateRows:
         """All gate rows as the library would have them now; nothing is set."""
         return refit_rows(self._router, self.library, seed=seed)
 

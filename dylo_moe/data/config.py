@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dylo_moe.utils.checks import _is_number, _is_share
+from dylo_moe.utils.checks import is_number, is_share
 
 DEFAULT_DATASETS = ("code_alpaca", "mbpp")
 
@@ -112,7 +112,7 @@ class DataConfig:
             problems.append(f"max_seq_length is {self.max_seq_length!r}; it must be at least {MIN_SEQ_LENGTH} tokens")
         for name in ("training_subset", "eval_subset"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value <= 100:
+            if not is_number(value) or not 0 < value <= 100:
                 problems.append(f"{name} is {value!r}; it must be a percentage above 0 and at most 100")
         for name, allowed in (("overlong", (CUT, DROP)), ("loss_on", (RESPONSE, ALL))):
             if getattr(self, name) not in allowed:
@@ -133,7 +133,7 @@ class DataConfig:
                 problems.append(f"columns has {pair!r}; it must be ROLE=COLUMN, with a role of {', '.join(ROLES)}")
         for pair in self.mix:
             name, sign, share = pair.rpartition("=")
-            if not sign or not name or not _is_share(share):
+            if not sign or not name or not is_share(share):
                 problems.append(f"mix has {pair!r}; it must be DATASET=SHARE, with a share above 0 and below 1")
         if not problems and self.mix:
             names = [pair.rpartition("=")[0] for pair in self.mix]

@@ -29,7 +29,7 @@ _WORD = re.compile(r"\w+")
 _EXAMPLES = re.compile(r"^\s*(?:>>>|(?:for )?examples?\b)", re.MULTILINE | re.IGNORECASE)
 
 
-class Problem(NamedTuple):
+class BenchmarkText(NamedTuple):
     """One problem of a benchmark."""
 
     task: str
@@ -52,7 +52,7 @@ class Benchmarks:
         problems: of all benchmarks. A question or solution of fewer than 8 words cannot be found.
     """
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[BenchmarkText]) -> None:
         self.problems = tuple(problems)
         self._sizes: list[int] = []
         self._tasks: list[str] = []
@@ -83,7 +83,7 @@ class Benchmarks:
 def load_benchmarks(config: DataConfig) -> tuple[Benchmarks, dict[str, str]]:
     """The problems of HumanEval and of MBPP's test split, and why a benchmark is not to be had, by its name."""
     readers = {"humaneval": _humaneval_problem, "mbpp": _mbpp_problem}
-    problems: list[Problem] = []
+    problems: list[BenchmarkText] = []
     missing: dict[str, str] = {}
     for name, problem in readers.items():
         try:
@@ -99,12 +99,12 @@ def ngrams(text: str) -> Iterator[str]:
     return (" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1))
 
 
-def _humaneval_problem(row: dict) -> Problem:
-    return Problem(row["task_id"], _described(row["prompt"]), row["canonical_solution"])
+def _humaneval_problem(row: dict) -> BenchmarkText:
+    return BenchmarkText(row["task_id"], _described(row["prompt"]), row["canonical_solution"])
 
 
-def _mbpp_problem(row: dict) -> Problem:
-    return Problem(f"MBPP/{row['task_id']}", row["text"], row["code"])
+def _mbpp_problem(row: dict) -> BenchmarkText:
+    return BenchmarkText(f"MBPP/{row['task_id']}", row["text"], row["code"])
 
 
 def _described(prompt: str) -> str:

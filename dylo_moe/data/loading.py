@@ -17,9 +17,9 @@ from dylo_moe.data.encoding import TextFormat, text_format
 from dylo_moe.data.mixing import Share, epoch_rows, interleave, measure_shares, pass_over
 from dylo_moe.data.sources.formats import Fate
 from dylo_moe.data.sources.locate import locate_all
-from dylo_moe.data.sources.read import Reading, read
+from dylo_moe.data.sources.read import SourceRows, read
 from dylo_moe.data.splitting import hold_out, order_keys, subset
-from dylo_moe.data.tokenized import Reason, Table, tokenise_all
+from dylo_moe.data.tokenized import Reason, TokenizedDataset, tokenise_all
 from dylo_moe.data.tokenizing import CUT_PROMPT, CUT_RESPONSE
 
 SAMPLE_TEXT_TOKENS = 24
@@ -74,7 +74,7 @@ class LoadedData(NamedTuple):
     counts: list[DatasetCounts]
     shares: list[Share]
     reasons: dict[str, list[Reason]]
-    readings: list[Reading]
+    readings: list[SourceRows]
     """The datasets as they were found."""
     notes: list[str]
     """What a reader should know before training, in sentences."""
@@ -146,7 +146,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
 # What is held out, and what is trained
 
 
-def _hold_out(tables: Sequence[Table], seed: int) -> list[NDArray[np.bool_]]:
+def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.bool_]]:
     """For each dataset which rows are held out."""
     held_out = []
     for table in tables:
@@ -166,7 +166,9 @@ def _hold_out(tables: Sequence[Table], seed: int) -> list[NDArray[np.bool_]]:
     return held_out
 
 
-def _not_held_out_elsewhere(tables: Sequence[Table], held_out: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.bool_]]:
+def _not_held_out_elsewhere(
+    tables: Sequence[TokenizedDataset], held_out: Sequence[NDArray[np.bool_]]
+) -> list[NDArray[np.bool_]]:
     """For each dataset which rows may be trained: none whose document is held out in any dataset.
 
     A dataset of one document was split by rows, so there its own held-out rows bar only themselves.
@@ -187,14 +189,14 @@ def _not_held_out_elsewhere(tables: Sequence[Table], held_out: Sequence[NDArray[
     return usable
 
 
-def _subset_of(table: Table, which: NDArray[np.bool_], percent: float, seed: int) -> NDArray[np.int64]:
+def _subset_of(table: TokenizedDataset, which: NDArray[np.bool_], percent: float, seed: int) -> NDArray[np.int64]:
     """Places of that percentage of some rows of a dataset."""
     places = np.flatnonzero(which)
     return places[subset(table.digests[places], percent, seed)]
 
 
 def _epoch(
-    tables: Sequence[Table], kept: Sequence[NDArray[np.int64]], config: DataConfig, seed: int
+    tables: Sequence[TokenizedDataset], kept: Sequence[NDArray[np.int64]], config: DataConfig, seed: int
 ) -> tuple[NDArray[np.int64], list[Share]]:
     """Places of an epoch's rows in the concatenation of all datasets, and what each dataset is of it."""
     names, sizes = [table.name for table in tables], [len(rows) for rows in kept]
@@ -223,7 +225,7 @@ def _epoch(
 
 
 def _fingerprint(
-    tables: Sequence[Table],
+    tables: Sequence[TokenizedDataset],
     kept: Sequence[NDArray[np.int64]],
     judged: Sequence[NDArray[np.int64]],
     chosen: NDArray[np.int64],
@@ -245,7 +247,7 @@ def _fingerprint(
 
 def _count(
     place: int,
-    table: Table,
+    table: TokenizedDataset,
     kept: NDArray[np.int64],
     judged: NDArray[np.int64],
     held_out: NDArray[np.bool_],
@@ -272,7 +274,7 @@ def _count(
     )
 
 
-def _notes(tables: Sequence[Table]) -> list[str]:
+def _notes(tables: Sequence[TokenizedDataset]) -> list[str]:
     sources = [table.reading.source for table in tables]
     licences = [
         f"{source.name} is licensed {source.licence}: not for commercial use; that may bind a model trained on it."
@@ -286,13 +288,13 @@ def _notes(tables: Sequence[Table]) -> list[str]:
     ]
 
 
-def _compared(tables: Sequence[Table], benchmarks: Benchmarks) -> str:
+def _compared(tables: Sequence[TokenizedDataset], benchmarks: Benchmarks) -> str:
     removed = sum(table.num(Fate.CONTAMINATED) for table in tables)
     count = len(benchmarks.problems)
     return f"{removed:,} rows overlap with the {count:,} problems of HumanEval and MBPP's test split, and are removed."
 
 
-def _sample_prompt(table: Table, place: np.int64, form: TextFormat) -> list[int]:
+def _sample_prompt(table: TokenizedDataset, place: np.int64, form: TextFormat) -> list[int]:
     row = table.rows[int(place)]
     ids = row["input_ids"]
     if row["prompt_length"]:

@@ -15,7 +15,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks
 from dylo_moe.data.encoding import TextFormat
 from dylo_moe.data.sources.formats import Fate
-from dylo_moe.data.sources.read import Reading
+from dylo_moe.data.sources.read import SourceRows
 from dylo_moe.data.splitting import find_duplicates
 from dylo_moe.data.tokenizing import tokenise
 
@@ -29,10 +29,10 @@ class Reason(NamedTuple):
     """The place of the first: FILE:LINE, or a row's number."""
 
 
-class Table(NamedTuple):
+class TokenizedDataset(NamedTuple):
     """One dataset's rows, tokenised, with the columns that decide what becomes of them as arrays [N]."""
 
-    reading: Reading
+    reading: SourceRows
     rows: Dataset
     lengths: NDArray[np.int32]
     whole_lengths: NDArray[np.int32]
@@ -79,8 +79,8 @@ class Table(NamedTuple):
 
 
 def tokenise_all(
-    readings: Sequence[Reading], form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None
-) -> list[Table]:
+    readings: Sequence[SourceRows], form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None
+) -> list[TokenizedDataset]:
     """The datasets' rows, duplicates among them marked.
 
     Raises:
@@ -97,7 +97,9 @@ def tokenise_all(
     return tables
 
 
-def _table(reading: Reading, form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None) -> Table:
+def _table(
+    reading: SourceRows, form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None
+) -> TokenizedDataset:
     splits = [reading.train] + ([reading.validation] if reading.validation is not None else [])
     parts = [
         tokenise(
@@ -116,7 +118,7 @@ def _table(reading: Reading, form: TextFormat, config: DataConfig, benchmarks: B
     def array(name: str) -> NDArray:
         return rows.data.column(name).to_numpy()
 
-    table = Table(
+    table = TokenizedDataset(
         reading,
         rows,
         array("length"),

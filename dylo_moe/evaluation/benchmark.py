@@ -18,7 +18,7 @@ from dylo_moe.evaluation.continuation import end_ids
 from dylo_moe.evaluation.pass_at_k import PassRate, pass_rate
 from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.prompts import Asking, to_judge
-from dylo_moe.evaluation.samples import FINISHES, Sample, SampleFile, VerdictFile
+from dylo_moe.evaluation.samples import FINISHES, Completion, SampleFile, VerdictFile
 from dylo_moe.evaluation.sandbox.sandbox import Program, Verdict
 from dylo_moe.model.model import DyLoRAMoE
 
@@ -113,7 +113,7 @@ class Benchmark:
 
     def generate(
         self, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, number: int, keys: Sequence[tuple[str, int]]
-    ) -> list[Sample]:
+    ) -> list[Completion]:
         """One batch of samples.
 
         Args:
@@ -154,8 +154,8 @@ class Benchmark:
             )
         return int(context - length)
 
-    def _sample(self, key: tuple[str, int], problem: Problem, answer: Answer) -> Sample:
-        return Sample(
+    def _sample(self, key: tuple[str, int], problem: Problem, answer: Answer) -> Completion:
+        return Completion(
             task_id=key[0],
             sample=key[1],
             completion=answer.text,
@@ -163,7 +163,7 @@ class Benchmark:
             **{name: value for name, value in answer._asdict().items() if name != "text"},
         )
 
-    def outcome(self, judged: Sequence[tuple[Sample, Verdict]], k: Sequence[int]) -> Outcome:
+    def outcome(self, judged: Sequence[tuple[Completion, Verdict]], k: Sequence[int]) -> Outcome:
         """What samples and their verdicts come to.
 
         Raises:
@@ -232,7 +232,7 @@ Arrived = Callable[..., dict[tuple[str, int], Verdict]]
 @contextmanager
 def judging(
     judge: Judge, benchmark: Benchmark, verdicts: VerdictFile
-) -> Iterator[tuple[Callable[[Sample], None], Arrived]]:
+) -> Iterator[tuple[Callable[[Completion], None], Arrived]]:
     """Judge in threads of its own, each verdict kept as it comes; half the cores, for the model needs the others.
 
     Yields:
@@ -241,7 +241,7 @@ def judging(
     """
     pending: list[Future[tuple[tuple[str, int], Verdict]]] = []
 
-    def work(sample: Sample) -> tuple[tuple[str, int], Verdict]:
+    def work(sample: Completion) -> tuple[tuple[str, int], Verdict]:
         verdict = verdicts.of(sample)
         if verdict is None:
             verdict = judge.judge(to_judge(benchmark.problems[sample.task_id], sample.solution))
@@ -279,7 +279,7 @@ def progress(benchmark: Benchmark, samples: SampleFile, found: dict[tuple[str, i
     )
 
 
-def expert_shares(samples: Sequence[Sample]) -> dict[str, float]:
+def expert_shares(samples: Sequence[Completion]) -> dict[str, float]:
     """The share of the tokens of all samples that each expert wrote."""
     tokens = sum(sample.tokens for sample in samples)
     sums: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, Limits
 from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
 
 
-class Plan(NamedTuple):
+class BenchmarkSchedule(NamedTuple):
     """What is evaluated while training, and how often."""
 
     benchmarks: list[Benchmark]
@@ -38,7 +38,7 @@ def plan_benchmarks(
     sandbox: str | None,
     data_dir: str | None,
     seed: int,
-) -> Plan | None:
+) -> BenchmarkSchedule | None:
     """What the flags of `dylora train` ask for; None where that is nothing. The sandbox is tried.
 
     Args:
@@ -78,7 +78,7 @@ def plan_benchmarks(
         )
         for name, count in counts
     ]
-    return Plan(benchmarks, open_sandbox(sandbox or BUBBLEWRAP, Limits()), every)
+    return BenchmarkSchedule(benchmarks, open_sandbox(sandbox or BUBBLEWRAP, Limits()), every)
 
 
 def read_count(text: str) -> tuple[str, int | None]:
@@ -107,7 +107,7 @@ class BenchmarkCallback(TrainerCallback):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: BenchmarkSchedule,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
         *,

@@ -19,7 +19,7 @@ def sample(
     max_new_tokens: int,
     temperature: float = 0.0,
     label: str = "",
-) -> Sample:
+) -> RoutedText:
     """Generate from one prompt, cached; greedy where `temperature` is 0.
 
     Args:
@@ -45,7 +45,7 @@ def sample(
         routing.names[index] if weight > 0 else None
         for index, weight in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    return Sample(label, ids, experts, len(prompt_ids))
+    return RoutedText(label, ids, experts, len(prompt_ids))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -54,7 +54,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({form.response_end_id, form.text_end_id})
 
 
-class Sample(NamedTuple):
+class RoutedText(NamedTuple):
     """A generated text and the expert of each of its tokens (None: the base alone)."""
 
     domain: str

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.encoding import text_format
 from dylo_moe.data.loading import LoadedData, load_data
-from dylo_moe.data.tokenized import Table, tokenise_all
+from dylo_moe.data.tokenized import TokenizedDataset, tokenise_all
 from dylo_moe.data.tokenizing import hash64
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.training.resume import data_changes
@@ -126,7 +126,7 @@ def _documents(data: LoadedData, config: DataConfig, tokenizer: PreTrainedTokeni
     return {table.name: _of_rows(table, data.evaluation[table.name]) for table in tables}
 
 
-def _of_rows(table: Table, rows: Dataset) -> list[str]:
+def _of_rows(table: TokenizedDataset, rows: Dataset) -> list[str]:
     digests = np.array([hash64(np.asarray(row["input_ids"], np.int32).tobytes()) for row in rows], np.int64)
     if table.is_one_document:
         return [str(digest) for digest in digests]

@@ -80,7 +80,7 @@ def load_examples(benchmark: str, data_dir: str | None) -> list[Problem]:
     return [known[task_id] for task_id in wanted]
 
 
-def fingerprint(problems: Sequence[Problem]) -> str:
+def problems_digest(problems: Sequence[Problem]) -> str:
     """A hash of problems, in order."""
     return hashlib.sha256(repr([tuple(problem) for problem in problems]).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -30,7 +30,7 @@ def evaluation_folder(checkpoint: Path, options: EvalArguments) -> Path:
     return folder.parent / "evaluation" / name
 
 
-def settings_of(checkpoint: Path, options: EvalArguments, *, bf16: bool, device: str) -> Settings:
+def evaluation_settings(checkpoint: Path, options: EvalArguments, *, bf16: bool, device: str) -> Settings:
     """What the results follow from, in groups of which a run has those that it needs."""
 
     def group(*names: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ STOP, END, LENGTH = FINISHES = ("stop", "end", "length")
 """Why an answer is over: a stop sequence, an end token, or the bound on new tokens."""
 
 
-class Sample(NamedTuple):
+class Completion(NamedTuple):
     """One answer of a model. All but the time follows from the settings."""
 
     task_id: str
@@ -56,7 +56,7 @@ class SampleFile:
     def __init__(self, path: Path, keys: Sequence[tuple[str, int]], *, batch_size: int) -> None:
         self.path, self.keys, self.batch_size = path, list(keys), batch_size
         lines, whole, self.num_dropped = read_lines(path)
-        self.samples = [Sample(**line) for line in lines]
+        self.samples = [Completion(**line) for line in lines]
         found = [(sample.task_id, sample.sample) for sample in self.samples]
         if found != self.keys[: len(found)]:
             raise ValueError(f"{path} holds samples of another run, or in another order; give a new --output_dir")
@@ -78,7 +78,7 @@ class SampleFile:
             if start >= len(self.samples)
         ]
 
-    def append(self, batch: Sequence[Sample]) -> None:
+    def append(self, batch: Sequence[Completion]) -> None:
         """Keep one batch."""
         append_lines(self.path, [sample._asdict() for sample in batch])
         self.samples.extend(batch)
@@ -102,11 +102,11 @@ class VerdictFile:
             for line in lines
         }
 
-    def of(self, sample: Sample) -> Verdict | None:
+    def of(self, sample: Completion) -> Verdict | None:
         """The verdict on a sample; None where there is none yet."""
         return self._verdicts.get((sample.task_id, sample.sample, program_hash(sample)))
 
-    def append(self, sample: Sample, verdict: Verdict) -> None:
+    def append(self, sample: Completion, verdict: Verdict) -> None:
         """Keep one verdict."""
         key = (sample.task_id, sample.sample, program_hash(sample))
         line = {"task_id": sample.task_id, "sample": sample.sample, **verdict._asdict(), "program": key[2]}
@@ -115,7 +115,7 @@ class VerdictFile:
             self._verdicts[key] = verdict
 
 
-def program_hash(sample: Sample) -> str:
+def program_hash(sample: Completion) -> str:
     """Of a sample's program."""
     return hashlib.sha256(sample.solution.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-Place = Callable[[float], float]
+Scale = Callable[[float], float]
 """From a step or value to its place in the picture."""
 
 WIDTH, HEIGHT = 440, 230
@@ -158,7 +158,7 @@ def line_chart(
     return _figure(title, (legend(shown) if len(series) > 1 else "") + body, caption)
 
 
-def _drawn(series: Series, x: Place, y: Place) -> str:
+def _drawn(series: Series, x: Scale, y: Scale) -> str:
     parts, path, pen = [], "", "M"
     for step, value in series.points:
         if value is None:
@@ -174,7 +174,7 @@ def _drawn(series: Series, x: Place, y: Place) -> str:
     return ("" if series.dots else f"<path class='line' d='{path}'/>") + "".join(parts)
 
 
-def _step_axis(first: float, last: float, x: Place, bottom: float) -> list[str]:
+def _step_axis(first: float, last: float, x: Scale, bottom: float) -> list[str]:
     inside = [tick for tick in ticks(first, last) if first <= tick <= last and float(tick).is_integer()]
     parts = [f"<path class='axis' d='M{x(first):.1f} {bottom}H{x(last):.1f}'/>"]
     for tick in inside:

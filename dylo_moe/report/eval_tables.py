@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.evaluation.benchmark import Benchmark, Progress
 from dylo_moe.evaluation.problems import BENCHMARKS
-from dylo_moe.evaluation.samples import Sample
+from dylo_moe.evaluation.samples import Completion
 from dylo_moe.report.terminal import COLOURS
 
 TITLES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 
 
-def show_example(console: Console, benchmark: Benchmark, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> None:
+def show_example(
+    console: Console, benchmark: Benchmark, sample: Completion, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """What one problem looks like on its way: the prompt with its special tokens, the raw answer, and the program."""
     asking = benchmark.asking
     problem = benchmark.problems[sample.task_id]

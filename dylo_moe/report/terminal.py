@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from dylo_moe.data.loading import DatasetCounts, LoadedData
 from dylo_moe.data.mixing import Share
 from dylo_moe.data.tokenized import Reason
-from dylo_moe.evaluation.continuation import Sample
+from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.alarms import DEAD_SHARE, dead_experts
-from dylo_moe.training.metrics import Reading
+from dylo_moe.training.metrics import MeterReading
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow")
 
@@ -88,7 +88,7 @@ def show_mixture(console: Console, shares: Sequence[Share]) -> None:
     console.print(table)
 
 
-def show_losses(console: Console, before: dict[str, float], after: dict[str, Reading]) -> None:
+def show_losses(console: Console, before: dict[str, float], after: dict[str, MeterReading]) -> None:
     """Held-out loss of each dataset before and after."""
     table = Table(title="held-out loss, nats per token")
     for column in ("dataset", "before", "after", "change"):
@@ -100,7 +100,7 @@ def show_losses(console: Console, before: dict[str, float], after: dict[str, Rea
     console.print(table)
 
 
-def show_shares(console: Console, readings: dict[str, Reading]) -> None:
+def show_shares(console: Console, readings: dict[str, MeterReading]) -> None:
     """Experts x datasets: which share of a dataset's held-out tokens went to which expert."""
     table = Table(title="share of the held-out tokens sent to each expert")
     table.add_column("expert")
@@ -131,7 +131,9 @@ def show_shares(console: Console, readings: dict[str, Reading]) -> None:
         console.print("No expert is dead.")
 
 
-def show_sample(console: Console, sample: Sample, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]) -> None:
+def show_sample(
+    console: Console, sample: RoutedText, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]
+) -> None:
     """One text, each token in the colour of its expert; without colours, each change of expert is written out."""
     styles: dict[str | None, str] = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(experts)}
     text, last = Text(), "nobody"

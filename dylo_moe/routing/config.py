@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from dylo_moe.utils.checks import _is_number
+from dylo_moe.utils.checks import is_number
 
 EMBEDDINGS = "embeddings"
 
@@ -87,10 +87,10 @@ class RouterConfig:
         if self.policy not in (LEARNED, UNIFORM, RANDOM):
             problems.append(f"policy is {self.policy!r}; it must be 'learned', 'uniform' or 'random'")
         for name in ("router_half_life", "temperature"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+            if not is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number above 0")
         for name in ("z_loss_coefficient", "entropy_coefficient"):
-            if not _is_number(getattr(self, name)) or not math.isfinite(getattr(self, name)):
+            if not is_number(getattr(self, name)) or not math.isfinite(getattr(self, name)):
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number")
         problems += [] if problems else self._policy_problems()
         if problems:

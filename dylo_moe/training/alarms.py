@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dylo_moe.training.metrics import Reading
+from dylo_moe.training.metrics import MeterReading
 
 DEAD_SHARE = 0.01
 """An expert that gets less than this share of the tokens is called dead."""
@@ -16,13 +16,13 @@ COLLAPSED_SHARE = 0.9
 """One of several experts that gets more than this share of the tokens, on several kinds of data, has taken over."""
 
 
-def dead_experts(readings: Mapping[str, Reading]) -> list[str]:
+def dead_experts(readings: Mapping[str, MeterReading]) -> list[str]:
     """The experts with less than `DEAD_SHARE` of the tokens of every dataset."""
     experts = next(iter(readings.values())).shares
     return [name for name in experts if all(reading.shares[name] < DEAD_SHARE for reading in readings.values())]
 
 
-def alarms(reading: Reading) -> dict[str, str]:
+def alarms(reading: MeterReading) -> dict[str, str]:
     """What looks wrong in a stretch of training, with advice; by a name that stays the same while it lasts."""
     if len(reading.shares) == 1:
         return {}

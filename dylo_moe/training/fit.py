@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import TrainerState
 
 from dylo_moe.training.callbacks import MetricsFile
-from dylo_moe.training.metrics import Reading
+from dylo_moe.training.metrics import MeterReading
 from dylo_moe.training.run_folder import checkpoint_name
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -81,7 +81,7 @@ def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
     return state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history))
 
 
-def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, Reading]:
+def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, MeterReading]:
     """The held-out reading of every dataset."""
     with console.status(f"evaluating {when}"):
         trainer.evaluate()

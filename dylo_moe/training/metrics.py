@@ -16,7 +16,7 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.router import Routing
 
 
-class Reading(NamedTuple):
+class MeterReading(NamedTuple):
     """The means since the last reset; shares are fractions, losses and entropies in nats per token."""
 
     loss: float
@@ -98,7 +98,7 @@ class Meter:
         """Start over."""
         self.sums = None
 
-    def read(self) -> Reading | None:
+    def read(self) -> MeterReading | None:
         """The means so far; None when nothing was counted."""
         if self.sums is None or float(self.sums[:, 2].sum()) == 0:
             return None
@@ -107,7 +107,7 @@ class Meter:
         shares_GE = sums_GX[:, 4 : 4 + num_experts]
         total = sums_GX.sum(0)
         mean_p_E = total[4 + num_experts :] / total[2]
-        return Reading(
+        return MeterReading(
             loss=float(total[0] / total[1].clamp_min(1)),
             domain_losses={
                 self.domains[index]: float(sums_GX[index, 0] / sums_GX[index, 1])
@@ -127,7 +127,7 @@ class Meter:
         )
 
 
-def as_metrics(reading: Reading) -> dict[str, float]:
+def as_metrics(reading: MeterReading) -> dict[str, float]:
     """A training log's routing metrics under their stable names."""
     metrics = {
         "token_entropy": reading.token_entropy,

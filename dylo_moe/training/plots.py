@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dylo_moe.training.metrics import Reading
+from dylo_moe.training.metrics import MeterReading
 
 
-def write_plots(folder: Path, metrics: Path, readings: dict[str, Reading]) -> list[Path]:
+def write_plots(folder: Path, metrics: Path, readings: dict[str, MeterReading]) -> list[Path]:
     """losses.png (training and held-out loss per dataset over steps) and routing.png (experts x datasets)."""
     import matplotlib
 

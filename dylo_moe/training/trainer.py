@@ -21,7 +21,7 @@ from dylo_moe.model.checkpoint import CheckpointError
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import check_finite, load_into, write_files
 from dylo_moe.training.alarms import AlarmBell, alarms
-from dylo_moe.training.metrics import Meter, Reading, as_metrics, gate_drift, gradient_norms, token_losses
+from dylo_moe.training.metrics import Meter, MeterReading, as_metrics, gate_drift, gradient_norms, token_losses
 from dylo_moe.training.resume import trainable_set
 from dylo_moe.training.run_folder import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, unfinished
 from dylo_moe.training.sharding import average_gradients, is_sharded
@@ -77,7 +77,7 @@ class DyLoRATrainer(Trainer):
         self.domains = domains
         self.train_meter = Meter(domains, experts)
         self.eval_meter = Meter(domains, experts)
-        self.readings: dict[str, Reading] = {}
+        self.readings: dict[str, MeterReading] = {}
         """The last evaluation's, by dataset."""
         self._balance_sum, self._balance_steps = 0.0, 0
         self._step_tokens: Tensor | None = None
@@ -222,7 +222,7 @@ class DyLoRATrainer(Trainer):
     def _gate_rows(self) -> dict[str, Tensor]:
         return {name: row.detach().float().cpu().clone() for name, row in self._own_model().router.gate.items()}
 
-    def _shared(self, meter: Meter) -> Reading | None:
+    def _shared(self, meter: Meter) -> MeterReading | None:
         """The meter's reading over all ranks, after which it starts over."""
         if meter.sums is not None and self.args.world_size > 1:
             meter.sums = self.accelerator.reduce(meter.sums, "sum")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 
-def _is_share(text: str) -> bool:
+def is_share(text: str) -> bool:
     try:
         return 0 < float(text) < 1
     except ValueError:
         return False
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

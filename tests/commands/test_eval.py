@@ -27,7 +27,7 @@ from dylo_moe.evaluation.answers import Decoding, StopAtText, answer_batch, batc
 from dylo_moe.evaluation.benchmark import Benchmark
 from dylo_moe.evaluation.problems import Problem, called_names, load_examples, load_problems
 from dylo_moe.evaluation.prompts import HUMANEVAL_STOPS, Asking, chat_code, cut, to_judge
-from dylo_moe.evaluation.samples import Sample, SampleFile, VerdictFile
+from dylo_moe.evaluation.samples import Completion, SampleFile, VerdictFile
 from dylo_moe.evaluation.sandbox.isolation import Limits
 from dylo_moe.evaluation.sandbox.sandbox import Verdict, open_sandbox
 from dylo_moe.utils.errors import UsageError
@@ -276,8 +276,8 @@ def test_samples_follow_from_the_seed_and_a_tiny_nucleus_is_greedy():
 # --- files
 
 
-def a_sample(number: int, solution: str = "x") -> Sample:
-    return Sample(f"t/{number // 2}", number % 2, "c", solution, 3, "end", {"a": 1.0}, 3, 0.5)
+def a_sample(number: int, solution: str = "x") -> Completion:
+    return Completion(f"t/{number // 2}", number % 2, "c", solution, 3, "end", {"a": 1.0}, 3, 0.5)
 
 
 KEYS = [(f"t/{number // 2}", number % 2) for number in range(7)]
@@ -325,10 +325,10 @@ def test_an_outcome_is_counted_by_hand():
         problems, Asking("humaneval", "completion"), Decoding("sampled", 2), batch_size=3, max_new_tokens=5, seed=0
     )
     samples = [
-        Sample("t/0", 0, "", "", 10, "stop", {"a": 1.0}, 10, 1.0),
-        Sample("t/0", 1, "", "", 30, "length", {"a": 0.5, "b": 0.5}, 30, 1.0),
-        Sample("t/1", 0, "", "", 5, "end", {"b": 1.0}, 30, 2.0),
-        Sample("t/1", 1, "", "", 5, "end", {"b": 1.0}, 30, 1.0),
+        Completion("t/0", 0, "", "", 10, "stop", {"a": 1.0}, 10, 1.0),
+        Completion("t/0", 1, "", "", 30, "length", {"a": 0.5, "b": 0.5}, 30, 1.0),
+        Completion("t/1", 0, "", "", 5, "end", {"b": 1.0}, 30, 2.0),
+        Completion("t/1", 1, "", "", 5, "end", {"b": 1.0}, 30, 1.0),
     ]
     verdicts = [Verdict(True, "passed"), *[Verdict(False, "timed out")] * 2, Verdict(False, "failed: x")]
     found = benchmark.outcome(list(zip(samples, verdicts, strict=True)), [1, 2]).as_json()

@@ -8,7 +8,7 @@ from reference.mirrors import write_mirror
 from reference.texts import CHAT, write_rows
 
 from dylo_moe.data.config import DataConfig
-from dylo_moe.data.contamination import NGRAM, SHARE, Benchmarks, Problem, load_benchmarks, ngrams
+from dylo_moe.data.contamination import NGRAM, SHARE, Benchmarks, BenchmarkText, load_benchmarks, ngrams
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.sources.machine_text import READERS
 from dylo_moe.data.sources.read import read_test
@@ -55,7 +55,7 @@ def test_real_functions_that_are_no_problem_are_not_called_one(real):
 
 def test_a_share_is_that_of_the_words_in_common():
     words = [f"w{i}" for i in range(23)]  # 16 sequences of 8 words
-    benchmarks = Benchmarks([Problem("t/1", " ".join(words), ""), Problem("t/2", "too short", "too short")])
+    benchmarks = Benchmarks([BenchmarkText("t/1", " ".join(words), ""), BenchmarkText("t/2", "too short", "too short")])
     assert benchmarks.unfindable == 1
     assert benchmarks.overlap(" ".join(words[:15])).share == 8 / 16
     assert benchmarks.overlap(" ".join(words[:14])) is None

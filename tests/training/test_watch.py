@@ -7,12 +7,12 @@ import torch
 from reference.tiny import scramble, tiny_moe, tokens
 
 from dylo_moe.training.alarms import AlarmBell, alarms
-from dylo_moe.training.metrics import Reading, gate_drift, gradient_norms, load_imbalance
+from dylo_moe.training.metrics import MeterReading, gate_drift, gradient_norms, load_imbalance
 
 
-def reading(*shares: float, domains: int = 2) -> Reading:
+def reading(*shares: float, domains: int = 2) -> MeterReading:
     named = {f"expert_{index}": share for index, share in enumerate(shares)}
-    return Reading(
+    return MeterReading(
         loss=1.0,
         domain_losses={},
         shares=named,

@@ -50,7 +50,7 @@ CAN_GROW = ("seeds", "arms", "tasks")
 """What a comparison may be asked for more of."""
 
 
-class Place(NamedTuple):
+class ArmFolder(NamedTuple):
     """Where one arm with one seed lies."""
 
     folder: Path
@@ -102,11 +102,11 @@ def _compare(request: CompareRequest) -> Path:
         take_folder(request)
         seeds = [int(seed) for seed in request.options.seeds]
         places = {
-            (seed, arm): Place(output / f"seed-{seed}", arm, seed) for seed in seeds for arm in request.options.arms
+            (seed, arm): ArmFolder(output / f"seed-{seed}", arm, seed) for seed in seeds for arm in request.options.arms
         }
         train_all([place for place in places.values() if place.arm != BASE_ARM], request, console)
         for seed in seeds:
-            judge(seed, [places[seed, arm] for arm in request.options.arms], request, console)
+            evaluate_seed(seed, [places[seed, arm] for arm in request.options.arms], request, console)
         runs = {
             arm: [read_run(places[seed, arm], request.options.benchmarks) for seed in seeds]
             for arm in request.options.arms
@@ -171,7 +171,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 # Training.
 
 
-def train_all(places: Sequence[Place], request: CompareRequest, console: Console) -> None:
+def train_all(places: Sequence[ArmFolder], request: CompareRequest, console: Console) -> None:
     """Train what is not trained yet, one after the other."""
     left = [place for place in places if not (place.checkpoint / MANIFEST).is_file()]
     if len(left) < len(places):
@@ -184,7 +184,7 @@ def train_all(places: Sequence[Place], request: CompareRequest, console: Console
         train_arm(place, request, console, f"{title}{about}")
 
 
-def train_arm(place: Place, request: CompareRequest, console: Console, title: str) -> None:
+def train_arm(place: ArmFolder, request: CompareRequest, console: Console, title: str) -> None:
     """One training, in a process of its own; an interrupted one goes on."""
     place.folder.mkdir(parents=True, exist_ok=True)
     recipe = place.folder / f"{place.arm}.yaml"
@@ -209,7 +209,7 @@ def train_arm(place: Place, request: CompareRequest, console: Console, title: st
 # Judging.
 
 
-def judge(seed: int, places: Sequence[Place], request: CompareRequest, console: Console) -> None:
+def evaluate_seed(seed: int, places: Sequence[ArmFolder], request: CompareRequest, console: Console) -> None:
     """Measure what is not measured yet of one seed's arms."""
     trained = [place for place in places if place.arm != BASE_ARM]
     records = {place.arm: read_manifest(place.checkpoint)["training"] for place in trained}
@@ -238,12 +238,12 @@ def judge(seed: int, places: Sequence[Place], request: CompareRequest, console: 
         run_benchmarks(place, trained[0], request, console)
 
 
-def identity(place: Place) -> str:
+def identity(place: ArmFolder) -> str:
     """What a checkpoint is recognised by, so that losses of one that was trained anew are measured anew."""
     return BASE_ARM if place.arm == BASE_ARM else sha256((place.checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
-def read_losses(place: Place) -> Losses | None:
+def read_losses(place: ArmFolder) -> Losses | None:
     """The losses of an arm's rows; None where they were not measured, or not of this checkpoint."""
     if not place.losses.is_file():
         return None
@@ -260,10 +260,10 @@ def load(checkpoint: Path, request: CompareRequest) -> DyLoRAMoE:
     return model
 
 
-def run_benchmarks(place: Place, trained: Place, request: CompareRequest, console: Console) -> None:
+def run_benchmarks(place: ArmFolder, trained: ArmFolder, request: CompareRequest, console: Console) -> None:
     """`dylora eval` of one arm, in a process of its own; it keeps what it has done already."""
     tasks = request.options.benchmarks
-    results = read_results(place)
+    results = read_arm_results(place)
     if all(task in results for task in tasks):
         return
     is_base = place.arm == BASE_ARM
@@ -281,17 +281,17 @@ def run_benchmarks(place: Place, trained: Place, request: CompareRequest, consol
     )
 
 
-def read_results(place: Place) -> dict[str, Any]:
+def read_arm_results(place: ArmFolder) -> dict[str, Any]:
     """What `dylora eval` found; empty where it has not."""
     path = place.evaluation / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def read_run(place: Place, benchmarks: Sequence[str]) -> ArmRun:
+def read_run(place: ArmFolder, benchmarks: Sequence[str]) -> ArmRun:
     """An arm that was trained and judged."""
     losses = read_losses(place)
     assert losses is not None
-    results = read_results(place)
+    results = read_arm_results(place)
     greedy = {name: results[name]["greedy"] for name in benchmarks}
     rates = {name: Rate(found["pass@1"], found["interval"]) for name, found in greedy.items()}
     if place.arm == BASE_ARM:

@@ -21,8 +21,8 @@ from dylo_moe.data.packing import PackedTexts, padding_share
 from dylo_moe.data.sources.catalog import CATALOG
 from dylo_moe.data.sources.formats import Fate
 from dylo_moe.data.sources.locate import locate_all
-from dylo_moe.data.sources.read import Reading, read
-from dylo_moe.data.tokenized import Table as Rows
+from dylo_moe.data.sources.read import SourceRows, read
+from dylo_moe.data.tokenized import TokenizedDataset as Rows
 from dylo_moe.data.tokenized import tokenise_all
 from dylo_moe.report.terminal import show_data, show_reasons
 
@@ -88,7 +88,7 @@ def show_dataset(config: DataConfig, look: LookArguments) -> None:
     show_reasons(console, reading.name, rows.reasons())
 
 
-def _show_head(console: Console, reading: Reading, rows: Rows, num_good: int) -> None:
+def _show_head(console: Console, reading: SourceRows, rows: Rows, num_good: int) -> None:
     source = reading.source
     licence = f", licence {source.licence}" if source is not None else ""
     console.print(

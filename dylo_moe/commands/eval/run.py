@@ -18,15 +18,15 @@ from dylo_moe.commands.eval.arguments import EvalRequest
 from dylo_moe.evaluation.answers import Decoding
 from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.benchmark import Benchmark, files_of, run_benchmark
-from dylo_moe.evaluation.problems import HUMANEVAL, MBPP, Problem, fingerprint, load_examples, load_problems
+from dylo_moe.evaluation.problems import HUMANEVAL, MBPP, Problem, load_examples, load_problems, problems_digest
 from dylo_moe.evaluation.prompts import CHAT, COMPLETION, Asking, check_chat
 from dylo_moe.evaluation.results import (
     RESULTS_FILE,
     add_result,
     evaluation_folder,
+    evaluation_settings,
     export_evalplus,
     read_results,
-    settings_of,
     take_folder,
 )
 from dylo_moe.evaluation.samples import SampleFile
@@ -61,9 +61,9 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     exams = [read_exam(name, options) for name in options.benchmarks]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = bool(trained.get("bf16")) if options.bf16 is None else options.bf16
-    settings = settings_of(checkpoint, options, bf16=bf16, device=device)
+    settings = evaluation_settings(checkpoint, options, bf16=bf16, device=device)
     if exams:
-        settings["problems"] = {exam.asking.benchmark: fingerprint(exam.problems) for exam in exams}
+        settings["problems"] = {exam.asking.benchmark: problems_digest(exam.problems) for exam in exams}
     folder = evaluation_folder(checkpoint, options)
     take_folder(folder, settings)
     say_trained_on(console, trained, options)

@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dylo_moe.continual.growth import Rows
+from dylo_moe.continual.growth import GateRows
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
@@ -91,14 +91,14 @@ def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
     console.print(Text(f"The refitted model is in {output}"))
 
 
-def set_rows(model: DyLoRAMoE, rows: Rows) -> None:
+def set_rows(model: DyLoRAMoE, rows: GateRows) -> None:
     """Give the gate rows their new values."""
     for expert, (row, bias) in rows.items():
         model.router.set_row(expert, row, bias)
 
 
 @torch.no_grad()
-def refit_changes(model: DyLoRAMoE, rows: Rows, *, seed: int) -> list[Change]:
+def refit_changes(model: DyLoRAMoE, rows: GateRows, *, seed: int) -> list[Change]:
     """What other gate rows would change, skill by skill; the model stays as it is."""
     router, library = model.router, model.library
     before = {name: (router.gate[name].clone(), router.gate_bias[name].clone()) for name in router.names}

@@ -105,7 +105,7 @@ def export_adapters(export: Export) -> None:
         write_json(folder / RECORD, record)
         page = vllm_page(record, page_of_losses(export, measured, PER_REQUEST))
         (folder / PAGE).write_text(page, encoding="utf-8")
-    show_losses(export, measured, PER_REQUEST)
+    show_export_losses(export, measured, PER_REQUEST)
     for note in [f"{item['name']}: {note}" for item in record["experts"] for note in item["notes"]] + record["notes"]:
         export.console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
     export.console.print("To serve them (README.md there says how to ask):", highlight=False)
@@ -195,7 +195,7 @@ def export_merged(export: Export) -> None:
         (folder / PAGE).write_text(merged_page(record, page_of_losses(export, measured, PLAIN)), encoding="utf-8")
     mixed = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
     export.console.print(f"merged       {mixed}, in {record['dtype']}", highlight=False, soft_wrap=True)
-    show_losses(export, measured, PLAIN)
+    show_export_losses(export, measured, PLAIN)
 
 
 def write_merged(export: Export, folder: Path, weights: Mapping[str, float]) -> None:
@@ -285,7 +285,7 @@ def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
     )
 
 
-def show_losses(export: Export, measured: Measured | None, way: str) -> None:
+def show_export_losses(export: Export, measured: Measured | None, way: str) -> None:
     """The same on a terminal."""
     if measured is None:
         export.console.print(Text(NOT_MEASURED.replace("*", ""), style="yellow"), soft_wrap=True)

@@ -280,7 +280,7 @@ def live(course: Course, model: DyLoRAMoE, state: StreamState, place: int, piece
             state.note_training(dataset, decision.expert, count)
     stage = Stage(piece.name, {}, tokens=num_tokens, decision=decision._asdict())
     state.matrix.stages.append(stage)
-    measure(course, model, state, stage, decision)
+    measure_stage(course, model, state, stage, decision)
     stage.seconds = round(time.time() - started, 1)
     save_stage(model, course.folder, folder, state, course.record, keep=stream.keep_stages)
     show_matrix(course.console, state.matrix)
@@ -360,7 +360,7 @@ def measure_base(course: Course, model: DyLoRAMoE, state: StreamState) -> None:
             state.matrix.base[name] = reader.readings[name].loss
 
 
-def measure(course: Course, model: DyLoRAMoE, state: StreamState, stage: Stage, decision: SkillDecision) -> None:
+def measure_stage(course: Course, model: DyLoRAMoE, state: StreamState, stage: Stage, decision: SkillDecision) -> None:
     """A row of the matrix; on a terminal it fills as it is measured."""
     reader = evaluator(course, model)
     with Live(MatrixTable(state.matrix), console=course.console, transient=True) as screen:

@@ -25,8 +25,8 @@ from dylo_moe.commands.train.screen import (
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData, load_data
 from dylo_moe.data.packing import check_texts_kept_apart, epoch_of
-from dylo_moe.evaluation.callback import BenchmarkCallback, Plan, plan_benchmarks
-from dylo_moe.evaluation.continuation import Sample, end_ids, sample
+from dylo_moe.evaluation.callback import BenchmarkCallback, BenchmarkSchedule, plan_benchmarks
+from dylo_moe.evaluation.continuation import RoutedText, end_ids, sample
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.report.terminal import show_data, show_loss
@@ -194,7 +194,7 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
     return folder
 
 
-def benchmark_plan(arguments: Arguments) -> Plan | None:
+def benchmark_plan(arguments: Arguments) -> BenchmarkSchedule | None:
     """What is judged while training; None: nothing. Raises ValueError where that cannot be."""
     train = arguments.train
     return plan_benchmarks(
@@ -208,7 +208,7 @@ def benchmark_plan(arguments: Arguments) -> Plan | None:
 
 
 def benchmark_callback(
-    plan: Plan, trainer: DyLoRATrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, console: Console
+    plan: BenchmarkSchedule, trainer: DyLoRATrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, console: Console
 ) -> BenchmarkCallback:
     """Evaluation while training, which a signal leaves as it leaves one of losses."""
     return BenchmarkCallback(
@@ -222,7 +222,7 @@ def benchmark_callback(
     )
 
 
-def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[Sample]:
+def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[RoutedText]:
     """A text from each dataset's prompt; all ranks generate the same, for none has all of a sharded base."""
     model.eval()
     return [

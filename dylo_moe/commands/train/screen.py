@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from dylo_moe.base.frozen import count_parameters
 from dylo_moe.commands.train.arguments import Arguments
 from dylo_moe.data.packing import PackedTexts, padding_share
-from dylo_moe.evaluation.continuation import Sample
+from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.terminal import show_legend, show_losses, show_sample, show_shares
 from dylo_moe.training.fit import command, go_on
-from dylo_moe.training.metrics import Reading
+from dylo_moe.training.metrics import MeterReading
 from dylo_moe.training.run_folder import checkpoints_in
 from dylo_moe.training.sharding import Sharding
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -102,9 +102,9 @@ def finish(
     console: Console,
     model: DyLoRAMoE,
     tokenizer: PreTrainedTokenizerBase,
-    samples: list[Sample],
+    samples: list[RoutedText],
     before: dict[str, float],
-    after: dict[str, Reading],
+    after: dict[str, MeterReading],
     folder: Path,
     plots: list[Path],
 ) -> None:
@@ -140,7 +140,7 @@ def finish(
     console.print()
 
 
-def readable(item: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A sample as it is kept in samples.json: the text of each token, and its expert."""
     tokens = [str(tokenizer.decode([token])) for token in item.ids]
     return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}

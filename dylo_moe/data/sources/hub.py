@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.catalog import MACHINE_TEXT
-from dylo_moe.data.sources.locate import Place
+from dylo_moe.data.sources.locate import DatasetSource
 from dylo_moe.utils.hub import first_line, no_way_to_hub
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -30,7 +30,7 @@ class HubRows(NamedTuple):
     file: Path | None
 
 
-def fetch(place: Place, config: DataConfig) -> HubRows:
+def fetch(place: DatasetSource, config: DataConfig) -> HubRows:
     """A dataset from the hub, or from the cache where the hub cannot be reached.
 
     Raises:
@@ -51,7 +51,7 @@ def fetch(place: Place, config: DataConfig) -> HubRows:
     return HubRows(_checked_commit(place, splits), splits, None)
 
 
-def _checked_commit(place: Place, splits: dict[str, Dataset]) -> str:
+def _checked_commit(place: DatasetSource, splits: dict[str, Dataset]) -> str:
     """The commit that was loaded: where the hub does not answer, `datasets` takes whichever its cache has."""
     (commit,) = {Path(rows.cache_files[0]["filename"]).parent.name for rows in splits.values()}
     if place.revision is not None and _COMMIT.fullmatch(place.revision) and commit != place.revision:
@@ -76,7 +76,7 @@ def _offline(wanted: bool) -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def _no_way(place: Place, config: DataConfig, reason: str) -> str:
+def _no_way(place: DatasetSource, config: DataConfig, reason: str) -> str:
     """That a dataset cannot be had, and the three ways that there are."""
     mirror = "MIRROR" if config.data_dir is None else config.data_dir
     lacking = "" if config.data_dir is None else f", and the mirror {config.data_dir} has no folder {place.mirror_name}"

@@ -17,7 +17,7 @@ from dylo_moe.data.sources.formats import Columns
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
-class Place(NamedTuple):
+class DatasetSource(NamedTuple):
     """What a dataset's argument stands for."""
 
     name: str
@@ -36,7 +36,7 @@ class Place(NamedTuple):
         return Path(self.name if self.source is not None or self.hub_id is None else self.hub_id)
 
 
-def locate(argument: str) -> Place:
+def locate(argument: str) -> DatasetSource:
     """What `argument` stands for: a name of the catalog, a path, or a hub id.
 
     Raises:
@@ -47,7 +47,9 @@ def locate(argument: str) -> Place:
         source = CATALOG[name]
         if revision and source.hub_id is None:
             raise ValueError(f"{name!r} is text of this machine and has no revision; leave @{revision} out")
-        return Place(name, source, None, source.hub_id, source.config, revision or source.revision, bool(revision))
+        return DatasetSource(
+            name, source, None, source.hub_id, source.config, revision or source.revision, bool(revision)
+        )
     try:
         path = Path(argument).expanduser()
         exists = path.exists()
@@ -57,12 +59,14 @@ def locate(argument: str) -> Place:
         stem = Path(os.path.abspath(path)).name
         while is_row_file(stem) or (path.is_file() and "." in stem[1:]):
             stem = stem.rpartition(".")[0]
-        return Place(stem, path=path)
+        return DatasetSource(stem, path=path)
     if is_row_file(argument) or argument.startswith(("/", "./", "../", "~")) or argument.count("/") > 1:
         raise ValueError(f"there is no file or folder {str(path)!r}; correct the path")
     if found := _HUB_ID.fullmatch(argument):
         asked = found["revision"] is not None
-        return Place(found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"], asked)
+        return DatasetSource(
+            found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"], asked
+        )
     nearest = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"unknown dataset {argument!r}; the nearest known one is {nearest!r}. Known are {', '.join(CATALOG)}, the path "
@@ -70,7 +74,7 @@ def locate(argument: str) -> Place:
     )
 
 
-def locate_all(config: DataConfig) -> list[Place]:
+def locate_all(config: DataConfig) -> list[DatasetSource]:
     """Every dataset of a config; ValueError holds all that is wrong with their names, columns and shares."""
     problems, places = [], []
     for argument in config.datasets:

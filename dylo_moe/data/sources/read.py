@@ -26,7 +26,7 @@ from dylo_moe.data.sources.catalog import Source
 from dylo_moe.data.sources.files import RAW, LocalFile, content_key, is_row_file, raw_row, raw_rows
 from dylo_moe.data.sources.formats import Columns, RowError, parse_json, printable
 from dylo_moe.data.sources.hub import fetch
-from dylo_moe.data.sources.locate import Place, chosen_columns, locate
+from dylo_moe.data.sources.locate import DatasetSource, chosen_columns, locate
 from dylo_moe.data.sources.machine_text import read_machine_text
 from dylo_moe.utils.hub import first_line
 
@@ -48,7 +48,7 @@ ROWS_LOOKED_AT = 1000
 """Where rows need not have the same columns."""
 
 
-class Reading(NamedTuple):
+class SourceRows(NamedTuple):
     """A dataset's rows as they were found, not yet understood."""
 
     name: str
@@ -65,7 +65,7 @@ class Reading(NamedTuple):
     """A hash of the content."""
 
 
-def read(place: Place, config: DataConfig) -> Reading:
+def read(place: DatasetSource, config: DataConfig) -> SourceRows:
     """The rows of one dataset.
 
     Raises:
@@ -81,7 +81,7 @@ def read(place: Place, config: DataConfig) -> Reading:
     _check_columns(place, found.origin, train, columns)
     validation = found.splits.get(VALIDATION)
     left_out = sum(len(rows) for rows in found.splits.values()) - len(train) - len(validation or ())
-    return Reading(place.name, source, found.origin, columns, train, validation, left_out, found.key)
+    return SourceRows(place.name, source, found.origin, columns, train, validation, left_out, found.key)
 
 
 def read_test(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
@@ -106,7 +106,7 @@ class _Found(NamedTuple):
     key: str
 
 
-def _find(place: Place, config: DataConfig) -> _Found:
+def _find(place: DatasetSource, config: DataConfig) -> _Found:
     """All splits of a dataset that is not of this machine, from the first way that has it."""
     if place.path is not None:
         return _Found(
@@ -129,7 +129,7 @@ def _find(place: Place, config: DataConfig) -> _Found:
     return _Found(origin, hub.splits, "-".join(rows._fingerprint for rows in hub.splits.values()))
 
 
-def _check_columns(place: Place, origin: str, train: Dataset, columns: Columns | None) -> None:
+def _check_columns(place: DatasetSource, origin: str, train: Dataset, columns: Columns | None) -> None:
     """Raises ValueError for a column that no row has, of the first ones where rows differ.
 
     Of a named dataset those that are needed, where rows do not differ; of others all that were told.
@@ -155,7 +155,7 @@ def _names(row: dict[str, Any]) -> list[str]:
         return []
 
 
-def _check_splits(place: Place, found: _Found) -> None:
+def _check_splits(place: DatasetSource, found: _Found) -> None:
     wanted = place.source.splits if place.source is not None else ()
     missing = [split for split in wanted if split in (TRAIN, VALIDATION) and split not in found.splits]
     if missing or (TRAIN not in found.splits and not wanted):
@@ -168,7 +168,7 @@ def _check_splits(place: Place, found: _Found) -> None:
 # This machine
 
 
-def _read_machine(source: Source) -> Reading:
+def _read_machine(source: Source) -> SourceRows:
     passages, left_out = read_machine_text(source.name)
     rows = []
     for passage in passages:
@@ -178,7 +178,7 @@ def _read_machine(source: Source) -> Reading:
         raw = json.dumps(content).encode()
         rows.append(raw_row(raw, passage.document, document=passage.document))
     train = Dataset.from_list(rows, features=RAW)
-    return Reading(source.name, source, "this machine", source.columns, train, None, left_out, train._fingerprint)
+    return SourceRows(source.name, source, "this machine", source.columns, train, None, left_out, train._fingerprint)
 
 
 def _packaged(source: Source | None) -> LocalFile | None:
@@ -233,7 +233,7 @@ def _data_files(files: Sequence[LocalFile]) -> list[LocalFile]:
     return [file for file in files if is_row_file(file.name) and not _NO_ROWS.fullmatch(Path(file.name).name)]
 
 
-def _mirror_files(folder: Path, place: Place) -> list[LocalFile]:
+def _mirror_files(folder: Path, place: DatasetSource) -> list[LocalFile]:
     """The data files of a mirrored dataset, as the hub's folder holds them, or as anyone would lay them down."""
     if place.config is not None and (folder / place.config).is_dir():
         folder = folder / place.config
