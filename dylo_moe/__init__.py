@@ -6,8 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dylo_moe.base.loading import load_base, load_tokenizer
     from dylo_moe.continual.config import GrowthConfig
+    from dylo_moe.data.collator import Collator
     from dylo_moe.data.config import DataConfig
+    from dylo_moe.data.loading import load_data
     from dylo_moe.model.checkpoint import CheckpointError
     from dylo_moe.model.model import DyLoRAMoE
     from dylo_moe.model.output import DyLoRAMoEOutput
@@ -18,18 +21,23 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CheckpointError": "dylo_moe.model.checkpoint",
+    "Collator": "dylo_moe.data.collator",
     "DataConfig": "dylo_moe.data.config",
     "DyLoRAMoE": "dylo_moe.model.model",
     "DyLoRAMoEOutput": "dylo_moe.model.output",
     "GrowthConfig": "dylo_moe.continual.config",
     "RouterConfig": "dylo_moe.routing.config",
     "Routing": "dylo_moe.routing.router",
+    "load_base": "dylo_moe.base.loading",
+    "load_data": "dylo_moe.data.loading",
+    "load_tokenizer": "dylo_moe.base.loading",
 }
 """The module of each public name. It is imported when the name is first used: torch, Transformers and PEFT take
 seconds, and `dylora --help` needs none of them."""
 
 __all__ = [
     "CheckpointError",
+    "Collator",
     "DataConfig",
     "DyLoRAMoE",
     "DyLoRAMoEOutput",
@@ -37,6 +45,9 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "__version__",
+    "load_base",
+    "load_data",
+    "load_tokenizer",
 ]
 
 

@@ -28,9 +28,9 @@ WORDS = (  # noqa: SIM905
 
 LOAD = """
 import json, sys, time
-from dylo_moe.base import load_tokenizer
-from dylo_moe.config import DataConfig
-from dylo_moe.data import load_data
+from dylo_moe.base.loading import load_tokenizer
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.loading import load_data
 tokenizer = load_tokenizer(sys.argv[1])
 started = time.perf_counter()
 data = load_data(

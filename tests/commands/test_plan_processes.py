@@ -89,7 +89,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 import torch
 from reference.tiny import tiny_base, tiny_moe, tokens
-from dylo_moe.sharding import Sharding, shard_base
+from dylo_moe.training.sharding import Sharding, shard_base
 
 distributed.init_process_group("gloo")
 found = {}

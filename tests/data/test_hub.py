@@ -18,8 +18,8 @@ LOAD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from reference.texts import CHAT
-from dylo_moe.config import DataConfig
-from dylo_moe.data import load_data
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.loading import load_data
 try:
     data = load_data(DataConfig(max_seq_length=400, **json.loads(sys.argv[2])), CHAT)
 except ValueError as error:

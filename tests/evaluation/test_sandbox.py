@@ -200,7 +200,7 @@ def test_a_forged_verdict_is_none(name, sandbox):
 def test_programs_end_with_the_process_that_judges_them(tmp_path):
     """Killed outright, it leaves no program running."""
     script = (
-        "from dylo_moe.evaluate.sandbox import *\n"
+        "from dylo_moe.evaluation.sandbox.sandbox import *\n"
         f"s = open_sandbox('bubblewrap', Limits(timeout_seconds=60, scratch_mib={LIMITS.scratch_mib}))\n"
         "print('go', flush=True)\ns.judge(Program('while True: pass', '', None))"
     )
@@ -307,7 +307,7 @@ def test_a_sandbox_that_does_not_hold_is_refused(tmp_path, monkeypatch):
     fake = tmp_path / "bwrap"
     fake.write_text(
         f"#!{sys.executable}\nimport os, sys\nwords = sys.argv[sys.argv.index('--') + 1:]\n"
-        f"words[words.index('/inside.py')] = {str(Path(open_sandbox.__code__.co_filename).with_name('inside.py'))!r}\n"
+        f"words[words.index('/guest.py')] = {str(Path(open_sandbox.__code__.co_filename).with_name('guest.py'))!r}\n"
         "os.execv(words[0], words)\n"
     )
     fake.chmod(0o755)
@@ -332,7 +332,7 @@ def test_limits_are_checked_together():
 
 
 def test_the_inside_of_a_sandbox_needs_nothing_but_python():
-    source = Path(open_sandbox.__code__.co_filename).with_name("inside.py").read_text()
+    source = Path(open_sandbox.__code__.co_filename).with_name("guest.py").read_text()
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in ast.walk(ast.parse(source))

@@ -262,7 +262,7 @@ def test_a_base_that_needs_a_missing_package_says_so(monkeypatch, tmp_path):
         raise ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes")
 
     tiny_base().save_pretrained(str(tmp_path))
-    monkeypatch.setattr("dylo_moe.base.AutoModelForCausalLM.from_pretrained", missing)
+    monkeypatch.setattr("dylo_moe.base.loading.AutoModelForCausalLM.from_pretrained", missing)
     with pytest.raises(BaseUnavailableError, match=r'pip install "dylora-moe\[quantized\]"'):
         load_base(str(tmp_path), quantization_config=CONFIGS[4])
 

@@ -13,10 +13,10 @@ REQUEST = """\
 import json
 
 from dylo_moe import DyLoRAMoE
-from dylo_moe.base import load_tokenizer
-from dylo_moe.data import encode_prompt, text_format
-from dylo_moe.generate import end_ids
-from dylo_moe.export.request_routing import expert_for
+from dylo_moe import load_tokenizer
+from dylo_moe.data.encoding import encode_prompt, text_format
+from dylo_moe.evaluation.continuation import end_ids
+from dylo_moe.commands.export.request_routing import expert_for
 
 model = DyLoRAMoE.from_pretrained("CHECKPOINT")  # of which only the layers before the router ever run
 tokenizer = load_tokenizer(model.base_id, revision=model.base_revision)

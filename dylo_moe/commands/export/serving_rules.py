@@ -109,7 +109,7 @@ def serve_command(base: str, revision: str | None, *, experts: Sequence[str], ma
     """
     name = shlex.quote(str(Path(base).resolve()) if Path(base).is_dir() else base)
     if base == EMBEDDED_BASE:  # no name that vLLM knows
-        name = f'"$(python -c "from dylo_moe.base import resolve_base; print(resolve_base(\'{base}\'))")"'
+        name = f'"$(python -c "from dylo_moe.base.smollm2 import resolve_base; print(resolve_base(\'{base}\'))")"'
     lines = [f"vllm serve {name} --served-model-name {BASE}"]
     if revision is not None:
         lines.append(f"--revision {shlex.quote(revision)}")

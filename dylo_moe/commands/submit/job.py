@@ -46,7 +46,7 @@ def build(request: SubmitRequest) -> aiplatform_v1.CustomJob:
     types, options = client_library(), request.options
     container = types.ContainerSpec(
         image_uri=options.image,
-        command=["python", "-m", "dylo_moe.cloud.start"],
+        command=["python", "-m", "dylo_moe.commands.submit.start"],
         args=container_args(request),
         env=[types.EnvVar(name=name, value=value) for name, value in environment(request).items()],
     )
@@ -73,7 +73,7 @@ def run_folder(options: CloudArguments) -> str:
 
 
 def container_args(request: SubmitRequest) -> list[str]:
-    """What follows `python -m dylo_moe.cloud.start`: the secrets' places, the run's folder, and the training itself."""
+    """What follows `python -m dylo_moe.commands.submit.start`: the secrets' places, the run's folder, and the training itself."""
     secrets = request.options.secret_references.items()
     num_processes = request.machine.accelerator_count
     several = ["torchrun", "--standalone", f"--nproc_per_node={num_processes}"]

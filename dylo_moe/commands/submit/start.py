@@ -1,6 +1,6 @@
 """What a job of Vertex AI runs first, in its container: fetch the secrets, try the run's folder, become the training.
 
-    python -m dylo_moe.cloud.start --secret WANDB_API_KEY=projects/P/secrets/S/versions/V --run_folder FOLDER -- COMMAND
+    python -m dylo_moe.commands.submit.start --secret WANDB_API_KEY=projects/P/secrets/S/versions/V --run_folder FOLDER -- COMMAND
 
 A job's environment variables are stored with the job, readable by all who may look at it. So the job carries only where
 a secret lies, and its value goes from Secret Manager into the environment of the training process.
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns, with the exit status, only where the training cannot begin."""
     words = list(sys.argv[1:] if argv is None else argv)
     own, command = words[: words.index("--")], words[words.index("--") + 1 :]
-    parser = argparse.ArgumentParser(prog="python -m dylo_moe.cloud.start", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m dylo_moe.commands.submit.start", allow_abbrev=False)
     parser.add_argument("--secret", action="append", default=[], help="NAME=projects/P/secrets/S/versions/V")
     parser.add_argument("--run_folder", type=Path, required=True, help="where the run writes; its parent's is probed")
     given = parser.parse_args(own)

@@ -6,7 +6,7 @@ interpreter, its own process and its end of the line, it passes only by answerin
 
 This file is run as a script, with the standard library alone.
 
-    judge: python -s -S inside.py judge        candidate: python -s -S inside.py candidate
+    judge: python -s -S guest.py judge        candidate: python -s -S guest.py candidate
     first line in: {"limits": {...}, ...}      then questions in, answers out
     out: "." ready, "?" a question for the candidate, "!" the verdict
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 BUBBLEWRAP, DOCKER, RLIMITS_ONLY = SANDBOXES = ("bubblewrap", "docker", "rlimits_only")
 """Ways to isolate; the last is none, only limits."""
 
-INSIDE = Path(__file__).with_name("inside.py")
+GUEST = Path(__file__).with_name("guest.py")
 
 SCRATCH = "/scratch"
 
@@ -111,7 +111,7 @@ def bubblewrap(scratch_mib: int) -> list[str]:
         words += ["--tmpfs", path, "--remount-ro", path]
     for package in numpy_folders():
         words += ["--ro-bind", str(package), f"{PACKAGES}/{package.name}"]
-    words += ["--ro-bind", str(INSIDE), "/inside.py", "--dev", "/dev", "--remount-ro", "/dev"]
+    words += ["--ro-bind", str(GUEST), "/guest.py", "--dev", "/dev", "--remount-ro", "/dev"]
     words += ["--size", str(scratch_mib * 2**20), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
     return words
 
@@ -155,7 +155,7 @@ def docker(limits: Limits) -> list[str]:
     words += ["--log-driver", "none"]  # what a program prints without end would fill the disk
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "64", "--user", "65534:65534"]
     words += ["--memory", f"{limits.memory_mib}m", "--memory-swap", f"{limits.memory_mib}m", "--workdir", SCRATCH]
-    words += ["--tmpfs", f"{SCRATCH}:size={limits.scratch_mib}m,mode=1777", "--volume", f"{INSIDE}:/inside.py:ro"]
+    words += ["--tmpfs", f"{SCRATCH}:size={limits.scratch_mib}m,mode=1777", "--volume", f"{GUEST}:/guest.py:ro"]
     for name, value in environment(SCRATCH).items():
         words += ["--env", f"{name}={value}"]
     return words

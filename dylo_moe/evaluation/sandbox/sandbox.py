@@ -1,7 +1,7 @@
 """Run code that a model wrote, in isolation, and judge it by a test.
 
 Two processes a program, each in a sandbox of its own: the candidate runs the program, the judge runs the test and asks
-the candidate for values (see inside.py). Both see Python's standard library, numpy, and a scratch folder in memory;
+the candidate for values (see guest.py). Both see Python's standard library, numpy, and a scratch folder in memory;
 no file of the user, no environment, no network, no other process.
 """
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 from dylo_moe.evaluation.sandbox.isolation import (
     BUBBLEWRAP,
     DOCKER,
-    INSIDE,
+    GUEST,
     PACKAGES,
     RLIMITS_ONLY,
     SANDBOXES,
@@ -119,11 +119,11 @@ class Sandbox:
 
     def _command(self, role: str, filter_fd: int) -> list[str]:
         if self.kind == BUBBLEWRAP:
-            python = [str(Path(sys.executable).resolve()), "-s", "-S", "-B", "/inside.py", role, PACKAGES]
+            python = [str(Path(sys.executable).resolve()), "-s", "-S", "-B", "/guest.py", role, PACKAGES]
             return [self._tool, *bubblewrap(self.limits.scratch_mib), "--seccomp", str(filter_fd), "--", *python]
         if self.kind == DOCKER:
-            return [self._tool, *docker(self.limits), DOCKER_IMAGE, "python", "-s", "-B", "/inside.py", role]
-        return [sys.executable, "-s", "-B", str(INSIDE), role]
+            return [self._tool, *docker(self.limits), DOCKER_IMAGE, "python", "-s", "-B", "/guest.py", role]
+        return [sys.executable, "-s", "-B", str(GUEST), role]
 
 
 class Process:
