@@ -73,7 +73,7 @@ def run_folder(options: CloudArguments) -> str:
 
 
 def container_args(request: SubmitRequest) -> list[str]:
-    """What follows `python -m dylo_moe.commands.submit.start`: the secrets' places, the run's folder, and the training itself."""
+    """The arguments of `dylo_moe.commands.submit.start`: the secrets' places, the run's folder, and the training."""
     secrets = request.options.secret_references.items()
     num_processes = request.machine.accelerator_count
     several = ["torchrun", "--standalone", f"--nproc_per_node={num_processes}"]

@@ -1,6 +1,7 @@
 """What a job of Vertex AI runs first, in its container: fetch the secrets, try the run's folder, become the training.
 
-    python -m dylo_moe.commands.submit.start --secret WANDB_API_KEY=projects/P/secrets/S/versions/V --run_folder FOLDER -- COMMAND
+    python -m dylo_moe.commands.submit.start --secret WANDB_API_KEY=projects/P/secrets/S/versions/V \
+        --run_folder FOLDER -- COMMAND
 
 A job's environment variables are stored with the job, readable by all who may look at it. So the job carries only where
 a secret lies, and its value goes from Secret Manager into the environment of the training process.
