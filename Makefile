@@ -66,14 +66,14 @@ $(VENV)/.made $(OLDEST)/.made:
 	    "(on Debian: python3-venv). Name another one with: make PYTHON=/path/to/python" >&2; \
 	exit 1
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/.made
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt | $(VENV)/.made
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,trl]"
 	@touch $(VENV)/.installed $@
 
-$(OLDEST)/.installed-dev: pyproject.toml constraints-oldest.txt | $(OLDEST)/.made
+$(OLDEST)/.installed-dev: pyproject.toml setup.py constraints-oldest.txt | $(OLDEST)/.made
 	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e ".[dev]"
 	@touch $@

@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from dylo_moe.commands.parsing import SHOWN, Refusal, options, unknown
+from dylo_moe.commands.recipe_file import recipe_file
 from dylo_moe.training.arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
 
@@ -26,7 +27,7 @@ def with_recipe(argv: Sequence[str], parser: HfArgumentParser, refusal: Refusal)
         UsageError: for a recipe that cannot be read, or has a flag that the parser does not offer.
     """
     recipe, rest = _split(list(argv))
-    return (_words_of_file(Path(recipe), parser, refusal) if recipe else []) + rest
+    return (_words_of_file(recipe_file(recipe), parser, refusal) if recipe else []) + rest
 
 
 def last_value(words: list[str], flag: str) -> str | None:
@@ -49,7 +50,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
                 raise UsageError("--config is given twice; a run has one recipe")
             recipe = word[len("--config=") :] if "=" in word else next(words, None)
             if not recipe:
-                raise UsageError("--config needs the path of a YAML recipe")
+                raise UsageError("--config needs the path of a YAML recipe, or the name of one that comes with dylora")
         else:
             rest.append(word)
     return recipe, rest

@@ -167,16 +167,20 @@ def test_workflows_may_read_only_and_pin_what_they_use(path):
     assert used and all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", name) and "# v" in note for name, note in used)
 
 
-def test_secrets_reach_only_the_steps_that_log_in_on_a_tag():
-    [workflow] = [yaml.safe_load(path.read_text()) for path in WORKFLOWS]
-    assert workflow["jobs"]["image"]["needs"] == "test"
-    assert {"run": "make test"} in workflow["jobs"]["test"]["steps"]
-    for name, job in workflow["jobs"].items():
-        assert "secrets." not in str({key: value for key, value in job.items() if key != "steps"})
-        for step in job["steps"]:
-            if "secrets." in str(step):
-                assert name == "image" and step["if"].startswith("github.ref_type == 'tag' && ")
-                assert "docker login" in step["run"] and "--password-stdin" in step["run"] and "${{" not in step["run"]
+def test_secrets_reach_only_the_steps_that_log_in_or_publish_on_a_tag():
+    """Each as an environment variable of one step, whose shell script reads it without the workflow's own brackets."""
+    workflows = {path.name: yaml.safe_load(path.read_text()) for path in WORKFLOWS}
+    jobs = workflows["ci.yml"]["jobs"]
+    assert jobs["image"]["needs"] == jobs["package"]["needs"] == "test"
+    assert {"run": "make test"} in jobs["test"]["steps"]
+    allowed = {"image": ("docker login", "--password-stdin"), "package": ("twine upload", "--non-interactive")}
+    for workflow in workflows.values():
+        for name, job in workflow["jobs"].items():
+            assert "secrets." not in str({key: value for key, value in job.items() if key != "steps"})
+            for step in job["steps"]:
+                if "secrets." in str(step):
+                    assert workflow is workflows["ci.yml"] and step["if"].startswith("github.ref_type == 'tag' && ")
+                    assert all(words in step["run"] for words in allowed[name]) and "${{" not in step["run"]
 
 
 def test_make_image_check_runs_the_steps_of_the_dockerfile():

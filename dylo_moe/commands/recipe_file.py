@@ -1,0 +1,42 @@
+"""Which file `--config` names: one of the user's own, or a recipe that comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dylo_moe
+from dylo_moe.utils.errors import UsageError
+
+LAUNCH_PREFIX = "accelerate_"
+"""What the names of launch configs begin with: files for `accelerate launch`, which are no recipes."""
+
+
+def recipe_file(name: str) -> Path:
+    """The file that `--config name` means; a file of that path goes before a shipped recipe of that name.
+
+    Raises:
+        UsageError: where there is neither; the message lists the recipes that are shipped.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise UsageError(
+            f"recipe {name} cannot be read: there is no such file, and no recipe of that name; "
+            f"those that come with dylora are {', '.join(shipped)}"
+        )
+    return shipped[name]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, each under its name, in alphabetical order."""
+    files = sorted(_folder().glob("*.yaml"))
+    return {path.stem: path for path in files if not path.stem.startswith(LAUNCH_PREFIX)}
+
+
+def _folder() -> Path:
+    """The folder of the recipes: in the package when it was installed from a wheel, beside it in a clone."""
+    package = Path(dylo_moe.__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"

@@ -1,0 +1,9 @@
+"""What pyproject.toml cannot say: the recipes stand at the top of the repository, and inside the package in a wheel."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["dylo_moe", "dylo_moe.*"]), "dylo_moe.recipes"],
+    package_dir={"dylo_moe.recipes": "recipes"},
+    package_data={"dylo_moe": ["py.typed"], "dylo_moe.recipes": ["*.yaml"]},
+)
