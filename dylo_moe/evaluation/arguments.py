@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dylo_moe.evaluation.problems import BENCHMARKS
-from dylo_moe.evaluation.prompts import STYLES
+from dylo_moe.evaluation.names import BENCHMARKS, STYLES
 from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, SANDBOXES, Limits
 
 LOSSES = "losses"

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from dylo_moe.evaluation.answers import Decoding
 from dylo_moe.evaluation.arguments import EvalArguments
 from dylo_moe.evaluation.benchmark import Benchmark, Progress, files_of, run_benchmark
-from dylo_moe.evaluation.problems import BENCHMARKS, load_examples, load_problems
-from dylo_moe.evaluation.prompts import COMPLETION, Asking
+from dylo_moe.evaluation.names import BENCHMARKS, COMPLETION
+from dylo_moe.evaluation.problems import load_examples, load_problems
+from dylo_moe.evaluation.prompts import Asking
 from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, Limits
 from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.read import PROMPT, TEST, read_split
-
-HUMANEVAL, MBPP = BENCHMARKS = ("humaneval", "mbpp")
+from dylo_moe.evaluation.names import BENCHMARKS, HUMANEVAL, MBPP
 
 FEW_SHOTS = (2, 3, 4)
 """Tasks of MBPP's split prompt that its paper puts before the question."""

@@ -10,10 +10,9 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.data.encoding import encode_prompt, text_format
-from dylo_moe.evaluation.problems import HUMANEVAL, Problem
+from dylo_moe.evaluation.names import CHAT, COMPLETION, HUMANEVAL
+from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.sandbox.sandbox import Program
-
-COMPLETION, CHAT = STYLES = ("completion", "chat")
 
 BEGIN, DONE = "[BEGIN]", "[DONE]"
 

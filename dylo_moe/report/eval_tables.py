@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.evaluation.benchmark import Benchmark, Progress
-from dylo_moe.evaluation.problems import BENCHMARKS
+from dylo_moe.evaluation.names import BENCHMARKS
 from dylo_moe.evaluation.samples import Completion
 from dylo_moe.report.terminal import COLOURS
 

@@ -18,8 +18,9 @@ from dylo_moe.commands.eval.arguments import EvalRequest
 from dylo_moe.evaluation.answers import Decoding
 from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.benchmark import Benchmark, files_of, run_benchmark
-from dylo_moe.evaluation.problems import HUMANEVAL, MBPP, Problem, load_examples, load_problems, problems_digest
-from dylo_moe.evaluation.prompts import CHAT, COMPLETION, Asking, check_chat
+from dylo_moe.evaluation.names import CHAT, COMPLETION, HUMANEVAL, MBPP
+from dylo_moe.evaluation.problems import Problem, load_examples, load_problems, problems_digest
+from dylo_moe.evaluation.prompts import Asking, check_chat
 from dylo_moe.evaluation.results import (
     RESULTS_FILE,
     add_result,
