@@ -1,96 +1,88 @@
-"""Small charts as SVG inside a page: lines over steps, and a heatmap over steps. No script; values in hover titles.
+"""The charts of a page: those of `training.charts` as SVG inside the HTML, with each value in a hover title.
 
-Colours are CSS classes `s0`, `s1`, ... of `STYLE`, so that one page reads well in light and in dark.
+Colours become variables of the page's style sheet, so that one page is readable in light and in dark.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
-from html import escape
-from typing import NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.etree import ElementTree
 
-Scale = Callable[[float], float]
-"""From a step or value to its place in the picture."""
-
-WIDTH, HEIGHT = 440, 230
-
-LEFT, RIGHT, TOP, BOTTOM = 60, 12, 8, 26
-
-MAX_POINTS, MAX_COLUMNS = 120, 60
-"""Of one line, of a heatmap; longer ones are drawn as means of neighbours."""
-
-ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 108, 12
-
-LIGHT = ("#0072b2", "#d55e00", "#00856a", "#b8569a", "#b07a00", "#4a4fb5", "#5f6b73")
-
-DARK = ("#56b4e9", "#f0803c", "#2cc295", "#dd8fc0", "#e6b035", "#9aa0f5", "#a9b4bb")
-"""After Okabe and Ito's palette, told apart by the colour-blind; made darker or lighter for their background."""
-
-DASHES = ("none", "6 3", "2 3", "8 3 2 3")
-
-BORDERS = ("solid", "dashed", "dotted", "double")
-"""Beyond the last colour they begin again, with another kind of line."""
-
-
-def _variables(colours: Sequence[str]) -> str:
-    return "".join(f"--c{index}:{colour};" for index, colour in enumerate(colours))
-
-
-STYLE = (
-    f":root{{{_variables(LIGHT)}--heat:#0b5fa5;--axis:#8a939b;--grid:#e3e7ea}}"
-    f"@media(prefers-color-scheme:dark){{:root{{{_variables(DARK)}--heat:#6cb8f2;--axis:#7c868e;--grid:#2b3238}}}}"
-    + "".join(f".s{index}{{--c:var(--c{index})}}" for index in range(len(LIGHT)))
-    + "".join(f".d{index}{{--dash:{dash};--border:{BORDERS[index]}}}" for index, dash in enumerate(DASHES))
-    + """
-svg text{fill:var(--faint);font-size:13px}
-svg .grid{stroke:var(--grid)} svg .axis{stroke:var(--axis)}
-svg .line{fill:none;stroke:var(--c);stroke-width:2;stroke-dasharray:var(--dash);stroke-linejoin:round}
-svg .dot{fill:var(--c);stroke:var(--surface);stroke-width:1.5}
-svg .hover{fill:transparent} svg .hover:hover{fill:var(--c)}
-svg .mark{stroke:var(--axis);stroke-dasharray:3 4}
-svg .cell{fill:var(--heat)} svg .back{fill:var(--grid)} svg .swatch{fill:var(--c)}
-"""
+from dylo_moe.training.charts import (
+    AXIS,
+    COLOURS,
+    DASHES,
+    GRID,
+    HEAT,
+    TEXT,
+    Series,
+    colour,
+    draw_lines,
+    draw_shares,
+    drawing,
+    printable,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-class Series(NamedTuple):
-    """One line, or with `dots` separate points."""
+WIDTH, HEIGHT = 440, 250
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 44
+"""Of a line chart and its margins, in units of its viewBox, which are points of matplotlib."""
+
+ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 112, 12
+"""Of a heatmap: the height of a row, the width of the names on its left, and how many letters of a name are shown."""
+
+MAX_POINTS, MAX_COLUMNS = 120, 60
+"""Points of one line and columns of a heatmap; a longer log is drawn as means of neighbouring points."""
+
+VARIABLES = {value: f"var(--c{index})" for index, value in enumerate(COLOURS)} | {
+    TEXT: "var(--faint)",
+    AXIS: "var(--axis)",
+    GRID: "var(--grid)",
+    HEAT: "var(--heat)",
+    "#ffffff": "var(--surface)",
+}
+"""What stands on the page for each colour that matplotlib draws with."""
+
+SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+
+
+class Key(NamedTuple):
+    """One entry of a legend."""
 
     name: str
-    points: list[tuple[float, float | None]]
-    """(step, value); None: a value that is not finite, where the line breaks."""
-    colour: int
-    """The series' place among its kind."""
-    dots: bool = False
+    kind: str
+    """CSS classes: colour, line style, and whether it is drawn as a dot."""
+
+
+class Chart(NamedTuple):
+    """A figure of the page."""
+
+    title: str
+    svg: str
+    """Empty where nothing was logged."""
+    caption: str = ""
+    legend: Sequence[Key] = ()
 
 
 def colour_class(index: int) -> str:
-    """The classes that give the index-th dataset or expert its colour and kind of line."""
-    return f"s{index % len(LIGHT)} d{index // len(LIGHT) % len(DASHES)}"
-
-
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `count` steps apart."""
-    if high <= low:
-        low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
-    rough = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
+    """The CSS classes that give the index-th dataset or expert its colour and line style."""
+    return f"s{index % len(COLOURS)} d{index // len(COLOURS) % len(DASHES)}"
 
 
 def number(value: float) -> str:
-    """Four digits, without a tail of zeros."""
-    if 0 < abs(value) < 1e-3:
-        exponent = math.floor(math.log10(abs(value)))
-        return f"{value / 10.0**exponent:.4g}e{exponent}" if exponent > -300 else "0"
+    """Four digits, without zeros at the end."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def thinned(points: Sequence[tuple[float, float | None]], limit: int = MAX_POINTS) -> list[tuple[float, float | None]]:
-    """At most `limit` points: the means of as many neighbours as it takes."""
+    """At most `limit` points, each the mean of equally many neighbours."""
     size = _group_size(len(points), limit)
     if size == 1:
         return list(points)
@@ -108,7 +100,7 @@ def _explained(caption: str, count: int, limit: int) -> str:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are known; None where none is."""
+    """The mean of the values that are known; None where none is."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -120,116 +112,132 @@ def line_chart(
     caption: str = "",
     floor: float | None = None,
     marks: Sequence[tuple[float, str]] = (),
-) -> str:
-    """A figure of lines over optimizer steps, or a sentence where there is nothing to draw.
+) -> Chart:
+    """Lines and dots over optimizer steps.
 
     Args:
-        floor: the vertical axis begins here or lower.
-        marks: horizontal lines with their labels.
+        floor: the vertical axis begins at this value or lower.
+        marks: horizontal lines, each with its label.
     """
-    drawn = [item._replace(points=thinned(item.points)) for item in series]
+    shown = [item._replace(points=thinned(item.points)) for item in series]
     caption = _explained(caption, max((len(item.points) for item in series), default=0), MAX_POINTS)
-    values = [value for item in drawn for _, value in item.points if value is not None]
-    if not values:
-        return _figure(title, "<p class='none'>Nothing was logged for this yet.</p>", caption)
-    values += [value for value, _ in marks] + ([] if floor is None else [floor])
-    steps = [step for item in drawn for step, _ in item.points]
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-    y_ticks = ticks(min(values), max(values))
-
-    def x(step: float) -> float:
-        return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for tick in y_ticks:
-        parts.append(f"<path class='grid' d='M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}'/>")
-        parts.append(f"<text x='{LEFT - 6}' y='{y(tick) + 4:.1f}' text-anchor='end'>{number(tick)}</text>")
-    parts += _step_axis(first, last, x, HEIGHT - BOTTOM)
-    for value, label in marks:
-        parts.append(f"<path class='mark' d='M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}'/>")
-        parts.append(f"<text x='{WIDTH - RIGHT}' y='{y(value) - 4:.1f}' text-anchor='end'>{escape(label)}</text>")
-    for item in drawn:
-        parts.append(f"<g class='{colour_class(item.colour)}'>{_drawn(item, x, y)}</g>")
-    body = f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(title)}'>{''.join(parts)}</svg>"
-    shown = [(item.name, item.colour, item.dots) for item in series if item.points]
-    return _figure(title, (legend(shown) if len(series) > 1 else "") + body, caption)
+    if not any(item.known for item in shown):
+        return Chart(title, "", caption)
+    legend = [
+        Key(item.name, colour_class(item.colour) + (" point" if item.dots else "")) for item in series if item.points
+    ]
+    with drawing(salt=title):
+        figure, axes = _figure(LEFT, TOP, HEIGHT)
+        draw_lines(axes, shown, floor=floor, marks=marks)
+        hover = _draw_spots(axes, shown)
+        return Chart(title, _inline(figure, title, hover), caption, legend if len(series) > 1 else ())
 
 
-def _drawn(series: Series, x: Scale, y: Scale) -> str:
-    parts, path, pen = [], "", "M"
-    for step, value in series.points:
-        if value is None:
-            pen = "M"
-            continue
-        path, pen = f"{path}{pen}{x(step):.1f} {y(value):.1f}", "L"
-        is_dot = series.dots or len(series.points) == 1
-        told = f"{series.name}, step {number(step)}: {number(value)}"
-        parts.append(
-            f"<circle class='{'dot' if is_dot else 'hover'}' cx='{x(step):.1f}' cy='{y(value):.1f}' "
-            f"r='{4.5 if is_dot else 5}'><title>{escape(told)}</title></circle>"
-        )
-    return ("" if series.dots else f"<path class='line' d='{path}'/>") + "".join(parts)
+def _draw_spots(axes: Axes, series: Sequence[Series]) -> dict[str, list[str]]:
+    """Draw a spot on every point, which is invisible until the pointer is on it; returns their hover titles by gid."""
+    hover = {}
+    for place, item in enumerate(series):
+        if item.known:
+            gid, (steps, values) = f"points {place}", zip(*item.known, strict=True)
+            axes.plot(steps, values, "o", color=colour(item.colour), markersize=10, clip_on=False, gid=gid)
+            hover[gid] = [f"{item.name}, step {number(step)}: {number(value)}" for step, value in item.known]
+    return hover
 
 
-def _step_axis(first: float, last: float, x: Scale, bottom: float) -> list[str]:
-    inside = [tick for tick in ticks(first, last) if first <= tick <= last and float(tick).is_integer()]
-    parts = [f"<path class='axis' d='M{x(first):.1f} {bottom}H{x(last):.1f}'/>"]
-    for tick in inside:
-        anchor = "end" if x(tick) > WIDTH - 30 else "middle"
-        label = f"step {number(tick)}" if tick == inside[0] else number(tick)
-        parts.append(f"<text x='{x(tick):.1f}' y='{bottom + 17}' text-anchor='{anchor}'>{label}</text>")
-    return parts
-
-
-def heatmap(title: str, rows: Sequence[tuple[str, list[tuple[float, float | None]]]], *, caption: str = "") -> str:
-    """A figure with a row for each expert and a column for each logged step; shares from 0 (pale) to 1 (full).
+def heatmap(title: str, rows: Sequence[tuple[str, list[tuple[float, float | None]]]]) -> Chart:
+    """A row for each expert and a column for each logged step; shares from 0 (pale) to 1 (full colour).
 
     Args:
         rows: (name, [(step, share)]), all with the same steps.
     """
-    drawn = [(name, thinned(points, MAX_COLUMNS)) for name, points in rows]
-    if not drawn or not drawn[0][1]:
-        return _figure(title, "<p class='none'>Nothing was logged for this yet.</p>", caption)
-    caption = _explained(caption, len(rows[0][1]), MAX_COLUMNS)
-    steps = [step for step, _ in drawn[0][1]]
-    width = (WIDTH - LABEL_WIDTH - RIGHT) / len(steps)
-    bottom = ROW_HEIGHT * len(drawn)
-    parts = [f"<rect class='back' x='{LABEL_WIDTH}' y='0' width='{width * len(steps):.1f}' height='{bottom}'/>"]
-    for row, (name, points) in enumerate(drawn):
-        top = row * ROW_HEIGHT
-        label = name if len(name) <= LABEL_LETTERS else f"{name[:5]}…{name[-6:]}"
-        parts.append(
-            f"<rect class='swatch {colour_class(row)}' x='0' y='{top + 5}' width='9' height='9' rx='2'/>"
-            f"<text x='14' y='{top + 14}'>{escape(label)}<title>{escape(name)}</title></text>"
-        )
-        for column, (step, share) in enumerate(points):
-            told = "not logged" if share is None else f"{share:.1%}"
-            parts.append(
-                f"<rect class='cell' x='{LABEL_WIDTH + column * width:.2f}' y='{top + 1}' width='{width + 0.3:.2f}' "
-                f"height='{ROW_HEIGHT - 2}' fill-opacity='{share or 0:.3f}'>"
-                f"<title>{escape(name)}, step {number(step)}: {told}</title></rect>"
-            )
-    ends = [(0, "start", f"step {number(steps[0])}"), (len(steps) - 1, "end", number(steps[-1]))]
-    for column, anchor, label in ends if len(steps) > 1 else ends[:1]:
-        at = LABEL_WIDTH + width * (column + (anchor == "end"))
-        parts.append(f"<text x='{at:.1f}' y='{bottom + 16}' text-anchor='{anchor}'>{label}</text>")
-    box = f"0 0 {WIDTH} {bottom + 22}"
-    body = f"<svg viewBox='{box}' role='img' aria-label='{escape(title)}'>{''.join(parts)}</svg>"
-    return _figure(title, body, caption)
+    shown = [(name, thinned(points, MAX_COLUMNS)) for name, points in rows]
+    if not shown or not shown[0][1]:
+        return Chart(title, "")
+    steps = [number(step) for step, _ in shown[0][1]]
+    with drawing(salt=title):
+        figure, axes = _figure(LABEL_WIDTH, 0, ROW_HEIGHT * len(shown) + BOTTOM)
+        draw_shares(axes, [[share for _, share in points] for _, points in shown]).set_gid("cells")
+        ends = (0, len(steps) - 1) if len(steps) > 1 else (0,)
+        axes.set_xticks([place + 0.5 for place in ends], [steps[place] for place in ends])
+        hover = {
+            "cells": [
+                f"{name}, step {step}: {'not logged' if share is None else f'{share:.1%}'}"
+                for name, points in shown
+                for step, (_, share) in zip(steps, points, strict=True)
+            ]
+        }
+        hover |= _draw_names(axes, [name for name, _ in shown])
+        return Chart(title, _inline(figure, title, hover), _explained("", len(rows[0][1]), MAX_COLUMNS))
 
 
-def legend(names: Sequence[tuple[str, int, bool]]) -> str:
-    """Which colour is whose: (name, its place, whether it is drawn as dots)."""
-    items = "".join(
-        f"<li><i class='{colour_class(index)}{' point' if is_dot else ''}'></i>{escape(name)}</li>"
-        for name, index, is_dot in names
-    )
-    return f"<ul class='legend'>{items}</ul>"
+def _draw_names(axes: Axes, names: Sequence[str]) -> dict[str, list[str]]:
+    """Write the names of a heatmap's rows beside it, each after a square of its colour; returns the whole names."""
+    left, beside = axes.get_yaxis_transform(), -(LABEL_WIDTH - 6) / (WIDTH - LABEL_WIDTH - RIGHT)
+    axes.set_yticks([])
+    for row, name in enumerate(names):
+        label = printable(name if len(name) <= LABEL_LETTERS else f"{name[:5]}…{name[-6:]}")
+        axes.plot(beside, row + 0.5, "s", color=colour(row), markersize=9, transform=left, clip_on=False)
+        place: dict[str, Any] = {"xycoords": left, "textcoords": "offset points", "va": "center"}
+        axes.annotate(label, (0, row + 0.5), (16 - LABEL_WIDTH, 0), gid=f"name {row}", **place)
+    return {f"name {row}": [name] for row, name in enumerate(names)}
 
 
-def _figure(title: str, body: str, caption: str) -> str:
-    below = f"<p class='caption'>{escape(caption)}</p>" if caption else ""
-    return f"<figure><figcaption>{escape(title)}</figcaption>{body}{below}</figure>"
+def _figure(left: float, top: float, height: float) -> tuple[Figure, Axes]:
+    """A figure and its axes, in the units of the page's charts; both kinds have room for the steps at the bottom."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+    box = left / WIDTH, BOTTOM / height, (WIDTH - left - RIGHT) / WIDTH, (height - top - BOTTOM) / height
+    axes = figure.add_axes(box)
+    axes.set_xlabel("optimizer step")
+    return figure, axes
+
+
+def _inline(figure: Figure, title: str, hover: Mapping[str, list[str]]) -> str:
+    """A figure as an SVG element that can stand inside HTML.
+
+    Args:
+        hover: by the gid of an artist, a hover title for each of the shapes that it is drawn as.
+    """
+    figure.patch.set_visible(False)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    root = ElementTree.fromstring(file.getvalue())
+    root.remove(root[0])  # matplotlib's style sheet, which would apply to the whole page
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    for group in root.iter(f"{SVG}g"):
+        name = group.attrib.pop("id", "")  # the same ids are in every chart, and a page may have each only once
+        if name:
+            group.set("class", re.sub(r"[_ ]?\d*$", "", name))
+        if name in hover:
+            _add_titles(group, hover[name])
+    for element in root.iter():
+        _make_short(element)
+    ElementTree.register_namespace("", SVG.strip("{}"))
+    ElementTree.register_namespace("xlink", LINK.split("}")[0].strip("{"))
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _add_titles(group: ElementTree.Element, titles: Sequence[str]) -> None:
+    """Give the shapes of a group their hover titles, in the order in which they were drawn."""
+    kinds = (group.findall(f".//{SVG}{kind}") for kind in ("use", "path", "text"))
+    for shape, text in zip(next(filter(None, kinds)), titles, strict=True):
+        if shape.tag == f"{SVG}use":
+            group.set("style", shape.attrib.pop("style"))  # once, not at each of the points
+        title = ElementTree.Element(f"{SVG}title")
+        title.text = text
+        shape.insert(0, title)
+
+
+def _make_short(element: ElementTree.Element) -> None:
+    """Take out what the page's style sheet says already, and let it choose the colours."""
+    if "style" in element.attrib:
+        style = re.sub(r"font[^;]*; |; stroke-linecap: square", "", element.attrib["style"])
+        element.set("style", re.sub("#[0-9a-f]{6}", lambda found: VARIABLES[found[0]], style))
+    if "d" in element.attrib:
+        element.set("d", " ".join(element.attrib["d"].split()))
+    if element.get("transform", "").startswith("rotate(-0 "):
+        del element.attrib["transform"]
+    if element.tag != f"{SVG}text" and element.tag != f"{SVG}title":
+        element.text = None
+    element.tail = None

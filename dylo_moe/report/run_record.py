@@ -1,4 +1,4 @@
-"""What the folder of a run tells afterwards, whole or not."""
+"""What the folder of a run holds, also of a run that was killed or is still running."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dylo_moe.utils.words import counted
+
 FILES = ("config.yaml", "metrics.jsonl", "run.json")
 """A folder that holds none of these is no run."""
 
 Points = list[tuple[float, float | None]]
+"""(step, value) of each log; None where the value is not finite."""
 
 
 class Record(NamedTuple):
-    """A run as its files tell it; what they do not tell is empty."""
+    """A run as its files describe it; what they do not hold is empty."""
 
     name: str
     """Of the folder."""
@@ -31,7 +34,12 @@ class Record(NamedTuple):
     experts: list[str]
     is_finished: bool
     missing: list[str]
-    """What is not there, or cannot be read, in sentences."""
+    """Sentences about files that are not there or cannot be read."""
+
+    @property
+    def has_training_log(self) -> bool:
+        """Whether a loss of training was logged, not only evaluations."""
+        return any("lm_loss" in line for line in self.lines)
 
     def points(self, key: str) -> Points:
         """(step, value) of each line that has this key; None where its value is not a finite number."""
@@ -69,23 +77,23 @@ def read_record(folder: Path) -> Record:
     if not any((folder / name).is_file() for name in FILES):
         raise ValueError(f"{folder} is no run: it holds none of {', '.join(FILES)}")
     missing: list[str] = []
-    facts = _mapping(_read(folder / "run.json", missing, "base, experts, data, versions and hardware are not known"))
-    settings = _mapping(_read(folder / "config.yaml", missing, "the configuration is not known"))
+    facts = read_mapping(folder / "run.json", missing, "base, experts, data, versions and hardware are not known")
+    settings = read_mapping(folder / "config.yaml", missing, "the configuration is not known")
     lines = _read_lines(folder / "metrics.jsonl", missing)
     is_finished = (folder / "samples.json").is_file()
     samples: list[dict[str, Any]] = []
     if is_finished:
-        found = _list(_read(folder / "samples.json", missing, "there are no samples"))
-        samples = [item for item in found if isinstance(item, dict)]
+        samples = _dicts(_read(folder / "samples.json", missing, "there are no samples"))
     else:
         missing.append("samples.json is missing: the run has not ended, or did not end well")
-    if lines and not any("lm_loss" in line for line in lines):
-        missing.append("metrics.jsonl holds no training log yet")
     domains = [str(item["name"]) for item in _dicts(facts.get("data")) if "name" in item]
     experts = [str(item["name"]) for item in _dicts(facts.get("experts")) if "name" in item]
     domains = domains or _named(lines, r"eval_(.+)_loss")
     experts = experts or _named(lines, r"gate_drift_(.+)")
-    return Record(folder.resolve().name, facts, settings, lines, samples, domains, experts, is_finished, missing)
+    record = Record(folder.resolve().name, facts, settings, lines, samples, domains, experts, is_finished, missing)
+    if lines and not record.has_training_log:
+        missing.append("metrics.jsonl holds no training log yet")
+    return record
 
 
 def finite(value: Any) -> float | None:
@@ -94,14 +102,29 @@ def finite(value: Any) -> float | None:
     return float(value) if is_number else None
 
 
-def _read(path: Path, missing: list[str], so: str) -> Any:
+def read_mapping(path: Path, missing: list[str], consequence: str) -> dict[str, Any]:
+    """The content of a file of JSON or YAML, empty where it cannot be had.
+
+    Args:
+        missing: gets a sentence where the file is not there, cannot be read, or holds something else.
+        consequence: what that sentence ends with.
+    """
+    found = _read(path, missing, consequence)
+    if isinstance(found, dict):
+        return {str(name): value for name, value in found.items()}
+    if found is not None:
+        missing.append(f"{path.name} holds no settings: {consequence}")
+    return {}
+
+
+def _read(path: Path, missing: list[str], consequence: str) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
-        missing.append(f"{path.name} is missing: {so}")
+        missing.append(f"{path.name} is missing: {consequence}")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        missing.append(f"{path.name} cannot be read ({type(error).__name__}): {so}")
+        missing.append(f"{path.name} cannot be read ({type(error).__name__}): {consequence}")
     return None
 
 
@@ -117,21 +140,17 @@ def _read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             broken += 1
     if broken:
-        count = "1 line of metrics.jsonl is" if broken == 1 else f"{broken:,} lines of metrics.jsonl are"
-        missing.append(f"{count} cut off or no JSON, and left out")
+        verb = "is" if broken == 1 else "are"
+        missing.append(f"{counted(broken, 'line')} of metrics.jsonl {verb} cut off or no JSON, and left out")
     if not lines:
         missing.append("metrics.jsonl is empty: nothing was logged")
     return lines
 
 
 def _named(lines: list[dict[str, Any]], pattern: str) -> list[str]:
-    """Names as the metrics' keys hold them, where run.json does not say them."""
+    """The names that stand in the metrics' keys, for where run.json does not hold them."""
     found = [match[1] for line in lines for key in line if (match := re.fullmatch(pattern, key))]
     return list(dict.fromkeys(found))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

@@ -1,21 +1,21 @@
-"""What the folder of a stream tells, whole or not."""
+"""What the folder of a stream holds, also of a stream that was killed or is still running."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from dylo_moe.evaluation.loss_matrix import MATRIX, Matrix, read_matrix
 from dylo_moe.report.html import REPORT
+from dylo_moe.report.run_record import read_mapping
+from dylo_moe.utils.words import counted
 
 STREAM = "stream.json"
-"""What tells a stream's folder from a run's."""
+"""The file that a stream's folder has and a run's has not."""
 
 
 class StreamRecord(NamedTuple):
-    """A stream as its files tell it; what they do not tell is empty."""
+    """A stream as its files describe it; what they do not hold is empty."""
 
     name: str
     """Of the folder."""
@@ -26,7 +26,7 @@ class StreamRecord(NamedTuple):
     pages: list[Path | None]
     """Of each stage of the matrix: the page about its run, where there is one."""
     missing: list[str]
-    """What is not there, or cannot be read, in sentences."""
+    """Sentences about files that are not there or cannot be read."""
 
 
 def is_stream(folder: Path) -> bool:
@@ -37,8 +37,8 @@ def is_stream(folder: Path) -> bool:
 def read_stream(folder: Path) -> StreamRecord:
     """Read what there is."""
     missing: list[str] = []
-    state = _mapping(folder / STREAM, missing, "whether the stream has ended is not known")
-    settings = _mapping(folder / "config.yaml", missing, "the configuration is not known")
+    state = read_mapping(folder / STREAM, missing, "whether the stream has ended is not known")
+    settings = read_mapping(folder / "config.yaml", missing, "the configuration is not known")
     try:
         matrix = read_matrix(folder / MATRIX)
     except FileNotFoundError:
@@ -49,34 +49,19 @@ def read_stream(folder: Path) -> StreamRecord:
         missing.append(f"{MATRIX} cannot be read: {error}")
     is_finished = state["state"] == "finished" if isinstance(state.get("state"), str) else None
     if is_finished is False:
-        stages = "1 stage is" if len(matrix.stages) == 1 else f"{len(matrix.stages):,} stages are"
-        missing.append(f"the stream has not ended, or did not end well: {stages} measured")
+        verb = "is" if len(matrix.stages) == 1 else "are"
+        stages = counted(len(matrix.stages), "stage")
+        missing.append(f"the stream has not ended, or did not end well: {stages} {verb} measured")
     listed = state.get("stages") if isinstance(state.get("stages"), list) else []
     pages = [_page(folder, place, listed) for place in range(len(matrix.stages))]
     return StreamRecord(folder.resolve().name, matrix, settings, is_finished, pages, missing)
 
 
 def _page(folder: Path, place: int, listed: Any) -> Path | None:
-    """The page about a stage, only if it lies inside the stream's folder."""
+    """The page about a stage's run, only if it is inside the stream's folder."""
     entry = listed[place] if place < len(listed) else None
     named = entry.get("folder") if isinstance(entry, dict) else None
     found = [folder / named] if isinstance(named, str) and "\0" not in named else []
     found += sorted((folder / "stages").glob(f"{place + 1:02d}_*"))
     pages = (path.resolve() / REPORT for path in found)
     return next((page for page in pages if page.is_relative_to(folder.resolve() / "stages") and page.is_file()), None)
-
-
-def _mapping(path: Path, missing: list[str], so: str) -> dict[str, Any]:
-    """The content of a file of JSON or YAML."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        missing.append(f"{path.name} is missing: {so}")
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        missing.append(f"{path.name} cannot be read ({type(error).__name__}): {so}")
-        return {}
-    if isinstance(found, dict):
-        return {str(name): value for name, value in found.items()}
-    missing.append(f"{path.name} holds no settings: {so}")
-    return {}

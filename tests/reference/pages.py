@@ -11,7 +11,7 @@ HOSTILE = "<script>document.title='ran'</script><img src='http://outside.invalid
 KNOWN_TAGS = {
     *("html", "head", "meta", "title", "link", "style", "body", "main", "section", "h1", "h2", "p", "div", "span", "b"),
     *("i", "ul", "li", "table", "tr", "th", "td", "figure", "figcaption", "details", "summary", "pre"),
-    *("svg", "g", "path", "text", "circle", "rect", "a"),
+    *("svg", "g", "path", "text", "defs", "use", "a"),
 }
 """All that a page of ours is made of."""
 
@@ -20,8 +20,12 @@ def read(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
+VOID = {"meta", "link"}
+"""Elements without an end tag."""
+
+
 class Reader(HTMLParser):
-    """Tags, attributes, and the text inside elements of a class."""
+    """Tags, attributes, and the text that is directly inside each element."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -29,6 +33,8 @@ class Reader(HTMLParser):
         self.attributes: list[tuple[str, str]] = []
         self.opened: list[tuple[str, dict[str, str]]] = []
         self.texts: list[str] = []
+        self.inside: list[int] = []
+        """The elements that are open now, by their places in `opened`."""
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -36,10 +42,16 @@ class Reader(HTMLParser):
         self.opened.append((tag, dict(attrs)))
         self.attributes += attrs
         self.texts.append("")
+        if tag not in VOID:
+            self.inside.append(len(self.opened) - 1)
+
+    def handle_endtag(self, tag):
+        while self.inside and self.opened[self.inside.pop()][0] != tag:
+            pass
 
     def handle_data(self, data):
-        if self.texts:
-            self.texts[-1] += data
+        if self.inside:
+            self.texts[self.inside[-1]] += data
 
     def of(self, tag: str) -> list[tuple[dict[str, str], str]]:
         return [(attrs, text) for (name, attrs), text in zip(self.opened, self.texts, strict=True) if name == tag]

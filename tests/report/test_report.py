@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.browser import BROWSER, needs_browser, open_page, screenshot
 from reference.pages import HOSTILE, KNOWN_TAGS, Reader, read, shown_and_written
@@ -28,16 +28,18 @@ from dylo_moe.report.charts import (
     RIGHT,
     TOP,
     WIDTH,
-    Series,
     colour_class,
     heatmap,
     line_chart,
     number,
     thinned,
-    ticks,
 )
-from dylo_moe.report.run_page import SECTIONS, write_report
+from dylo_moe.report.run_page import write_report
+from dylo_moe.training.charts import Series, ticks
 from dylo_moe.utils.redact import short_name
+
+SECTIONS = ["summary", "losses", "benchmarks", "experts", "entropy", "load", "drift", "gradients", "alarms"]
+SECTIONS += ["samples", "data", "configuration", "versions", "hardware", "metrics"]
 
 EXPERTS = ["expert_0", f"b{HOSTILE}"]
 DOMAINS = ["data/a_b.jsonl", f"c {HOSTILE}"]
@@ -176,11 +178,11 @@ def test_a_page_is_made_of_what_is_there_and_says_what_is_not(name, said, how, h
         said = "are cut off|is cut off" if name == "metrics.jsonl" else f"{re.escape(name)} cannot be read"
     whole, page = read(write_report(str(hostile))), read(write_report(str(folder)))
     assert re.search(said, page) and not re.search(said, whole)
-    for identity in SECTIONS:
-        assert f"<section id='{identity}'>" in page
+    assert re.findall("<section id='(.*?)'", page) == SECTIONS
     if name == "run.json":  # the metrics' keys name the datasets and experts too
         charts = r"<section id='losses'>.*?</section>"
-        assert re.search(charts, page)[0].count("<circle") == re.search(charts, whole)[0].count("<circle")
+        counts = [re.search(charts, text, re.DOTALL)[0].count("<use") for text in (page, whole)]
+        assert counts[0] == counts[1] > 20
 
 
 def test_a_run_without_any_log_has_a_page(tmp_path):
@@ -191,9 +193,20 @@ def test_a_run_without_any_log_has_a_page(tmp_path):
 
 
 def test_what_is_not_finite_breaks_the_line(tmp_path):
-    figure = line_chart("x", [Series("a", [(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], 0)])
-    path = re.search(r"class='line' d='([^']*)'", figure)[1]
-    assert path.count("M") == 2 and path.count("L") == 1 and figure.count("<title>") == 3
+    svg = line_chart("x", [Series("a", [(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], 0)]).svg
+    (path,) = lines_of(svg)
+    assert path.count("M") == 2 and path.count("L") == 1 and svg.count("<title>") == 3
+    assert len(spots(svg, "points")) == 3
+
+
+@pytest.mark.parametrize("values", [[1.0], [None, 1.0, None], [None, 1.0], [2.0, None, 1.0, None, None]])
+def test_a_point_without_a_neighbour_is_a_dot(values):
+    """A line of one point is no line: without a dot, nothing of it would be seen."""
+    svg = line_chart("x", [Series("a", list(enumerate(values)), 0)]).svg
+    assert len(spots(svg, "dots")) == sum(value is not None for value in values)
+    svg = line_chart("x", [Series("a", [*enumerate(values), (8, 1.0), (9, 1.0)], 0)]).svg
+    before_the_line = 1 if values[-1] is not None else 0
+    assert len(spots(svg, "dots")) == sum(value is not None for value in values) - before_the_line
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
@@ -211,21 +224,36 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
 
 # What its charts draw.
 
+
+def spots(svg: str, kind: str) -> list[list[float]]:
+    """Where the markers of all groups of a kind are: "dots" are seen, "points" are invisible and have hover titles."""
+    groups = re.findall(rf'<g class="{kind}".*?</g></g>', svg)
+    places = [place for group in groups for place in re.findall(r'<use [^>]*?x="([\d.-]+)" y="([\d.-]+)"', group)]
+    return [[float(x), float(y)] for x, y in places]
+
+
+def lines_of(svg: str) -> list[str]:
+    """The path of each series' line."""
+    return re.findall(r'<g class="line2d"><path d="([^"]*)" style="[^"]*stroke: var\(--c\d\)', svg)
+
+
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_a_point_lies_where_its_value_says(values):
     """Heights are an affine map of the values, and steps go to the right."""
-    figure = line_chart("x", [Series("a", list(enumerate(values)), 0)])
-    places = np.array([[float(x), float(y)] for x, y in re.findall(r"cx='([\d.-]+)' cy='([\d.-]+)'", figure)])
+    svg = line_chart("x", [Series("a", list(enumerate(values)), 0)]).svg
+    places = np.array(spots(svg, "points"))
     assert len(places) == len(values) and (np.diff(places[:, 0]) > 0).all()
-    assert (places >= (LEFT, TOP)).all() and (places <= (WIDTH - RIGHT, HEIGHT - BOTTOM)).all()
-    axis = re.findall(rf"<text x='{LEFT - 6}' y='([\d.-]+)' text-anchor='end'>(-?[\d.,e+-]+)<", figure)
-    (low, low_value), (high, high_value) = [
-        (float(y) - 4, float(text.replace(",", ""))) for y, text in (axis[0], axis[-1])
-    ]
-    assert high < low
+    assert (places >= np.array((LEFT, TOP)) - 1e-6).all()
+    assert (places <= np.array((WIDTH - RIGHT, HEIGHT - BOTTOM)) + 1e-6).all()
+    axis = re.findall(r'<g class="ytick"><g class="line2d"><path d="M \d+ ([\d.]+).*?<text[^>]*>([^<]+)<', svg)
+    shared = [text for text in re.findall(r"<text[^>]*>(1e[^<]+)<", svg)]  # a power of ten for the whole axis
+    unit = float(shared[0]) if shared else 1.0
+    (low, low_value), (high, high_value) = [(float(y), float(text) * unit) for y, text in (axis[0], axis[-1])]
+    assert high < low and len({text for _, text in axis}) == len(axis)
     if high_value > low_value and (high_value - low_value) > 1e-2 * max(abs(high_value), abs(low_value)):
         wanted = low + (np.array(values) - low_value) / (high_value - low_value) * (high - low)
         assert np.abs(places[:, 1] - wanted).max() < 0.02 * (low - high)  # the labels are rounded
@@ -252,17 +280,32 @@ def test_a_long_line_becomes_means_of_neighbours(values):
         assert value == pytest.approx(np.mean([values[index] for index in part]), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_a_cell_is_as_full_as_its_share(shares):
-    figure = heatmap(
+    svg = heatmap(
         "x", [("a", list(enumerate(shares))), ("b", [(step, 1 - share) for step, share in enumerate(shares)])]
-    )
-    found = [float(value) for value in re.findall(r"fill-opacity='([\d.]+)'", figure)]
+    ).svg
+    cells = re.findall(r"<path [^>]*>", re.search(r'<g class="cells">.*?</g>', svg)[0])
+    opacities = [re.search(r"fill-opacity: ([\d.]+)", cell) for cell in cells]
+    found = [
+        float(match[1]) if match else float("fill: none" not in cell)
+        for match, cell in zip(opacities, cells, strict=True)
+    ]
     assert found == pytest.approx([*shares, *(1 - share for share in shares)], abs=6e-4)
 
 
 def test_experts_beyond_the_colours_have_another_kind_of_line():
     assert len({colour_class(index) for index in range(28)}) == 28
+    svg = line_chart("x", [Series(str(index), [(0, 0.0), (1, 1.0)], index) for index in range(28)]).svg
+    assert len(set(re.findall(r'<g class="line2d"><path [^>]*style="([^"]*stroke: var\(--c[^"]*)"', svg))) == 28
+
+
+def test_the_same_log_gives_the_same_charts():
+    """No date, no random identifiers: two pages about one run are equal, letter for letter."""
+    series = [Series("a", [(0, 1.0), (1, 2.0)], 0), Series("b", [(0, 3.0)], 1, dots=True)]
+    assert line_chart("x", series) == line_chart("x", series)
+    assert heatmap("x", [("a", [(0, 0.5)])]) == heatmap("x", [("a", [(0, 0.5)])])
 
 
 # What it must not do.
@@ -275,6 +318,8 @@ def test_hostile_text_stays_text(hostile):
     assert reader.tags <= KNOWN_TAGS
     assert not [name for name, _ in reader.attributes if name.startswith("on") or name == "src"]
     assert [value for name, value in reader.attributes if name == "href"] == ["data:,"]
+    # Inside an SVG a marker is drawn once and used at every point, by a name that no page can be at.
+    assert all(value.startswith("#m") for name, value in reader.attributes if name == "xlink:href")
     for identity in ("summary", "alarms", "samples", "data", "configuration", "versions", "hardware", "metrics"):
         section = re.search(f"<section id='{identity}'>.*?</section>", page, re.DOTALL)[0]
         shown = html.unescape(section)
@@ -292,9 +337,9 @@ def test_a_real_browser_shows_it_whole_without_network_or_script(which, request,
     shown, written = shown_and_written(write_report(str(request.getfixturevalue(which))), tmp_path)
     assert [attrs["id"] for attrs, _ in shown.of("section")] == list(SECTIONS)
     # Nothing that was written was dropped, moved or added by the browser's parser.
-    for tag in ("circle", "rect", "path", "td", "span", "title", "figure"):
+    for tag in ("use", "path", "text", "td", "span", "title", "figure"):
         assert [text for _, text in shown.of(tag)] == [text for _, text in written.of(tag)], tag
-    assert len(shown.of("circle")) > 20 and len(shown.of("rect")) > 20
+    assert len(shown.of("use")) > 20 and len(shown.of("path")) > 20
 
 
 @needs_browser
