@@ -8,6 +8,7 @@ import pytest
 import torch
 from reference.checkpoints import grown
 from reference.laws import KEY, Comparison, Laws, table
+from reference.runs import tiny_run_folder
 
 
 def pytest_addoption(parser):
@@ -53,3 +54,9 @@ def saved(original, tmp_path):
     model, folder = original
     shutil.copytree(folder, tmp_path / "saved")
     return copy.deepcopy(model), tmp_path / "saved"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A base with its tokenizer in a folder, and two small datasets of different words; nobody may change it."""
+    return tiny_run_folder(tmp_path_factory.mktemp("tiny"), words=30)

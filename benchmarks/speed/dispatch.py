@@ -69,7 +69,7 @@ def runner(routed: RoutedLinear, x: Tensor, *, dense: bool, learns: bool) -> Cal
     selected = (torch.arange(tokens) % len(names))[torch.randperm(tokens, generator=generator)].to(x.device)
     weights = nn.functional.one_hot(selected, len(names)).float()[None].requires_grad_(learns)
     routing = Routing(names, weights, torch.ones(1, tokens, dtype=torch.bool, device=x.device), None)
-    context, chosen = ForwardContext(None), rule.dense_is_quicker
+    context, chosen = ForwardContext(), rule.dense_is_quicker
     rule.dense_is_quicker = lambda **shapes: dense  # type: ignore[assignment]
     try:
         context.dispatch = make_dispatch(routing, selected[None, :, None], layouts=[routed.layout], dtype=x.dtype)
@@ -78,7 +78,7 @@ def runner(routed: RoutedLinear, x: Tensor, *, dense: bool, learns: bool) -> Cal
     leaves = [x, *(p for p in routed.parameters() if p.requires_grad)]
 
     def run() -> None:
-        routed.context_slot.begin(context)
+        routed.context_slot.enter(context)
         with torch.set_grad_enabled(learns):
             y = routed(x)
         routed.context_slot.end()

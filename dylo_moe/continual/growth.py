@@ -1,18 +1,20 @@
-"""What a growing pool knows of its skills: whether data is new, and the gate row of what is learned."""
+"""How a model grows: whether data is new, who is to learn it, and the gate row that sends tokens there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dylo_moe.continual.base_texts import write_texts
 from dylo_moe.continual.config import GROW, NEAREST, SKIP, GrowthConfig
 from dylo_moe.continual.gate_fit import fit_row, refit_rows
 from dylo_moe.continual.novelty_detector import Novelty, judge
 from dylo_moe.continual.skill_library import SkillLibrary
-from dylo_moe.routing.router import Router
+from dylo_moe.experts.expert import check_name
+from dylo_moe.routing.config import BASE
 
 GROWN = "grown"
 
@@ -21,9 +23,6 @@ CONSOLIDATED = "consolidated"
 SKIPPED = "skipped"
 
 REPORTED = "reported"
-
-Grow = Callable[..., None]
-"""Adds an expert; `source`: a copy of that one, None: a fresh one."""
 
 GateRows = dict[str, tuple[Tensor, Tensor]]
 """A gate row, fp32 [hidden], and its bias, fp32 scalar, of each expert."""
@@ -51,18 +50,66 @@ class SkillDecision(NamedTuple):
 
 
 class Growth:
-    """The library of a pool, and what follows from it. It reads the router's features and never a text.
+    """The skill library of a model, and what follows from it: judgements, new experts, gate rows.
+
+    It reads the router's features and never keeps a text.
 
     Args:
-        config: when to grow, and how.
-        router: whose gate rows are fitted.
-        library: what is known already.
+        model: a `DyLoRAMoE`; of it the router, the pool, `text_features`, `add_expert` and `route_to` are used.
+        config: when to grow, and how; default `GrowthConfig()`.
+        library: what is known already; default nothing.
+        enabled: whether new data may add experts.
     """
 
-    def __init__(self, config: GrowthConfig, *, router: Router, library: SkillLibrary) -> None:
-        self.config = config
-        self.library = library
-        self._router = router
+    def __init__(
+        self,
+        model: Any,
+        *,
+        config: GrowthConfig | None = None,
+        library: SkillLibrary | None = None,
+        enabled: bool = False,
+    ) -> None:
+        self.config = GrowthConfig() if config is None else config
+        self.library = SkillLibrary(model.router.hidden_size) if library is None else library
+        self.enabled = enabled
+        self._model = model
+
+    def enable(self, config: GrowthConfig | None, *, seed: int) -> None:
+        """From here on `add_skill` may grow the pool, gate rows are fitted, and `base` is a member of the pool.
+
+        Of a pool that was trained jointly the experts and their gate rows stay as they are.
+
+        Args:
+            config: default: as it was, or `GrowthConfig()`.
+            seed: of the draws that the base's own gate row is fitted with, where experts are there already.
+
+        Raises:
+            ValueError: for a pool of experts whose skills are not known, to which all text would be new; tell it of
+                them with `know_skill` first. Nothing has changed then.
+        """
+        router, pool = self._model.router, self._model.experts
+        if len(pool) and not self.library.skills:
+            raise ValueError(
+                "this pool's skills are not known, so that all text would be new to it; know_skill() first"
+            )
+        self.config = self.config if config is None else config
+        if not router.has_base:
+            router.add_base()
+            if len(pool):
+                self._write_base(seed)
+                self.fit(BASE, seed=seed)
+        self.enabled = True
+
+    def fix(self, config: GrowthConfig | None) -> None:
+        """From here on `add_skill` adds no expert: what is new is reported. The library stays.
+
+        Args:
+            config: how to judge; default: as it was, or `GrowthConfig()`.
+        """
+        self.config = self.config if config is None else config
+        self.enabled = False
+
+    # Judgement.
 
     def judge(self, texts: Sequence[Tensor]) -> Novelty:
         """How new a sample is.
@@ -81,33 +128,50 @@ class Growth:
     @torch.no_grad()
     def entropy(self, texts: Sequence[Tensor]) -> float:
         """Mean entropy of the gate's probabilities over the tokens of a sample, in nats."""
-        p_TE = self._router.logits(torch.cat(list(texts))).softmax(-1)
+        p_TE = self._model.router.logits(torch.cat(list(texts))).softmax(-1)
         return float(torch.special.entr(p_TE).sum(-1).mean())
 
     @torch.no_grad()
     def shares(self, texts: Sequence[Tensor]) -> dict[str, float]:
         """Which members of the pool the tokens of a sample choose, as fractions."""
-        chosen = self._router.logits(torch.cat(list(texts))).argmax(-1)
-        counts = chosen.bincount(minlength=len(self._router.names)).double()
-        return dict(zip(self._router.names, (counts / counts.sum()).tolist(), strict=True))
+        router = self._model.router
+        chosen = router.logits(torch.cat(list(texts))).argmax(-1)
+        counts = chosen.bincount(minlength=len(router.names)).double()
+        return dict(zip(router.names, (counts / counts.sum()).tolist(), strict=True))
 
-    def take(
-        self, name: str, texts: Sequence[Tensor], *, expert: str | None, grow: Grow | None, seed: int
+    # What is learned.
+
+    def add_skill(
+        self, name: str, batches: Iterable[dict[str, Tensor]], *, rank: int | None, expert: str | None, seed: int
     ) -> SkillDecision:
-        """Decide what to do with a sample; where somebody is to learn it, the library takes it up.
+        """Decide whether data is new, and which expert is to learn it; where it is new, add that expert.
+
+        The library takes up the data's statistics and the new gate row is fitted at once, because they follow from the
+        frozen base alone. Training is left to the caller.
 
         Args:
-            name: of the skill, and of its expert where one grows.
-            texts: as for `judge`.
-            expert: who is to learn it, whatever it is.
-            grow: adds the expert; None: the pool is fixed.
-            seed: of the draws.
+            name: of the skill and, where it is new, of its expert.
+            batches: a sample of it, as for `DyLoRAMoE.text_features`; 100 texts are plenty.
+            rank: of a new expert; default the pool's.
+            expert: an expert of the pool that is to learn this data whatever it is. The gate sends it there only
+                after its row was fitted again.
+            seed: of the draws and of the new expert's start.
+
+        Raises:
+            ValueError: for a name that cannot be an expert's, an unknown expert, or fewer than two texts; nothing has
+                changed then.
         """
+        if expert is not None:
+            self._model.experts[expert]  # raises for an unknown name
+        texts = self._features(name, batches)
+        if self.enabled:
+            self._write_base(seed)
         novelty, entropy = self.judge(texts), self.entropy(texts)
-        action, skill, learner = self._action(name, novelty, expert, can_grow=grow is not None)
-        if action == GROWN and grow is not None:
+        action, skill, learner = self._action(name, novelty, expert)
+        if action == GROWN:
             nearest = novelty.nearest if self.config.start_from == NEAREST else None
-            grow(source=None if nearest is None else self.library[nearest].expert)
+            source = None if nearest is None else self.library[nearest].expert
+            self._add_expert(name, source=source, rank=rank, seed=seed)
         if learner is not None:
             self.library.learn(skill, texts, expert=learner, seed=seed)
         if action == GROWN:
@@ -117,29 +181,86 @@ class Growth:
         score, threshold = (None, None) if novelty.nearest is None else (novelty.score, novelty.threshold)
         return SkillDecision(skill, novelty.novel, score, threshold, novelty.nearest, entropy, action, learner)
 
-    def _action(
-        self, name: str, novelty: Novelty, expert: str | None, *, can_grow: bool
-    ) -> tuple[str, str, str | None]:
-        """What is done with data, under which skill's name, and who learns it."""
+    def _action(self, name: str, novelty: Novelty, expert: str | None) -> tuple[str, str, str | None]:
+        """What is done with data, under which skill's name, and which expert learns it."""
         nearest, known = novelty.nearest, self.config.known_skill
         if expert is not None:
             return CONSOLIDATED, name if novelty.novel or nearest is None else nearest, expert
         if novelty.novel or nearest is None or known == GROW:
-            return (GROWN, name, name) if can_grow else (REPORTED, name, None)
+            return (GROWN, name, name) if self.enabled else (REPORTED, name, None)
         if known == SKIP:
             return SKIPPED, nearest, None
         return CONSOLIDATED, nearest, self.library[nearest].expert
 
+    @torch.no_grad()
+    def _add_expert(self, name: str, *, source: str | None, rank: int | None, seed: int) -> None:
+        """Add an expert to the pool: a copy of `source`, or one with zero delta. Random state stays as it was."""
+        pool = self._model.experts
+        check_name(name, taken=pool, modules=pool.base_modules())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._model.add_expert(name, rank=rank, skill=name)
+        if source is not None:
+            pool.copy(source, name)
+
+    def know_base(self, batches: Iterable[dict[str, Tensor]], *, seed: int) -> None:
+        """Take up what should stay with the unchanged base, from a sample of general text; no gate row changes.
+
+        Gate rows that are fitted from here on are fitted against it, and no longer against what was told before. Where
+        nothing was told when the first one is fitted, texts that the base itself writes stand in.
+
+        Args:
+            batches: as for `add_skill`.
+            seed: of the batches that are scored for calibration.
+        """
+        texts = self._features(BASE, batches)
+        if BASE in self.library:
+            self.library.forget(BASE)
+        self.library.learn(BASE, texts, expert=BASE, seed=seed)
+
+    def _write_base(self, seed: int) -> None:
+        """Let texts that the base writes stand for general text, unless the library has some."""
+        if BASE not in self.library:
+            with self._model.route_to(None):
+                self.know_base([{"input_ids": write_texts(self._model, seed=seed)}], seed=seed)
+
+    def know_skill(self, name: str, batches: Iterable[dict[str, Tensor]], *, seed: int) -> str:
+        """Take up the statistics of a skill that the pool has already; no expert and no gate row changes.
+
+        Args:
+            name: of the skill.
+            batches: a sample of it, as for `add_skill`.
+            seed: of the batches that are scored for calibration.
+
+        Returns:
+            The expert that most of its tokens choose, whose skill it counts as.
+        """
+        texts = self._features(name, batches)
+        shares = self.shares(texts)
+        expert = max(shares.keys() - {BASE}, key=shares.__getitem__)
+        self.library.learn(name, texts, expert=expert, seed=seed)
+        self.library.note_shares(name, shares)
+        return expert
+
+    def _features(self, skill: str, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+        texts = self._model.text_features(batches)
+        if len(texts) < 2:
+            raise ValueError(f"skill {skill!r} was given {len(texts)} texts; give at least two, better a hundred")
+        return texts
+
+    # Gate rows.
+
     def fit(self, expert: str, *, seed: int) -> None:
         """Fit one gate row against the library; all others stay bit for bit."""
-        self._router.set_row(expert, *fit_row(self._router, self.library, expert, seed=seed))
+        router = self._model.router
+        router.set_row(expert, *fit_row(router, self.library, expert, seed=seed))
 
     def refit(self, *, seed: int) -> GateRows:
         """All gate rows as the library would have them now; nothing is set."""
-        return refit_rows(self._router, self.library, seed=seed)
+        return refit_rows(self._model.router, self.library, seed=seed)
 
     def forget(self, expert: str) -> list[str]:
-        """Drop the skills of an expert that goes; returns their names."""
+        """Drop the skills of a removed expert; returns their names."""
         gone = [name for name in self.library.skills if self.library[name].expert == expert]
         for name in gone:
             self.library.forget(name)

@@ -1,4 +1,4 @@
-"""A checkpoint folder: write, verify, read.
+"""The format of a checkpoint folder, and its verification.
 
     dylora.json                      format, base and its fingerprint, router, experts, sha256 of every other file
     experts/NAME/adapter_config.json, adapter_model.safetensors      what stock PEFT reads
@@ -7,22 +7,18 @@
     README.md                        the model card
     optimizer.pt, scheduler.pt, ...  of a training checkpoint: what the Trainer needs to go on
 
-Weights are safetensors only, the base is never in it. A folder is written aside and renamed into place.
+Weights are safetensors only, the base is never in it. saving.py writes such folders, loading.py reads them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dylo_moe.base.fingerprint import unpack_samples
 from dylo_moe.continual.config import GrowthConfig
@@ -53,47 +49,6 @@ own files may lie beside ours."""
 
 class CheckpointError(ValueError):
     """A checkpoint that is not whole, or not for this base; the message names every problem found."""
-
-
-def _foreign_files(folder: Path) -> list[str]:
-    """Files in a folder that no checkpoint of ours put there."""
-    if not folder.is_dir():
-        return []
-    try:
-        own = {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
-    return sorted(files_below(folder) - own)
-
-
-def _put_into(aside: Path, target: Path) -> None:
-    """The manifest goes first and comes last: without it, what lies there is no checkpoint."""
-    (target / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(target / "experts", ignore_errors=True)
-    (target / LIBRARY_FILE).unlink(missing_ok=True)
-    for name in OWN_ENTRIES:
-        if (aside / name).exists():
-            os.replace(aside / name, target / name)
-    aside.rmdir()
-
-
-def _sort_lists(path: Path) -> None:
-    """PEFT writes sets in the order of the process; the same config should be the same bytes."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(values.get(name), list):
-            values[name].sort()
-    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _plain(config: PeftConfig) -> dict[str, Any]:
-    """A LoRA config as JSON holds it, sets in one order."""
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    return json.loads(json.dumps(values, default=str))
-
-
-def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
 
 
 def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
@@ -166,8 +121,7 @@ def _file_problems(folder: Path, files: dict[str, tuple[str, int]], *, strict: b
     return problems
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def plain_config(config: PeftConfig) -> dict[str, Any]:
+    """A LoRA config as JSON holds it, sets in one order."""
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    return json.loads(json.dumps(values, default=str))

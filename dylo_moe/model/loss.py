@@ -1,4 +1,4 @@
-"""The language-model loss from hidden states, a chunk of tokens at a time, so that all logits never exist at once.
+"""The losses of a forward: the language-model loss, whole or a chunk of tokens at a time, and the router's losses.
 
 Shapes: B batch, S sequence, N predicted tokens, H hidden, V vocabulary.
 """
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
+
+from dylo_moe.routing.router import Router
 
 LARGE_VOCABULARY = 100_000
 """From here on the logits and their copies are most of a training step's memory for any base that trains on one card:
@@ -225,6 +227,24 @@ def check_plain_head(base: PreTrainedModel) -> None:
         )
 
 
+def smoothed_loss(out: Any, labels: Tensor, count: Tensor, *, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The loss of a base that computed all logits, with label smoothing and without.
+
+    Args:
+        out: the base's output; its `loss` is the plain one.
+        labels: int64 [batch, seq], -100 where nothing is predicted.
+        count: what the loss is divided by.
+        label_smoothing: from 0 to below 1.
+
+    Raises:
+        ValueError: where smoothing needs logits that the base does not give.
+    """
+    if label_smoothing == 0:
+        return out.loss, out.loss
+    uniform = _uniform_loss(out.get("logits"), labels) / count
+    return (1 - label_smoothing) * out.loss + label_smoothing * uniform, out.loss
+
+
 def _uniform_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
     """Sum over the predicted tokens of the cross-entropy with a uniform distribution over the vocabulary."""
     if logits is None:
@@ -232,3 +252,35 @@ def _uniform_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
     counts = labels[:, 1:] != -100
     logits = logits[:, :-1].float().masked_fill(~counts[..., None], 0.0)  # there may be anything, also nan
     return ((logits.logsumexp(-1) - logits.mean(-1)) * counts).sum()
+
+
+def add_router_losses(
+    result: Any,
+    router: Router,
+    *,
+    labels: Tensor,
+    balance_coefficient: float,
+    num_items: Tensor | int | None,
+    num_tokens: Tensor | int | None,
+) -> None:
+    """Add the router's losses to an output that has a `loss` and a `routing`, and their weighted sum to its `loss`.
+
+    Args:
+        result: gets `balance_loss`, `z_loss`, `entropy_loss` and `aux_loss`.
+        labels: int64 [batch, seq], -100 where nothing is predicted.
+        balance_coefficient: weight of the balance loss; the other two weights are the router's own.
+        num_items: predicted tokens of the whole optimizer step.
+        num_tokens: real tokens of the whole optimizer step, which the losses are divided by. Where only `num_items` is
+            known, the losses are taken over the predicted tokens; where neither is, over the real tokens at hand.
+    """
+    tokens = None
+    if num_tokens is None and num_items is not None:
+        tokens, num_tokens = F.pad(labels[:, 1:] != -100, (0, 1)), num_items
+    losses = router.losses(result.routing, tokens=tokens, num_tokens=num_tokens)
+    result.balance_loss, result.z_loss, result.entropy_loss = losses
+    result.aux_loss = (
+        balance_coefficient * losses.balance
+        + router.config.z_loss_coefficient * losses.z
+        + router.config.entropy_coefficient * losses.entropy
+    )
+    result.loss = result.loss + result.aux_loss

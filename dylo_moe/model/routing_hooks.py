@@ -13,14 +13,13 @@ from transformers.utils import ModelOutput
 
 from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
-from dylo_moe.model.nonfinite import broken_weights
+from dylo_moe.model.nonfinite import blame_nan
 from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, router_cache_layer
 from dylo_moe.routing.features import causal_exponential_mean
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
-from dylo_moe.routing.router import Router, Routing, force_routing, make_dispatch
+from dylo_moe.routing.router import Router, force_routing, make_dispatch
 from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
 from dylo_moe.utils.distributed import are_joined
-from dylo_moe.utils.words import listed
 
 BASE_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """What a pass of the base alone takes over of a forward's inputs."""
@@ -42,26 +41,28 @@ class Prompt(NamedTuple):
 
 
 class _RouterReached(Exception):
-    """Ends a forward that was only asked where its tokens go."""
-
-    def __init__(self, context: ForwardContext) -> None:
-        super().__init__()
-        self.context = context
+    """Ends a forward that was asked for its routing alone."""
 
 
 class RoutingHooks:
-    """Routes every forward of a base: one that the model calls, one of `generate`, one of a user's own.
+    """Routes every forward of a base, whoever calls it: the model, `generate`, or a user's own loop.
 
-    Before the base begins, its inputs are kept (and, where the router reads the last hidden states, the base
-    is run alone); as the first routed layer begins, the router decides, and the dispatch that all routed
-    linears read is made; when the base is done, the routing goes into its output. With `skips_head` the base is asked
-    for no logits and no loss: what would enter its head goes into the output as `head_input`.
+    Four hooks do it, because Transformers' own code runs between them:
+
+    - before the base: the forward's context begins and keeps the inputs that the router needs; where the router reads
+      the last hidden states, the base is run alone first;
+    - before the first routed layer: hidden states -> features -> routing -> the dispatch that all routed linears read;
+    - before the head: where the loss is computed in chunks, no token enters it, and the context keeps what would have;
+    - after the base: the context ends, and weights that made the output NaN are named.
+
+    A caller that wants more than the plain forward describes it in a `ForwardContext`, calls `run` with that, and reads
+    the results from it.
 
     Args:
         base: the base model, with the adapters injected.
         router: decides.
         pool: the experts.
-        slot: where the running forward's context lies for the routed linears.
+        slot: where the routed linears find the running forward's context.
     """
 
     def __init__(self, base: PreTrainedModel, *, router: Router, pool: ExpertPool, slot: ContextSlot) -> None:
@@ -80,26 +81,40 @@ class RoutingHooks:
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
             base.register_forward_hook(self._end, with_kwargs=True, always_call=True),
             layers[self._first_layer].register_forward_pre_hook(self._route, with_kwargs=True),
-            cast(nn.Module, base.get_output_embeddings()).register_forward_pre_hook(self._skip_head),
+            cast(nn.Module, base.get_output_embeddings()).register_forward_pre_hook(self._before_head),
         ]
-        self._head_inputs: list[Tensor] | None = None
-        """In a forward that skips the head, what would enter it."""
 
     def remove(self) -> None:
         """Leave the base as it was."""
         for handle in self._handles:
             handle.remove()
 
-    def read(self, **inputs: Any) -> ForwardContext:
+    def run(self, context: ForwardContext, **inputs: Any) -> Any:
+        """Run the base for the forward that `context` describes; returns the base's own output."""
+        self.slot.announce(context)
+        try:
+            return self.base(**inputs)
+        finally:
+            self.slot.announce(None)
+
+    def read(
+        self, *, prompt_lengths: Tensor | None = None, labels: Tensor | None = None, **inputs: Any
+    ) -> ForwardContext:
         """Run the base up to the router and no further.
+
+        Args:
+            prompt_lengths: int64 [batch], as in the model's forward.
+            labels: int64 [batch, seq], likewise.
+            inputs: of the base.
 
         Returns:
             The forward's context: its `routing`, and its `features` (fp32 [batch, seq, hidden]).
         """
+        context = ForwardContext(labels=labels, prompt_lengths=prompt_lengths, ends_at_router=True)
         try:
-            self.base(**inputs, use_cache=False, ends_at_router=True)
-        except _RouterReached as reached:
-            return reached.context
+            self.run(context, **inputs, use_cache=False)
+        except _RouterReached:
+            return context
         raise RuntimeError(f"{type(self.base).__name__} never ran its layer {self._first_layer}")
 
     @contextmanager
@@ -123,19 +138,11 @@ class RoutingHooks:
     # Before the base.
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        ends_at_router, labels = kwargs.pop("ends_at_router", False), kwargs.get("labels")
-        if kwargs.pop("skips_head", False):
-            self._head_inputs, kwargs = [], {**kwargs, "labels": None}
-        context = ForwardContext(
-            self.forced,
-            dense=self.pool.has_nascent,
-            position_ids=kwargs.get("position_ids"),
-            prompt_lengths=kwargs.pop("prompt_lengths", None),
-            labels=labels,
-            ends_at_router=ends_at_router,
-        )
-        self.slot.begin(context)  # first, because `_end` runs whatever happens
-        context.forced = self.decider()
+        context = self.slot.begin()  # first, because `_end` runs whatever happens
+        context.forced, context.dense = self.decider(), self.pool.has_nascent
+        context.position_ids = kwargs.get("position_ids")
+        if context.labels is None:
+            context.labels = kwargs.get("labels")
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             context.attention_mask = mask
@@ -179,7 +186,9 @@ class RoutingHooks:
         inputs = {name: kwargs[name] for name in BASE_PASS_INPUTS if kwargs.get(name) is not None}
         inputs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
         decoder = getattr(self.base, self.base.base_model_prefix)
-        self.slot.begin(ForwardContext(None, attention_mask=inputs.get("attention_mask")))
+        alone = ForwardContext()
+        alone.attention_mask = inputs.get("attention_mask")
+        self.slot.enter(alone)
         try:
             return decoder(**inputs, use_cache=False, return_dict=True).last_hidden_state
         finally:
@@ -209,7 +218,7 @@ class RoutingHooks:
                 self.router.names, experts, mask=mask, layouts=self.pool.layouts, dtype=dtype
             )
         if context.ends_at_router:
-            raise _RouterReached(context)
+            raise _RouterReached
         if self.router.training and not hidden.requires_grad and torch.is_grad_enabled() and are_joined():
             hidden.requires_grad_()  # so that a rank whose tokens chose no expert takes part in the others' backward
 
@@ -273,59 +282,31 @@ class RoutingHooks:
 
     # As the head begins, and after the base.
 
-    def _skip_head(self, head: nn.Module, args: tuple) -> tuple | None:
-        """No token goes on, where the loss is computed elsewhere."""
-        if self._head_inputs is None:
+    def _before_head(self, head: nn.Module, args: tuple) -> tuple | None:
+        """Where the head is skipped, keep what would enter it, and let no token through."""
+        context = self.slot.current
+        if context is None or not context.skips_head:
             return None
-        self._head_inputs.append(args[0])
+        context.head_input = args[0]
         return (args[0][:, :0], *args[1:])
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        context, head_inputs = self.slot.end(), self._head_inputs
-        self._head_inputs = None
+        context = self.slot.end()
         if not isinstance(output, ModelOutput):
             return
-        output.routing = context.routing
-        if head_inputs is not None:
-            if not head_inputs:
+        if context.skips_head:
+            if context.head_input is None:
                 raise ValueError(
                     "the base has another output head than when this model was made, so that no loss can be computed "
                     "in chunks; set loss_chunk_size to None, or make the model anew on this base"
                 )
-            output.head_input = head_inputs[0]
             return
         logits = output.get("logits")
         if logits is not None and context.routing is not None:  # None where a draft ends before the router's layer
             lost = logits[..., 0].isnan()  # a token whose hidden state is NaN
             # One entry of a row: NaN in the head itself.
-            self.name_nan(context.routing, lost | (logits[:, -1:].isnan().any(-1) & ~lost[:, -1:]))
-
-    def name_nan(self, routing: Routing, lost: Tensor) -> None:
-        """Find what made the output NaN; on padding alone, or without broken weights, it may be. Not while compiling.
-
-        Args:
-            lost: bool [batch, seq], where it is NaN.
-
-        Raises:
-            ValueError: naming the weights to blame.
-        """
-        if torch.compiler.is_compiling():
-            return
-        if lost.shape == routing.mask.shape:
-            lost = lost & routing.mask
-        misled = routing.mask.new_zeros(())
-        if routing.logits is not None:  # top-1 weights are exactly 1, also where the gate is NaN
-            misled = (~routing.logits.isfinite().all(-1) & routing.mask).any()
-        if not (lost.any() | misled):
-            return
-        broken = broken_weights(self.pool, self.router)
-        if not broken:
-            base = ((name, weight) for name, weight in self.base.named_parameters() if ".lora_" not in name)
-            broken = [f"the base's {name.replace('.base_layer', '')}" for name, p in base if not p.isfinite().all()]
-        if broken:
-            raise ValueError(
-                f"the output is NaN because of {listed(broken)}; remove the expert, or load an older checkpoint"
-            )
+            lost = lost | (logits[:, -1:].isnan().any(-1) & ~lost[:, -1:])
+            blame_nan(context.routing, lost, base=self.base, pool=self.pool, router=self.router)
 
 
 def _keep_texts_apart(mask: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

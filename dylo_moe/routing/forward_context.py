@@ -1,4 +1,7 @@
-"""Whose forward is running, and what it knows about itself: the one thing that a model and its routed linears share."""
+"""One forward of the model, as an object: what was asked of it, what it knows on the way, and what came of it.
+
+It is the only thing that a model, the hooks on its base and its routed linears share.
+"""
 
 from __future__ import annotations
 
@@ -12,60 +15,79 @@ from dylo_moe.routing.dispatch import Dispatch
 
 
 class ForwardContext:
-    """What one forward of the model knows about itself; it lives exactly as long as that forward.
+    """One forward of the model. Its caller states what it wants, the hooks fill in the rest, the caller reads it.
 
-    Gradient checkpointing holds on to it and puts it back while it recomputes.
+    It exists as long as that forward and its caller keep it; gradient checkpointing keeps it for the recomputation.
 
     Args:
-        forced: what `route_to` asked for when the forward began, in `RoutingHooks`' terms.
-        dense: whether some expert was nascent then; an older Transformers recomputes the routing too.
-        attention_mask: [batch, tokens] as the forward was given it.
-        position_ids: [batch, seq] likewise; where they start over, another text begins.
-        prompt_lengths: int64 [batch] likewise.
-        labels: int64 [batch, seq] likewise.
-        ends_at_router: nothing is asked for but the routing.
+        labels: int64 [batch, seq], from which the router may see where prompts end; the base need not get them.
+        prompt_lengths: int64 [batch], in real tokens.
+        skips_head: the base computes no logits; what would enter its head is in `head_input` instead.
+        ends_at_router: the forward ends when the routing is known.
     """
 
     def __init__(
         self,
-        forced: Any,
         *,
-        dense: bool = False,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        prompt_lengths: Tensor | None = None,
         labels: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        skips_head: bool = False,
         ends_at_router: bool = False,
     ) -> None:
-        self.forced = forced
-        self.dense = dense
-        self.attention_mask = attention_mask
-        self.position_ids = position_ids
-        self.prompt_lengths = prompt_lengths
         self.labels = labels
+        self.prompt_lengths = prompt_lengths
+        self.skips_head = skips_head
         self.ends_at_router = ends_at_router
+        # What is known as the base begins.
+        self.forced: Any = None
+        """What `route_to` asks for, in the terms of `RoutingHooks`."""
+        self.dense = False
+        """Whether some expert is nascent; kept, because an older Transformers recomputes the routing too."""
+        self.attention_mask: Tensor | None = None
+        """[batch, tokens], cached ones included."""
+        self.position_ids: Tensor | None = None
+        """[batch, seq]; where they start over, another text begins."""
         self.last_hidden: Tensor | None = None
         """[batch, seq, hidden] of a pass of the base alone, where the router reads those."""
+        # What the router makes of it.
         self.features: Tensor | None = None
+        """fp32 [batch, seq, hidden]: what the gate reads."""
         self.states: Any = None
         """The router's memory after each token."""
         self.routing: Any = None
+        """A `Routing`: which experts each token uses, with which weights."""
         self.dispatch: Dispatch | None = None
+        """The same, laid out for the routed linears."""
+        # What the base leaves for its caller.
+        self.head_input: Tensor | None = None
+        """[batch, seq, hidden], where the head was skipped."""
         self.outer: ForwardContext | None = None
+        """The forward inside which this one runs, if any."""
 
 
 class ContextSlot:
-    """The one object that a model and all its routed linears share: whose forward is running."""
+    """Holds the context of the forward that is running, for a model and all its routed linears."""
 
     def __init__(self) -> None:
         self.current: ForwardContext | None = None
+        self._announced: ForwardContext | None = None
 
-    def begin(self, context: ForwardContext) -> None:
-        """A forward starts."""
+    def announce(self, context: ForwardContext | None) -> None:
+        """The next forward of the base is the one that `context` describes; None: nothing is announced."""
+        self._announced = context
+
+    def begin(self) -> ForwardContext:
+        """A forward of the base starts; returns its context, a new one where none was announced."""
+        context, self._announced = self._announced or ForwardContext(), None
+        self.enter(context)
+        return context
+
+    def enter(self, context: ForwardContext) -> None:
+        """`context` is of the forward that runs from here on, until `end`."""
         context.outer, self.current = self.current, context
 
     def end(self) -> ForwardContext:
-        """The running forward is over, well or badly; returns its context."""
+        """The running forward has returned or raised; returns its context."""
         context = self.current
         assert context is not None
         self.current = context.outer
@@ -80,7 +102,7 @@ class ContextSlot:
             self.current = before
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """`context_fn` of `torch.utils.checkpoint`: what is recomputed reads its own forward's dispatch."""
+        """The `context_fn` of `torch.utils.checkpoint`: what is recomputed reads its own forward's dispatch."""
         return nullcontext(), self._restored(self.current)
 
     def dispatch(self) -> Dispatch:

@@ -18,8 +18,9 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dylo_moe.model.checkpoint import CheckpointError
+from dylo_moe.model.loading import load_into
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.model.saving import check_finite, load_into, write_files
+from dylo_moe.model.saving import check_finite, write_files
 from dylo_moe.training.alarms import AlarmBell, alarms
 from dylo_moe.training.metrics import Meter, MeterReading, as_metrics, gate_drift, gradient_norms, token_losses
 from dylo_moe.training.resume import trainable_set

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference.tiny import LORA, tiny_base, tiny_moe, tokens
-from test_train import flags, tiny_folder  # noqa: F401
+from reference.trainers import train_flags
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +30,7 @@ from dylo_moe.commands.train.arguments import parse_train
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.packing import epoch_of
+from dylo_moe.model.loss import FullLogitsNeeded, chunk_loss
 from dylo_moe.training.trainer import DyLoRATrainer
 
 PUBLISHED = {
@@ -170,8 +171,8 @@ def test_without_data_the_reason_is_given_and_the_rest_is_planned(config_folder,
 @pytest.mark.parametrize(
     "more", [(), ("--gradient_accumulation_steps", "3"), ("--packing", "true"), ("--max_steps", "5")]
 )
-def test_the_steps_are_those_of_the_trainer(more, tiny_folder, tmp_path):  # noqa: F811
-    arguments = parse_train(flags(tiny_folder, tmp_path / "out", *more))
+def test_the_steps_are_those_of_the_trainer(more, tiny_folder, tmp_path):
+    arguments = parse_train(train_flags(tiny_folder, tmp_path / "out", *more))
     data = load_data(arguments.data, load_tokenizer(arguments.model.model), seed=arguments.train.seed)
     rows = epoch_of(data.train, arguments.data)
     trainer = DyLoRATrainer(
@@ -187,11 +188,44 @@ def test_the_steps_are_those_of_the_trainer(more, tiny_folder, tmp_path):  # noq
     assert load.tokens == sum(len(rows[index]["input_ids"]) for index in range(len(rows)))
 
 
-def test_the_command_needs_no_weights_for_the_steps(tiny_folder, tmp_path, capsys):  # noqa: F811
+def test_the_command_needs_no_weights_for_the_steps(tiny_folder, tmp_path, capsys):
     (tiny_folder / "base" / "model.safetensors").rename(tmp_path / "weights")
     try:
-        assert main(["plan", *flags(tiny_folder, tmp_path / "out")]) == 0
+        assert main(["plan", *train_flags(tiny_folder, tmp_path / "out")]) == 0
     finally:
         (tmp_path / "weights").rename(tiny_folder / "base" / "model.safetensors")
     assert "steps: " in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_a_simulated_loss_takes_what_the_real_one_takes(size):
+    """A vocabulary that outweighs the rest; every token predicted and some padding, as the simulation assumes."""
+    wide = {"vocab_size": 3000}
+    real = tiny_moe(tiny_base(**wide)).train()
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(tiny_base(**wide).config)
+    simulation = Simulation(tiny_moe_on(base, 3))
+    simulation.inside(lambda: chunk_loss(simulation.model, size))
+    real.loss_chunk_size = simulation.model.loss_chunk_size
+    assert real.loss_chunk_size == size
+    ids, tracker = tokens(4, 32), MemoryTracker()
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    tracker.hold([*real.parameters(), *real.base.buffers(), *real.router.buffers()], BASE)
+    with tracker:
+        loss = real(input_ids=ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+    found = simulation.train_step(Batch(4, 32))[ACTIVATIONS]
+    assert found == pytest.approx(tracker.peak[ACTIVATIONS], rel=0.03)
+    logits = 4 * 4 * 32 * wide["vocab_size"]
+    assert found > 2 * logits if size is None else found < logits
+
+
+def test_a_plan_of_a_base_that_keeps_full_logits(tmp_path):
+    tiny_base("gemma2", head_dim=8, sliding_window=6, final_logit_softcapping=30.0).config.save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--use_cpu", "true", "--loss_chunk_size"]
+    load = Workload(0, 0, 0, 0, Batch(2, 16), Batch(1, 8), 0)
+    assert peak_memory(parse_train([*words, "0"]), load, bf16=False).total > 0
+    with pytest.raises(FullLogitsNeeded):
+        peak_memory(parse_train([*words, "7"]), load, bf16=False)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from reference.paths import ROOT
-from reference.runs import tiny_run_folder
 from reference.tiny import (
     assert_same_gradients,
     base_tensors,
@@ -24,7 +23,8 @@ from reference.tiny import (
     tiny_moe,
     tokens,
 )
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from reference.trainers import train_flags, trainer_for
+from transformers import PreTrainedTokenizerFast
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.cli import main
@@ -34,29 +34,13 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
 from dylo_moe.training.metrics import Meter, token_losses
 from dylo_moe.training.run_folder import new_output_dir, save_config
-from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils.errors import UsageError
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory) -> Path:
-    """A base with its tokenizer in a folder, and two small datasets of different words."""
-    return tiny_run_folder(tmp_path_factory.mktemp("tiny"), words=30)
-
-
-def flags(folder: Path, output: Path, *more: str) -> list[str]:
-    return [
-        *("--model", str(folder / "base"), "--datasets", f"{folder / 'low.jsonl'},{folder / 'high.jsonl'}"),
-        *("--num_experts", "2", "--lora_r", "4", "--max_seq_length", "64", "--learning_rate", "1e-2"),
-        *("--num_epochs", "3", "--per_device_train_batch_size", "8", "--logging_steps", "3", "--use_cpu", "true"),
-        *("--output_dir", str(output), *more),
-    ]
 
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_folder, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run") / "out"
-    train(parse_train(flags(tiny_folder, output)))
+    train(parse_train(train_flags(tiny_folder, output)))
     return output
 
 
@@ -139,8 +123,8 @@ def test_a_run_pickles_nothing_but_the_state_of_the_trainer(finished_run):
 )
 def test_flags_reach_the_model(tiny_folder, tmp_path, more):
     """What was asked for is what the checkpoint holds, it trained, and the base it stands on is the same."""
-    train(parse_train(flags(tiny_folder, tmp_path / "out", "--num_epochs", "1", *more)))
-    arguments = parse_train(flags(tiny_folder, tmp_path / "out", *more))
+    train(parse_train(train_flags(tiny_folder, tmp_path / "out", "--num_epochs", "1", *more)))
+    arguments = parse_train(train_flags(tiny_folder, tmp_path / "out", *more))
     model = DyLoRAMoE.from_pretrained(tmp_path / "out" / "checkpoint")
     assert str(model.router_config.router_layer) == arguments.model.router_layer
     assert model.router_config.top_k == arguments.model.top_k
@@ -152,30 +136,6 @@ def test_flags_reach_the_model(tiny_folder, tmp_path, more):
         assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     for expert in model.experts:
         assert any(bool(parameter.any()) for parameter in list(model.experts.parameters(expert.name))[1::2])
-
-
-def trainer_for(model: DyLoRAMoE, tmp_path: Path, *, batch: int, accumulate: int) -> DyLoRATrainer:
-    rows = []
-    for index, length in enumerate((5, 30, 12, 3, 21, 8, 17, 40)):
-        ids = tokens(length, seed=index).tolist()
-        rows.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]], "domain": index % 2})
-
-    def collate(rows):
-        ids, mask = padded([torch.tensor(row["input_ids"]) for row in rows], side="right")
-        labels, _ = padded([torch.tensor(row["labels"]) for row in rows], side="right", pad=-100)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": labels,
-            "domain": torch.tensor([row["domain"] for row in rows]),
-        }
-
-    arguments = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=2,
-        learning_rate=1e-2, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, use_cpu=True,
-        remove_unused_columns=False, save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    return DyLoRATrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, domains=["a", "b"])
 
 
 def test_accumulation_changes_nothing(tmp_path):
@@ -346,7 +306,7 @@ def test_bad_settings_lose_nothing(tiny_folder, tmp_path):
     """A run that cannot start leaves no folder behind."""
     for more in (["--top_k", "3"], ["--router_layer", "9"], ["--lora_targets", "no_such_linear"], ["--lora_r", "0"]):
         with pytest.raises(ValueError):
-            train(parse_train(flags(tiny_folder, tmp_path / "out", *more)))
+            train(parse_train(train_flags(tiny_folder, tmp_path / "out", *more)))
         assert not (tmp_path / "out").exists()
 
 

@@ -46,9 +46,9 @@ def routed_linear(*, width=(10, 7), ranks=RANKS, dtype=torch.float32, bias=True,
 
 
 def call(routed, x, dispatch):
-    context = ForwardContext(None)
+    context = ForwardContext()
     context.dispatch = dispatch
-    routed.context_slot.begin(context)
+    routed.context_slot.enter(context)
     try:
         return routed(x)
     finally:

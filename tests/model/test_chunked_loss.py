@@ -21,16 +21,12 @@ from reference.tiny import (
     tiny_moe,
     tokens,
 )
-from test_plan import tiny_moe_on
-from test_train import flags, tiny_folder, trainer_for  # noqa: F401
+from reference.trainers import train_flags, trainer_for
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
 from dylo_moe.cli import main
-from dylo_moe.commands.plan.run import peak_memory
-from dylo_moe.commands.plan.simulated_step import ACTIVATIONS, BASE, Batch, MemoryTracker, Simulation
-from dylo_moe.commands.plan.workload import Workload
 from dylo_moe.commands.train.arguments import parse_train
 from dylo_moe.model.loss import CHUNK_BYTES, FullLogitsNeeded, chunk_loss, chunked_loss, default_chunk_size
 from dylo_moe.training.metrics import Meter, token_losses
@@ -402,50 +398,17 @@ def test_the_flag_is_automatic_a_number_or_off(monkeypatch):
         chunk_loss(odd, 7)
 
 
-def test_the_command_trains_the_same_and_says_so(tiny_folder, tmp_path, capsys):  # noqa: F811
+def test_the_command_trains_the_same_and_says_so(tiny_folder, tmp_path, capsys):
     """Three steps of SGD: AdamW blows rounding up until tokens are routed otherwise."""
     found, short = {}, ("--optim", "sgd", "--max_steps", "3", "--logging_steps", "1")
     for size in ("0", "16"):
         run = tmp_path / size
-        assert main(["train", *flags(tiny_folder, run, "--loss_chunk_size", size, *short)]) == 0
+        assert main(["train", *train_flags(tiny_folder, run, "--loss_chunk_size", size, *short)]) == 0
         assert ("loss in chunks of 16 tokens" in capsys.readouterr().out) == (size == "16")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found[size] = [(key, value) for line in lines for key, value in line.items() if key.endswith("loss")]
     assert [key for key, _ in found["16"]] == [key for key, _ in found["0"]]
     assert [value for _, value in found["16"]] == pytest.approx([value for _, value in found["0"]], rel=1e-5)
-
-
-@pytest.mark.parametrize("size", [None, 8])
-def test_a_simulated_step_takes_what_the_real_one_takes(size):
-    """A vocabulary that outweighs the rest; every token predicted and some padding, as the simulation assumes."""
-    wide = {"vocab_size": 3000}
-    real = tiny_moe(tiny_base(**wide)).train()
-    with torch.device("meta"):
-        base = transformers.AutoModelForCausalLM.from_config(tiny_base(**wide).config)
-    simulation = Simulation(tiny_moe_on(base, 3))
-    simulation.inside(lambda: chunk_loss(simulation.model, size))
-    real.loss_chunk_size = simulation.model.loss_chunk_size
-    assert real.loss_chunk_size == size
-    ids, tracker = tokens(4, 32), MemoryTracker()
-    mask = torch.ones_like(ids)
-    mask[0, 30:] = 0
-    tracker.hold([*real.parameters(), *real.base.buffers(), *real.router.buffers()], BASE)
-    with tracker:
-        loss = real(input_ids=ids, attention_mask=mask, labels=ids).loss
-        loss.backward()
-    found = simulation.train_step(Batch(4, 32))[ACTIVATIONS]
-    assert found == pytest.approx(tracker.peak[ACTIVATIONS], rel=0.03)
-    logits = 4 * 4 * 32 * wide["vocab_size"]
-    assert found > 2 * logits if size is None else found < logits
-
-
-def test_a_plan_of_a_base_that_keeps_full_logits(tmp_path):
-    tiny_base("gemma2", **GEMMA2).config.save_pretrained(tmp_path)
-    words = ["--model", str(tmp_path), "--use_cpu", "true", "--loss_chunk_size"]
-    load = Workload(0, 0, 0, 0, Batch(2, 16), Batch(1, 8), 0)
-    assert peak_memory(parse_train([*words, "0"]), load, bf16=False).total > 0
-    with pytest.raises(FullLogitsNeeded):
-        peak_memory(parse_train([*words, "7"]), load, bf16=False)
 
 
 # --- on a GPU with Liger's kernels; never run on this project's machines

@@ -63,10 +63,9 @@ def test_reported_routing_is_what_every_cached_step_used(family, mode):
     model = tiny_moe(family, top_k=2)
     model.experts[1].mature = mode != "nascent"
     ids, mask = prompts()
-    seen, handle = used_per_step(model)
-    with model.route_to(["expert_2", None, "expert_0"]) if mode == "forced" else nullcontext():
+    forced = model.route_to(["expert_2", None, "expert_0"]) if mode == "forced" else nullcontext()
+    with used_per_step(model) as seen, forced:
         out = generate(model, ids, mask)
-    handle.remove()
     assert [step.weights.shape[1] for step in seen[:NEW]] == [ids.shape[1]] + [1] * (NEW - 1)
     used = torch.cat([step.weights for step in seen[:NEW]], 1)
     torch.testing.assert_close(out.routing.weights[:, :-1], used, rtol=1e-4, atol=1e-4)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
 from dylo_moe import DyLoRAMoE
+from dylo_moe.routing.forward_context import ForwardContext
 from dylo_moe.routing.router import Routing
 
 from .tiny import padded, tiny_base, tiny_moe, tokens
@@ -90,20 +93,26 @@ def generate(model: DyLoRAMoE, ids: Tensor, mask: Tensor | None, **options: Any)
     return model.generate(input_ids=ids, attention_mask=mask, **options)
 
 
-def used_per_step(model: DyLoRAMoE) -> tuple[list[Routing], Any]:
-    """Records the routing of each forward of the base, as it is made; and the handle that ends it."""
+@contextmanager
+def used_per_step(model: DyLoRAMoE) -> Iterator[list[Routing]]:
+    """Records the routing that each forward of the base used, those aside that were only asked for their routing."""
     seen: list[Routing] = []
-    handle = model.base.register_forward_hook(lambda module, args, output: seen.append(output.routing))
-    return seen, handle
+    end = model.context_slot.end
+
+    def recording() -> ForwardContext:
+        context = end()
+        if context.routing is not None and not context.ends_at_router:
+            seen.append(context.routing)
+        return context
+
+    with mock.patch.object(model.context_slot, "end", recording):
+        yield seen
 
 
 def used_by(model: DyLoRAMoE, call: Callable[[], Any]) -> tuple[Any, Tensor]:
     """What a call returns, and the routing weights that its forwards used, behind one another."""
-    seen, handle = used_per_step(model)
-    try:
+    with used_per_step(model) as seen:
         result = call()
-    finally:
-        handle.remove()
     width = seen[0].weights.shape[0]
     return result, torch.cat([routing.weights for routing in seen if routing.weights.shape[0] == width], 1)
 
@@ -142,10 +151,11 @@ def assisted(model: DyLoRAMoE, ids: Tensor, **options: Any) -> tuple[Any, int, i
 
     def count(module: Any, args: Any, output: Any) -> None:
         if model.base.config.num_hidden_layers == depth:  # else it is a draft of the model itself
-            fed.append(output.routing.weights.shape[1])
+            fed.append(used[-1].weights.shape[1])
 
     handle = model.base.register_forward_hook(count)
-    out = generate(model, ids, torch.ones_like(ids), **options)
+    with used_per_step(model) as used:
+        out = generate(model, ids, torch.ones_like(ids), **options)
     handle.remove()
     new = out.sequences.shape[1] - ids.shape[1]
     return out, new - len(fed), sum(fed) + 1 - out.sequences.shape[1]

@@ -1,0 +1,193 @@
+"""Load a DyLoRAMoE model from a checkpoint folder, after checking every file and the base."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dylo_moe.base.fingerprint import base_identity, compare_base
+from dylo_moe.base.frozen import check_base
+from dylo_moe.base.loading import load_base
+from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.continual.growth import Growth
+from dylo_moe.continual.skill_library import SkillLibrary
+from dylo_moe.experts.adapter import state_problems
+from dylo_moe.experts.expert import Expert
+from dylo_moe.model.checkpoint import (
+    ADAPTER_FILES,
+    LIBRARY_FILE,
+    ROUTER_FILE,
+    CheckpointError,
+    plain_config,
+    read_manifest,
+)
+from dylo_moe.model.peft_model import RoutedPeftModel
+from dylo_moe.routing.config import RouterConfig
+
+Model = TypeVar("Model", bound=RoutedPeftModel)
+
+
+def load_checkpoint(
+    cls: type[Model], path: str | os.PathLike[str], base: PreTrainedModel | str | None, **kwargs: Any
+) -> Model:
+    """Read the folder `path` onto a base. See `DyLoRAMoE.from_pretrained`."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if base is None:
+        base = manifest["base"]["id"]
+        if not base:
+            raise CheckpointError(f"checkpoint {folder} does not name its base; pass base=")
+        kwargs.setdefault("revision", manifest["base"]["revision"])
+        if manifest["base"].get("quantization") is not None:
+            kwargs.setdefault("quantization_config", manifest["base"]["quantization"])
+    if isinstance(base, str):
+        base = load_base(base, **kwargs)
+    elif kwargs:
+        raise ValueError(f"base is already loaded, so {', '.join(sorted(kwargs))} cannot apply")
+    check_base(base)
+    _check_same_base(folder, manifest, base)
+    return _build(cls, folder, manifest, base)
+
+
+def load_into(model: RoutedPeftModel, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Put a checkpoint's experts and gate into a model that has the same ones; returns its manifest.
+
+    Raises:
+        CheckpointError: for a folder that is not whole, another base, or a model whose pool, router or LoRA settings
+            differ; each difference is named, and the model stays as it was.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    _check_same_base(folder, manifest, model.base)
+    here = {expert.name: expert for expert in model.experts}
+    there = {entry["name"]: Expert(**entry) for entry in manifest["experts"]}
+    differences = [
+        f"expert {name!r} is only in {'the model' if name in here else 'it'}"
+        for name in sorted(here.keys() ^ there.keys())
+    ]
+    differences += [f"{there[name]}, here {here[name]}" for name in here if name in there and here[name] != there[name]]
+    if not differences and list(here) != list(there):
+        differences.append(f"its experts are in the order {', '.join(there)}, here {', '.join(here)}")
+    pairs = [
+        ("router", RouterConfig(**manifest["router"]), model.router_config),
+        ("balance_coefficient", manifest["balance_coefficient"], model.balance_coefficient),
+        ("lora", manifest["lora"], plain_config(model.experts.lora)),
+    ]
+    differences += [f"{name} is {saved}, here {ours}" for name, saved, ours in pairs if saved != ours]
+    if differences:
+        raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(differences))
+    states = {name: _load_tensors(folder / "experts" / name / ADAPTER_FILES[1]) for name in there}
+    router_state = _load_tensors(folder / ROUTER_FILE)
+    library = _load_library(folder, manifest)
+    for entry in manifest["experts"]:
+        _load_expert(model, entry, states[entry["name"]], folder)
+    model.experts.pack()
+    _load_router(model, router_state, folder)
+    _load_growth(model, manifest, library)
+    return manifest
+
+
+def _check_same_base(folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> None:
+    differences = _base_differences(manifest["base"], base)
+    if differences:
+        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+        raise CheckpointError(
+            f"checkpoint {folder} was trained on another base ({manifest['base']['id'] or 'unnamed'}): {shown}"
+        )
+
+
+def _base_differences(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
+    if not saved["fingerprint"]["quantized"] and getattr(base, "hf_quantizer", None) is None:
+        return compare_base(saved["fingerprint"], base)
+    warnings.warn(
+        "a quantised base has no values to sample; it is recognised by its id and revision only", stacklevel=3
+    )
+    was, found = (saved["id"], saved["revision"]), base_identity(base)
+    return [] if was == found else [f"its id and revision are {found}, were {was}"]
+
+
+def _build(cls: type[Model], folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> Model:
+    entries = manifest["experts"]
+    configs, states = {}, {}
+    for entry in entries:
+        files = [folder / "experts" / entry["name"] / file for file in ADAPTER_FILES]
+        configs[entry["name"]] = PeftConfig.from_pretrained(str(files[0].parent))
+        states[entry["name"]] = _load_tensors(files[1])
+    router_state, library = _load_tensors(folder / ROUTER_FILE), _load_library(folder, manifest)
+    first = entries[0]["name"]
+    configs[first].inference_mode = False
+    model = cls(
+        base,
+        lora=configs[first],
+        router=RouterConfig(**manifest["router"]),
+        names=[first],
+        balance_coefficient=manifest["balance_coefficient"],
+    )
+    model.experts.lora = LoraConfig(**manifest["lora"])
+    for entry in entries[1:]:
+        configs[entry["name"]].inference_mode = False
+        model.experts.add(entry["name"], configs[entry["name"]], mature=entry["mature"], skill=entry["skill"])
+        model.router.add_row(entry["name"])
+    model.experts.pack()
+    for entry in entries:
+        _load_expert(model, entry, states[entry["name"]], folder)
+    model.experts.pack()
+    if manifest.get("growth") is not None:
+        model.router.arrange(manifest["growth"]["members"])
+    _load_router(model, router_state, folder)
+    _load_growth(model, manifest, library)
+    model.base_id, model.base_revision = manifest["base"]["id"], manifest["base"]["revision"]
+    return model.eval()
+
+
+def _load_expert(model: RoutedPeftModel, entry: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
+    name = entry["name"]
+    problems = state_problems(model.experts.state(name), state)
+    if problems:
+        raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
+    model.experts.cast(name, next(iter(state.values())).dtype)
+    set_peft_model_state_dict(model, state, adapter_name=name)
+    expert = model.experts[name]
+    expert.mature, expert.skill, expert.trainable = entry["mature"], entry["skill"], entry["trainable"]
+
+
+def _load_router(model: RoutedPeftModel, state: dict[str, Tensor], folder: Path) -> None:
+    problems = state_problems(model.router.state_dict(), state)
+    if problems:
+        raise CheckpointError(f"{folder / ROUTER_FILE}: " + "; ".join(problems[:5]))
+    model.router.load_state_dict(state)
+    model.router.keep_counts_on_first()
+
+
+def _load_library(folder: Path, manifest: dict[str, Any]) -> SkillLibrary | None:
+    if manifest.get("growth") is None:
+        return None
+    try:
+        return SkillLibrary.restore(_load_tensors(folder / LIBRARY_FILE), manifest["growth"]["skills"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / LIBRARY_FILE}: {error}") from error
+
+
+def _load_growth(model: RoutedPeftModel, manifest: dict[str, Any], library: SkillLibrary | None) -> None:
+    """Also makes each expert as trainable as it was saved."""
+    if library is not None:
+        growth = manifest["growth"]
+        config = GrowthConfig(**growth["config"])
+        model.growth = Growth(model, config=config, library=library, enabled=growth["allow_expert_growth"])
+    model.apply_trainable()
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

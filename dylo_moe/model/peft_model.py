@@ -1,0 +1,230 @@
+"""The parts of a routed model in one PeftModel, and what PEFT's and Transformers' own methods mean for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM
+from torch import nn
+from transformers import PreTrainedModel
+
+from dylo_moe.base.fingerprint import base_identity
+from dylo_moe.base.frozen import switch_off_dropout
+from dylo_moe.continual.growth import Growth
+from dylo_moe.experts.expert import ExpertPool
+from dylo_moe.model.config_view import ConfigView
+from dylo_moe.model.output import OWN_OUTPUTS
+from dylo_moe.model.routing_hooks import RoutingHooks
+from dylo_moe.routing.config import RouterConfig
+from dylo_moe.routing.forward_context import ContextSlot
+from dylo_moe.routing.router import Router
+
+NO_EXPERT = "no-expert-yet"
+"""The adapter that PEFT needs to adapt the linears of a pool which begins empty. It is removed at once; its config
+stays until the first expert comes, because PEFT asks it what kind of model this is."""
+
+
+class RoutedPeftModel(PeftModelForCausalLM):
+    """A PeftModel whose adapters are the experts of a pool, and whose every forward is routed.
+
+    `DyLoRAMoE` is what users see; this class holds its parts and answers for PEFT's and Transformers' own methods: each
+    keeps its meaning, or is refused in favour of the method that a routed model has for it.
+
+    Args:
+        base: the loaded base model. Its weights are frozen, its own dropout is switched off for good.
+        lora: the experts' config, checked and narrowed to the routed layers.
+        router: how tokens are sent to experts.
+        names: the experts; all start mature and trainable. None at all: only for a pool that grows.
+        balance_coefficient: weight of the balance loss.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        lora: LoraConfig,
+        router: RouterConfig,
+        names: Sequence[str],
+        balance_coefficient: float,
+    ) -> None:
+        first, *rest = names or [NO_EXPERT]
+        switch_off_dropout(base)
+        super().__init__(base, copy.deepcopy(lora), adapter_name=first)
+        self.context_slot = ContextSlot()
+        """The context of the running forward, which the routed linears read."""
+        self.balance_coefficient = balance_coefficient
+        self.router_config = router
+        self.base_id, self.base_revision = base_identity(base)
+        self.growth: Growth | None = None
+        """What is known of skills, and how the pool grows with new ones; None where nothing is known."""
+        self._pool = ExpertPool(self, self.context_slot, lora)
+        if names:
+            self._pool.register(first, mature=True)
+        else:
+            self._pool.empty(first)
+        for name in rest:
+            self._pool.add(name, self._pool.config_for(None), mature=True)
+        self._pool.pack()
+        hidden_size = base.config.get_text_config().hidden_size
+        self.router = Router(router, hidden_size=hidden_size, names=names).to(self.device)
+        self._hooks = RoutingHooks(self.base, router=self.router, pool=self._pool, slot=self.context_slot)
+        self._ddp_params_and_buffers_to_ignore = ["router.step_counts", "router.seen_values"]
+        """Each rank has its own; DistributedDataParallel, which reads this, would overwrite them with rank 0's."""
+
+    @property
+    def experts(self) -> ExpertPool:
+        """The pool, in gate order; iterate it, or take an expert by name or position."""
+        return self._pool
+
+    @property
+    def allow_expert_growth(self) -> bool:
+        """Whether `add_skill` may add experts; `enable_growth` and `fix_pool` change it."""
+        return self.growth is not None and self.growth.enabled
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model, with the adapters injected."""
+        return cast(PreTrainedModel, self.base_model.model)
+
+    @property
+    def config(self) -> ConfigView:
+        """The base's config, with what trainers want to know of a routed model."""
+        return ConfigView(self.base.config, not_predictions=OWN_OUTPUTS)
+
+    def apply_trainable(self, changed: Sequence[str] | None = None) -> None:
+        """Put each expert's `trainable` onto its adapter and its gate row; PEFT resets it in many of its methods.
+
+        Args:
+            changed: the experts whose `trainable` is another; None: anything may be.
+        """
+        self._pool.apply_trainable(changed)
+        for expert in self._pool:
+            learns = expert.trainable and not self.allow_expert_growth and self.router_config.is_learned
+            self.router.gate[expert.name].requires_grad_(learns)
+            self.router.gate_bias[expert.name].requires_grad_(learns)
+
+    @contextmanager
+    def route_to(self, experts: str | Sequence[str | None] | None) -> Iterator[None]:
+        """Force the routing of every forward inside: one expert, None for the base alone, or a list with
+        one entry per row of the batch. Nests; the inner one holds.
+
+        Raises:
+            ValueError: for an unknown expert, or (in the forward) a list of another length than the batch.
+        """
+        for name in [experts] if experts is None or isinstance(experts, str) else experts:
+            if name is not None:
+                self._pool[name]
+        with self._hooks.forcing(experts):
+            yield
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base alone; the same as `route_to(None)`, and it leaves trainability as it is."""
+        with self.route_to(None):
+            yield
+
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Refused: an adapter needs a gate row. Use `add_expert`."""
+        raise ValueError(f"add_adapter({adapter_name!r}) would add an adapter that no token can reach; use add_expert")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Refused: use `remove_expert`, which drops the gate row too."""
+        raise ValueError(f"delete_adapter({adapter_name!r}) would leave its gate row behind; use remove_expert")
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: which experts are active is decided per token. Use `route_to`."""
+        raise ValueError("set_adapter has no meaning for a routed model; use `with model.route_to(name):`")
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: an adapter needs a gate row. Use `import_expert`."""
+        raise ValueError("load_adapter would add an adapter that no token can reach; use import_expert(name, path)")
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
+        """Merge one expert into the base's weights until `unmerge_adapter`; every token then uses it.
+
+        Raises:
+            ValueError: unless `adapter_names` holds exactly one expert: a mixture that differs from token to
+                token is no single weight.
+        """
+        cast(Any, self.base_model).merge_adapter([self._only_one(adapter_names)], **kwargs)
+
+    def _only_one(self, adapter_names: list[str] | None) -> str:
+        if adapter_names is None or len(adapter_names) != 1:
+            raise ValueError(f"only one expert can be merged, named in adapter_names; got {adapter_names!r}")
+        return self._pool[adapter_names[0]].name
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching packs requests into one row, and keeps no cache that the router could follow."""
+        raise ValueError("continuous batching cannot be routed; use generate, with one row for each prompt")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The plain base again, without experts, router and hooks. This model must not be used afterwards."""
+        self._hooks.remove()
+        return cast(Any, self.base_model).unload(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
+        """The base with one expert merged into its weights.
+
+        Raises:
+            ValueError: unless `adapter_names` holds exactly one expert.
+        """
+        name = self._only_one(adapter_names)
+        self._hooks.remove()
+        return cast(Any, self.base_model).merge_and_unload(*args, adapter_names=[name], **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After deepcopy and pickle, which give every matrix memory of its own."""
+        super().__setstate__(state)
+        self._pool.pack()
+
+    def train(self, mode: bool = True) -> RoutedPeftModel:
+        """As in PyTorch, past the experts' own modules, in which the mode means nothing: trainers call this every step,
+        and it must not take longer the more experts there are."""
+        with self._pool.set_aside():
+            return super().train(mode)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in PyTorch; see `train`. A frozen expert has no gradient: `freeze` drops what there was."""
+        with self._pool.set_aside():
+            super().zero_grad(set_to_none)
+        for parameter in self._pool.learning():
+            if parameter.grad is not None:
+                parameter.grad = None if set_to_none else torch.zeros_like(parameter.grad)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As in Transformers; recomputation uses the routing of the forward that it recomputes.
+
+        Raises:
+            ValueError: for use_reentrant=True, under which a router outside the layer gets no gradient.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise ValueError("gradient checkpointing with use_reentrant=True loses the router; use use_reentrant=False")
+        if "context_fn" in options:
+            raise ValueError("context_fn is needed to keep each forward's own routing; leave it out")
+        options["context_fn"] = self.context_slot.checkpoint_contexts
+        base = self.base
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(options, **kwargs)
+        else:
+            base.gradient_checkpointing_enable(options, **kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutedPeftModel:
+        """After `.to(...)`: lay the experts behind one another again."""
+        result = super()._apply(fn, recurse)
+        self._pool.pack()
+        return result
