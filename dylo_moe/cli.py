@@ -16,7 +16,7 @@ COMMANDS = {
     "submit": "train on Google Cloud: any flags of train as a job of Vertex AI that resumes after a preemption",
     "plan": "parameters, steps, memory and checkpoint size of a training run, without running it",
     "data": "list datasets, show examples as the model sees them, check what training would be on",
-    "experts": "the experts of a checkpoint: list them, remove one, fit the gate anew",
+    "experts": "the experts of a checkpoint: list them, remove one, fit the gate again",
     "eval": "held-out losses with intervals, and pass@k of HumanEval and MBPP, of a trained model",
     "compare": "ours against the base, single LoRAs of equal size, and routing that is not learned; says if it wins",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",

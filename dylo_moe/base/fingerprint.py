@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 SAMPLES_PER_TENSOR = 16
 
 SHARDED = "_fingerprint_before_sharding"
-"""Attribute of a base whose weights lie in parts on several devices: what `fingerprint` gave when they were whole."""
+"""The attribute of a sharded base that holds what `fingerprint` returned before it was sharded."""
 
 
 def base_identity(base: PreTrainedModel) -> tuple[str, str | None]:

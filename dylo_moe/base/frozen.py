@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 REPACKS = "support_avx512bf16_for_cpu"
-"""Of a 4-bit linear of bitsandbytes: whether it may pack its weights anew."""
+"""An attribute of bitsandbytes' 4-bit linears: whether a forward may repack the weights."""
 
 REPACKED = "packing_format_for_cpu"
-"""Of the state of 4-bit weights: whether it did."""
+"""An attribute of the state of 4-bit weights, which is there once they were repacked."""
 
 
 def check_base(base: object) -> None:
@@ -26,7 +26,7 @@ def check_base(base: object) -> None:
         raise ValueError("base already carries adapters; merge or unload them, then pass the plain model")
     if any(getattr(getattr(p, "quant_state", None), REPACKED, False) for p in base.parameters()):
         raise ValueError(
-            "base has 4-bit weights that a forward in eval mode packed anew, and nothing can be trained through those; "
+            "base has 4-bit weights that a forward in eval mode repacked, and nothing can be trained through those; "
             "load the base again, and make the DyLoRAMoE model before its first forward"
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
@@ -55,7 +55,7 @@ def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
     """How its weights were quantised when it was loaded, as `load_base` takes it; None where they were not, or where
-    they lie quantised in the base's own files."""
+    they are stored quantised in the base's own files."""
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return None
@@ -63,10 +63,10 @@ def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def switch_off_dropout(base: PreTrainedModel) -> None:
-    """The base's own dropout, as a module or as the number that attention reads, becomes 0.
+    """Set the base's own dropout to 0, where it is a module and where attention reads it as a number.
 
-    So does what bitsandbytes does to 4-bit weights on some CPUs when a forward is in eval mode: it packs them anew, in
-    place, for a product in bf16 that has no backward.
+    On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights in place, for a bf16 product that has no
+    backward; this is switched off too.
     """
     for module in base.modules():
         if hasattr(module, REPACKS):

@@ -34,7 +34,7 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
 
     Args:
         name: a hub id, a local folder, or `smollm2-135m`. The model remembers this name, so a checkpoint
-            never records where the cache of one machine lies.
+            never records the cache folder of one machine.
         revision: branch, tag or commit on the hub; only for a hub id.
         kwargs: passed on to `AutoModelForCausalLM.from_pretrained`, for example `dtype`, or `quantization_config`
             (see `four_bit`).

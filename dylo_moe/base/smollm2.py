@@ -80,7 +80,9 @@ def _embedded_folder() -> Path:
 def _make(folder: Path) -> None:
     """Fetch and convert beside `folder`, then rename into place: a killed run leaves no `folder`."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run: the lock says nobody works in it
+    shutil.rmtree(
+        partial, ignore_errors=True
+    )  # left by a killed run: while we hold the lock, no other process works in it
     model_folder = partial / "model"
     model_folder.mkdir(parents=True)
     try:
@@ -93,7 +95,7 @@ def _make(folder: Path) -> None:
         _write_record(model_folder)
         shutil.rmtree(folder, ignore_errors=True)  # only what is not whole comes here
         os.rename(model_folder, folder)
-        _say(f"it lies in {folder}")
+        _say(f"it is in {folder}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

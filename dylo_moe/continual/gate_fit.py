@@ -46,7 +46,7 @@ def fit_row(router: Router, library: SkillLibrary, expert: str, *, seed: int) ->
     few steps on the logistic loss over Gaussian draws, new row against the others' logsumexp, held near the start.
 
     Text that should go to the base is the library's entry `base`. Without one the router's feature mean stands for it,
-    which is far from all real text unless `initialize` set it: next to nothing then goes to the base.
+    which is far from all real text unless `initialize` set it: then almost no token is sent to the base.
 
     Args:
         router: with a row for the expert, of any value.

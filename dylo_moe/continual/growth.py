@@ -35,7 +35,7 @@ class SkillDecision(NamedTuple):
     """Its name in the library; of data that is not new, the known skill's."""
     novel: bool
     score: float | None
-    """How far the data lies from the nearest known skill; None where nothing is known."""
+    """The distance of the data from the nearest known skill; None where nothing is known."""
     threshold: float | None
     """What a score must exceed to be new; of a similarity, what it must fall below. None where nothing is known."""
     nearest: str | None
@@ -43,14 +43,14 @@ class SkillDecision(NamedTuple):
     entropy: float
     """Mean entropy of the router's probabilities over the data's tokens, in nats; shown beside, it decides nothing."""
     action: str
-    """"grown": a new expert is to learn it. "consolidated": the expert that knows it goes on learning. "skipped": it is
+    """"grown": a new expert is to learn it. "consolidated": the expert that knows it keeps learning. "skipped": it is
     known, and nothing is trained. "reported": it is new, but the pool is fixed, and nothing is trained."""
     expert: str | None
-    """Who is to learn it; None: nobody."""
+    """The expert that is to learn it; None: none."""
 
 
 class Growth:
-    """The skill library of a model, and what follows from it: judgements, new experts, gate rows.
+    """The skill library of a model, and the decisions based on it: what is new, which expert learns it, its gate row.
 
     It reads the router's features and never keeps a text.
 
@@ -75,7 +75,7 @@ class Growth:
         self._model = model
 
     def enable(self, config: GrowthConfig | None, *, seed: int) -> None:
-        """From here on `add_skill` may grow the pool, gate rows are fitted, and `base` is a member of the pool.
+        """Let `add_skill` grow the pool; gate rows are fitted from then on, and `base` is a member of the pool.
 
         Of a pool that was trained jointly the experts and their gate rows stay as they are.
 
@@ -101,7 +101,7 @@ class Growth:
         self.enabled = True
 
     def fix(self, config: GrowthConfig | None) -> None:
-        """From here on `add_skill` adds no expert: what is new is reported. The library stays.
+        """Fix the pool: `add_skill` then adds no expert and reports what is new. The library stays.
 
         Args:
             config: how to judge; default: as it was, or `GrowthConfig()`.
@@ -146,7 +146,7 @@ class Growth:
     ) -> SkillDecision:
         """Decide whether data is new, and which expert is to learn it; where it is new, add that expert.
 
-        The library takes up the data's statistics and the new gate row is fitted at once, because they follow from the
+        The library stores the data's statistics and the new gate row is fitted at once, because they follow from the
         frozen base alone. Training is left to the caller.
 
         Args:
@@ -204,7 +204,7 @@ class Growth:
             pool.copy(source, name)
 
     def know_base(self, batches: Iterable[dict[str, Tensor]], *, seed: int) -> None:
-        """Take up what should stay with the unchanged base, from a sample of general text; no gate row changes.
+        """Store the statistics of general text, which should stay with the unchanged base; no gate row changes.
 
         Gate rows that are fitted from here on are fitted against it, and no longer against what was told before. Where
         nothing was told when the first one is fitted, texts that the base itself writes stand in.
@@ -225,7 +225,7 @@ class Growth:
                 self.know_base([{"input_ids": write_texts(self._model, seed=seed)}], seed=seed)
 
     def know_skill(self, name: str, batches: Iterable[dict[str, Tensor]], *, seed: int) -> str:
-        """Take up the statistics of a skill that the pool has already; no expert and no gate row changes.
+        """Store the statistics of a skill that the pool has already; no expert and no gate row changes.
 
         Args:
             name: of the skill.

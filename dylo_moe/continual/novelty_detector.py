@@ -23,8 +23,8 @@ class Novelty(NamedTuple):
 
     novel: bool
     score: float
-    """By "mahalanobis" the distance from the nearest skill (`SkillLibrary.distances`), by "cosine" the similarity with
-    it. 0 where no skill is known."""
+    """The distance from the nearest skill (`SkillLibrary.distances`), or with "cosine" the similarity with it. 0 where
+    no skill is known."""
     threshold: float
     """What the score of new data exceeds or, by "cosine", falls below. 0 where no skill is known."""
     nearest: str | None
@@ -62,7 +62,7 @@ def judge(
     if method not in METHODS:
         raise ValueError(f"novelty method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must lie between 0 and 1; it is {false_alarm_rate}")
+        raise ValueError(f"false_alarm_rate must be between 0 and 1; it is {false_alarm_rate}")
     if not library.skills:
         return Novelty(True, 0.0, 0.0, None)
     if method == "cosine":

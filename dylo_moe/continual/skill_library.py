@@ -1,4 +1,4 @@
-"""What is kept of a skill once its text is gone: a few statistics of its router features.
+"""The statistics of each skill's router features, which are all that is kept when its text is gone.
 
 Shapes: N tokens, D hidden.
 """
@@ -15,10 +15,11 @@ from torch import Tensor
 from dylo_moe.routing.config import BASE
 
 SHRINKAGE = 0.2
-"""How much of the covariance's mean variance is added in all directions; a hundred texts do not tell them."""
+"""How much of the covariance's mean variance is added in all directions, because a hundred texts cannot estimate
+them."""
 
 METRIC_SHRINKAGE = 1.0
-"""The same for the metric of `distance`, which must serve skills that nobody has seen yet."""
+"""The shrinkage of the metric of `distance`, which must serve skills that have not been seen yet."""
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Calibration scores are kept for batches of so many texts, as far as a skill's sample goes."""
@@ -95,7 +96,7 @@ class SkillLibrary:
 
     @torch.no_grad()
     def learn(self, name: str, texts: Sequence[Tensor], *, expert: str, seed: int = 0) -> None:
-        """Take up a sample of a skill; of a known one, together with what is known of it.
+        """Store the statistics of a sample of a skill; a known skill's are pooled with those that are there.
 
         The texts are cut into a first and a second half, and batches of each are scored against the mean of the other.
         Texts of one document should stand together, so that a text is not judged by its own document.
@@ -103,7 +104,7 @@ class SkillLibrary:
         Args:
             name: of the skill.
             texts: router features of each text, fp32 [tokens, hidden], at least two.
-            expert: who learns it.
+            expert: the expert that learns it.
             seed: of the batches that are scored for calibration.
 
         Raises:
@@ -215,7 +216,7 @@ class SkillLibrary:
         return (self[name].mean.double() + noise_ND @ self.root.T).float()
 
     def distances(self, texts: Sequence[Tensor]) -> dict[str, float]:
-        """How far a batch of texts lies from each skill.
+        """The distance of a batch of texts from each skill.
 
         For two texts or more it is an unbiased estimate of the squared distance between the batch's kind and the
         skill: the mean of <u_i, u_j> over all pairs of different texts, u being the whitened difference of a text's
@@ -284,7 +285,7 @@ class SkillLibrary:
                 f"the skill library's tensors are not those of its record: missing {sorted(expected - set(tensors))}, "
                 f"unexpected {sorted(set(tensors) - expected)}"
             )
-        # Tensors of a file lie anywhere in memory, and sums over them may then be taken in another order.
+        # Tensors read from a file have any alignment in memory, which can change the order of sums over them.
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         library._scatter, library._whitening = tensors["scatter"], tensors.get("whitening")
         library._num_pooled = record["num_pooled"]

@@ -64,7 +64,7 @@ class ExpertPool:
         self.layers: tuple[RoutedLayer, ...] = ()
         """The routed linears, in the model's order."""
         self.layouts: tuple[Layout, ...] = ()
-        """Of the routed linears."""
+        """The names of the routed linears."""
 
     def __iter__(self) -> Iterator[Expert]:
         return iter(self._experts.values())
@@ -88,7 +88,7 @@ class ExpertPool:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """In gate order."""
+        """The experts' names, in gate order."""
         return tuple(self._experts)
 
     @property
@@ -156,7 +156,7 @@ class ExpertPool:
         dtype = next(self.parameters(self.names[0])).dtype
         if config.lora_dropout != self.lora.lora_dropout:
             warnings.warn(
-                f"adapter {path} was trained with lora_dropout {config.lora_dropout}; here it goes on with the pool's, "
+                f"adapter {path} was trained with lora_dropout {config.lora_dropout}; here it has the pool's, "
                 f"{self.lora.lora_dropout}",
                 stacklevel=3,
             )
@@ -177,7 +177,7 @@ class ExpertPool:
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """An expert's matrices under the names that PEFT gives them in its files."""
-        # Not all of the model's state: the base's may lie in parts on several ranks, and is none of our business.
+        # The adapters alone, because the base's state may be sharded over several ranks.
         own = {key: value.detach() for key, value in self._model.named_parameters() if ".lora_" in key}
         return get_peft_model_state_dict(self._model, state_dict=own, adapter_name=name, save_embedding_layers=False)
 
@@ -197,7 +197,7 @@ class ExpertPool:
         return [path for path in names if ".lora_" not in path]
 
     def set_aside(self) -> AbstractContextManager[None]:
-        """Inside, no routed linear shows the adapters it has; see `adapters_set_aside`."""
+        """Hide the adapters of all routed linears while the context lasts; see `adapters_set_aside`."""
         return adapters_set_aside(self.layers)
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
@@ -222,7 +222,7 @@ class ExpertPool:
         self.refresh()
 
     def refresh(self, changed: Sequence[str] | None = None) -> None:
-        """After any change of the adapters: routed classes, shapes and trainability; `pack` follows for the storage.
+        """Restore routed classes, shapes and trainability after the adapters changed; `pack` then restores the storage.
 
         Args:
             changed: as of `apply_trainable`.
@@ -291,7 +291,7 @@ class ExpertPool:
                 yield expert.name, first.replace(mark, ".").removeprefix("base_model.model.")
 
     def pack(self) -> None:
-        """Lay each layer's experts behind one another in memory, after some were added, removed or moved."""
+        """Make each layer's experts contiguous in memory, after some were added, removed or moved."""
         for layer in self.layers:
             for name in pack(layer):
                 config = cast(LoraConfig, self._model.peft_config[name])
@@ -300,7 +300,7 @@ class ExpertPool:
 
 @contextmanager
 def adapters_set_aside(layers: Iterable[Any]) -> Iterator[None]:
-    """Inside, these LoRA layers show none of the adapters they have: PEFT walks over every module and every parameter
+    """Hide the adapters of these LoRA layers while the context lasts: PEFT walks over every module and every parameter
     of a model to add one, and that must not take longer the more there are. What is added inside comes behind them."""
     homes = [getattr(layer, home)._modules for layer in layers for home in ("lora_A", "lora_B", "lora_dropout")]
     hidden = [dict(modules) for modules in homes]

@@ -54,7 +54,7 @@ class RoutedLayer:
     training: bool
 
     def bind(self, context_slot: ContextSlot, names: Iterable[str]) -> None:
-        """Take up those of the pool's experts that this layer has.
+        """Note which of the pool's experts this layer has.
 
         Raises:
             ValueError: when they differ in dropout.
@@ -133,7 +133,7 @@ def _made(name: str) -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """For pickle, which may ask for a class before any layer of it was met."""
+    """Make a routed class for pickle, which may ask for it before any layer of that class was seen."""
     if name in QUANTIZED:
         return _made(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@
     router.safetensors
     skill_library.safetensors        of a model that knows its skills: their statistics, never their text
     README.md                        the model card
-    optimizer.pt, scheduler.pt, ...  of a training checkpoint: what the Trainer needs to go on
+    optimizer.pt, scheduler.pt, ...  of a training checkpoint: what the Trainer needs to resume
 
 Weights are safetensors only, the base is never in it. saving.py writes such folders, loading.py reads them.
 """
@@ -43,8 +43,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 EXPERT_FIELDS = {field.name for field in fields(Expert)}
 
 TRAINER_FILES = ("trainer_state.json", "training_args.bin")
-"""Where one of these lies and `dylora.json` has no record of a training, the stock Trainer wrote the folder, and its
-own files may lie beside ours."""
+"""A folder with one of these files, and without a record of a training in `dylora.json`, was written by the stock
+Trainer, whose own files may be beside ours."""
 
 
 class CheckpointError(ValueError):

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 
 class ConfigView:
-    """The base's config, and three answers of our own; what is written goes to the base's.
+    """The base's config, and three answers of our own; attributes that are set are set on the base's.
 
     Args:
         config: of the base.
@@ -27,7 +27,7 @@ class ConfigView:
         object.__setattr__(self, "keys_to_ignore_at_inference", [*keys, *not_predictions])
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> ConfigView:
-        """As the base's config has it, seen the same way."""
+        """The base's text config, in the same view."""
         return ConfigView(
             self._config.get_text_config(*args, **kwargs), not_predictions=self.keys_to_ignore_at_inference
         )

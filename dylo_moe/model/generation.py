@@ -90,7 +90,7 @@ class GenerateCall:
     def finish(self, hooks: RoutingHooks, output: Any) -> None:
         """Add the routing of every token to the output, and put right what the cache remembers of ended rows.
 
-        A row that ended early is filled up while the others go on, and the router has read the filling.
+        A row that ended early is padded while the others continue, and the router has read the padding.
         """
         if self.input_ids is None or self.mask is None or self.input_ids.shape != self.mask.shape:
             return  # the text's beginning is only in the cache
@@ -111,7 +111,7 @@ class GenerateCall:
             memory.replace(read.states)
 
     def _positioned(self, mask: Tensor, hooks: RoutingHooks) -> dict[str, Tensor]:
-        """A mask of finished rows and, for a base that takes any, their position ids: given ones go on by one."""
+        """A mask of finished rows and, where the base takes them, position ids that continue the given ones."""
         inputs = {"attention_mask": mask}
         if "position_ids" not in inspect.signature(hooks.base.forward).parameters:
             return inputs
@@ -124,14 +124,14 @@ class GenerateCall:
 
 
 def _context_end(base: PreTrainedModel) -> float:
-    """How many tokens a base can read: for learned positions, those it has; the last one generated may lie behind."""
+    """How many tokens a base can read: as many as it has learned positions, else any number."""
     words = base.get_input_embeddings()
     learned = any(isinstance(module, nn.Embedding) and module is not words for module in base.modules())
     return base.config.get_text_config().max_position_embeddings if learned else math.inf
 
 
 def _padded(routing: Routing, *, length: int) -> Routing:
-    """With tokens behind the end that were not routed, as padding is not."""
+    """The routing with tokens appended that were not routed, as padding is not."""
     missing = length - routing.mask.shape[1]
     if missing == 0:
         return routing

@@ -178,7 +178,7 @@ def _load_library(folder: Path, manifest: dict[str, Any]) -> SkillLibrary | None
 
 
 def _load_growth(model: RoutedPeftModel, manifest: dict[str, Any], library: SkillLibrary | None) -> None:
-    """Also makes each expert as trainable as it was saved."""
+    """Restore what is known of skills, and make each expert as trainable as it was when it was saved."""
     if library is not None:
         growth = manifest["growth"]
         config = GrowthConfig(**growth["config"])

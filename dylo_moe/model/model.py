@@ -210,7 +210,7 @@ class DyLoRAMoE(RoutedPeftModel):
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Routing:
-        """Where these tokens go; runs the base up to the router and no further.
+        """The routing of these tokens; runs the base up to the router and no further.
 
         Args:
             input_ids: int64 [batch, seq].

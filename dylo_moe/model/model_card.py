@@ -149,7 +149,7 @@ def _data(facts: dict[str, Any]) -> str:
 
 
 def _origin(origin: str) -> str:
-    """Where a dataset was found, without the folders of the machine."""
+    """The place where a dataset was found, without the folders of the machine."""
     return " ".join(short_name(word) if word.startswith(("/", "~")) else word for word in origin.split(" "))
 
 

@@ -179,18 +179,20 @@ class RoutedPeftModel(PeftModelForCausalLM):
         return cast(Any, self.base_model).merge_and_unload(*args, adapter_names=[name], **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After deepcopy and pickle, which give every matrix memory of its own."""
+        """Pack the experts again, because deepcopy and pickle give every matrix its own memory."""
         super().__setstate__(state)
         self._pool.pack()
 
     def train(self, mode: bool = True) -> RoutedPeftModel:
-        """As in PyTorch, past the experts' own modules, in which the mode means nothing: trainers call this every step,
-        and it must not take longer the more experts there are."""
+        """Set the mode as PyTorch does, but not in the experts' own modules, where it means nothing.
+
+        Trainers call this at every step, so that it must not take longer the more experts there are.
+        """
         with self._pool.set_aside():
             return super().train(mode)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in PyTorch; see `train`. A frozen expert has no gradient: `freeze` drops what there was."""
+        """Clear the gradients as PyTorch does, of the experts that learn; `freeze` dropped those of the others."""
         with self._pool.set_aside():
             super().zero_grad(set_to_none)
         for parameter in self._pool.learning():
@@ -200,7 +202,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As in Transformers; recomputation uses the routing of the forward that it recomputes.
+        """Switch it on as Transformers does; recomputation uses the routing of the forward that it recomputes.
 
         Raises:
             ValueError: for use_reentrant=True, under which a router outside the layer gets no gradient.
@@ -224,7 +226,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedPeftModel:
-        """After `.to(...)`: lay the experts behind one another again."""
+        """Pack the experts again after `.to(...)` moved each of their matrices."""
         result = super()._apply(fn, recurse)
         self._pool.pack()
         return result

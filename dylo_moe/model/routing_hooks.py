@@ -45,7 +45,7 @@ class _RouterReached(Exception):
 
 
 class RoutingHooks:
-    """Routes every forward of a base, whoever calls it: the model, `generate`, or a user's own loop.
+    """Routes every forward of a base, no matter whether the model, `generate` or a user's own loop calls it.
 
     Four hooks do it, because Transformers' own code runs between them:
 
@@ -73,7 +73,7 @@ class RoutingHooks:
         self.forced: Any = NotForced
         """What `route_to` asks for: an expert's name, None for the base alone, a list of these, or `NotForced`."""
         self.prompt: Prompt | None = None
-        """Inside `generate`."""
+        """The prompt of the running `generate`; None outside one."""
         _, layers = decoder_layers(base)
         self._num_layers = len(layers)
         self._first_layer = router.config.layer_index(self._num_layers)
@@ -119,7 +119,7 @@ class RoutingHooks:
 
     @contextmanager
     def forcing(self, experts: Any) -> Iterator[None]:
-        """Inside, forwards are routed to these, or by the router (`NotForced`). Nests; the inner one holds."""
+        """Route all forwards to these experts, or by the router (`NotForced`), while the context lasts. It nests."""
         before, self.forced = self.forced, experts
         try:
             yield
@@ -128,7 +128,7 @@ class RoutingHooks:
 
     @contextmanager
     def generating(self, prompt: Prompt | None) -> Iterator[None]:
-        """Inside, forwards are those of `generate`, on this prompt."""
+        """Treat all forwards as those of one `generate` on this prompt while the context lasts."""
         before, self.prompt = self.prompt, prompt
         try:
             yield
@@ -176,7 +176,7 @@ class RoutingHooks:
         if memory is not None and memory.num_tokens > 0 and memory.decided is None:
             raise ValueError(
                 f"this cache's {memory.num_tokens} tokens were not read by the router: with router_layer='final', it "
-                "can go on from a cache only with granularity='sequence', and only where the router decided first"
+                "can continue from a cache only with granularity='sequence', and only where the router decided first"
             )
         return memory is not None and memory.decided is not None
 
@@ -283,7 +283,7 @@ class RoutingHooks:
     # As the head begins, and after the base.
 
     def _before_head(self, head: nn.Module, args: tuple) -> tuple | None:
-        """Where the head is skipped, keep what would enter it, and let no token through."""
+        """Keep what would enter a head that is skipped, and let no token through."""
         context = self.slot.current
         if context is None or not context.skips_head:
             return None
@@ -298,7 +298,7 @@ class RoutingHooks:
             if context.head_input is None:
                 raise ValueError(
                     "the base has another output head than when this model was made, so that no loss can be computed "
-                    "in chunks; set loss_chunk_size to None, or make the model anew on this base"
+                    "in chunks; set loss_chunk_size to None, or make a new model on this base"
                 )
             return
         logits = output.get("logits")

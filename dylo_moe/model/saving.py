@@ -41,12 +41,12 @@ def save_checkpoint(
     training: dict[str, Any] | None = None,
     losses: dict[str, dict[str, float]] | None = None,
 ) -> None:
-    """Write `model`'s experts and router to the folder `path`, whole or not at all.
+    """Write `model`'s experts and router to the folder `path` atomically.
 
     Args:
         training, losses: as of `write_files`.
-        beside: leave what else lies in the folder, as the Trainer wants it: its output folder also holds its
-            numbered checkpoints, and a README.md of its own making. A crash may then leave no checkpoint, but never a
+        beside: leave other files of the folder where they are, as the Trainer needs it: its output folder also holds
+            its numbered checkpoints, and a README.md that it wrote. A crash may then leave no checkpoint, but never a
             mixture of two.
     """
     target = Path(path)
@@ -89,10 +89,10 @@ def write_files(
     losses: dict[str, dict[str, float]] | None = None,
     with_card: bool = True,
 ) -> None:
-    """Write the files of a checkpoint into an existing folder, the manifest last; it lists all that lies there.
+    """Write the files of a checkpoint into an existing folder, the manifest last, which lists all the others.
 
     Args:
-        training: what a run must find again when it goes on from here; kept in the manifest.
+        training: the record from which a run resumes; kept in the manifest.
         losses: held-out losses by dataset, "before" and "after" training, for the card.
         with_card: write the model card too.
     """
@@ -154,7 +154,7 @@ def _foreign_files(folder: Path) -> list[str]:
 
 
 def _put_into(aside: Path, target: Path) -> None:
-    """The manifest goes first and comes last: without it, what lies there is no checkpoint."""
+    """Move a checkpoint's files in, the manifest last: a folder without it is no checkpoint."""
     (target / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(target / "experts", ignore_errors=True)
     (target / LIBRARY_FILE).unlink(missing_ok=True)

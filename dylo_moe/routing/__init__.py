@@ -1,1 +1,1 @@
-"""Where each token goes: features, gate, routing, and the layout of tokens for the experts."""
+"""The routing of each token: features, gate, routing, and the layout of tokens for the experts."""

@@ -54,7 +54,7 @@ class RouterCacheLayer(DummyLayer):
 
     @property
     def state(self) -> RouterState | None:
-        """After the last token: total [batch, hidden], mass [batch, 1]. None when nothing was seen yet."""
+        """The memory after the last token: total [batch, hidden], mass [batch, 1]. None when nothing was seen yet."""
         return self._history[-1].last if self._history else None
 
     def store(self, states: RouterState, *, all_of_them: bool = False) -> None:
@@ -112,7 +112,7 @@ class RouterCacheLayer(DummyLayer):
         self.num_tokens -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow beam search. What was before can then no longer be taken back: beams never do, and it is dear."""
+        """Follow beam search. Earlier tokens can then no longer be cropped, which beams never do."""
         self._history = [states.span(-1, None) for states in self._history[-1:]]
         self.batch_select_indices(beam_idx)
 

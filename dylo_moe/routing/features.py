@@ -27,11 +27,11 @@ class RouterState(NamedTuple):
 
     @property
     def last(self) -> RouterState:
-        """Of the states after each token, the one after the last."""
+        """The state after the last token, where there is a state after each."""
         return self.each(lambda part: part[:, -1])
 
     def span(self, start: int | None, stop: int | None) -> RouterState:
-        """Of the states after each token, those of some tokens."""
+        """The states after some of the tokens, where there is a state after each."""
         return self.each(lambda part: part[:, start:stop])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> RouterState:

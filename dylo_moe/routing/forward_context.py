@@ -1,4 +1,4 @@
-"""One forward of the model, as an object: what was asked of it, what it knows on the way, and what came of it.
+"""One forward of the model, as an object: its request, its state, and its results.
 
 It is the only thing that a model, the hooks on its base and its routed linears share.
 """
@@ -49,7 +49,7 @@ class ForwardContext:
         """[batch, seq]; where they start over, another text begins."""
         self.last_hidden: Tensor | None = None
         """[batch, seq, hidden] of a pass of the base alone, where the router reads those."""
-        # What the router makes of it.
+        # The router's results.
         self.features: Tensor | None = None
         """fp32 [batch, seq, hidden]: what the gate reads."""
         self.states: Any = None
@@ -57,7 +57,7 @@ class ForwardContext:
         self.routing: Any = None
         """A `Routing`: which experts each token uses, with which weights."""
         self.dispatch: Dispatch | None = None
-        """The same, laid out for the routed linears."""
+        """The routing, in the layout that the routed linears read."""
         # What the base leaves for its caller.
         self.head_input: Tensor | None = None
         """[batch, seq, hidden], where the head was skipped."""
@@ -113,7 +113,7 @@ class ContextSlot:
         """
         if self.current is None or self.current.dispatch is None:
             raise RuntimeError(
-                "a routed linear was called outside a forward of its DyLoRAMoE model, so nobody has decided which "
+                "a routed linear was called outside a forward of its DyLoRAMoE model, so it is not decided which "
                 "experts its tokens use; call the whole model. If this came from gradient checkpointing, switch it "
                 "on with model.gradient_checkpointing_enable() of the DyLoRAMoE model, not of the base in it"
             )

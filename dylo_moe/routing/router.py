@@ -31,7 +31,7 @@ tens of radians, and the choices of neighbours are independent; a last bit of ro
 
 
 class Routing(NamedTuple):
-    """Where the tokens of one forward went. All tensors fp32 unless said."""
+    """The experts and weights of each token of one forward. All tensors are fp32 unless said otherwise."""
 
     names: tuple[str, ...]
     """The experts, in gate order: the columns of the tensors below."""
@@ -94,7 +94,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.temperature = config.temperature
-        """Of dense collaboration; training may anneal it."""
+        """The temperature of dense collaboration; training may anneal it."""
         self.hidden_size = hidden_size
         self.gate = nn.ParameterDict()
         self.gate_bias = nn.ParameterDict()
@@ -232,7 +232,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def _fixed(self, features: Tensor, *, mask: Tensor) -> tuple[Routing, Tensor | None]:
-        """As `forward`, with a policy that nothing is learned by."""
+        """`forward` with a policy that learns nothing."""
         names, top_k = self.names, self.config.top_k
         if self.config.policy == UNIFORM or top_k >= len(names):
             weights_BSE, selected_BSK = features.new_full((*mask.shape, len(names)), 1 / len(names)), None
@@ -276,7 +276,7 @@ class Router(nn.Module):
             self.step_counts.zero_()
 
     def _values(self) -> Tensor:
-        """All gate rows, behind one another."""
+        """All gate rows, stacked."""
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters()])
 
     def _has_changed(self) -> Tensor:
@@ -339,7 +339,7 @@ def select_top_k(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
 def make_dispatch(
     routing: Routing, selected_BSK: Tensor | None, *, layouts: Iterable[Layout], dtype: torch.dtype
 ) -> Dispatch:
-    """Decide the kernel path and lay out the tokens for it.
+    """Choose the kernel path, and arrange the tokens for it.
 
     Args:
         selected_BSK: int64 [batch, seq, top_k], positions in `routing.names`; None: all experts.

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are text: padding, texts packed behind one another, and where a prompt ends.
+"""Which tokens of a batch are text: padding, packed texts, and where a prompt ends.
 
 Shapes: B batch, S sequence.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PROMPT_TOKENS = 32
-"""Where nothing says how long a text's prompt is, it is so many of its first real tokens."""
+"""The number of first real tokens that count as a text's prompt where nothing says how long it is."""
 
 
 def token_mask(attention_mask: Tensor | None, *, batch: int, seq: int, device: torch.device) -> Tensor:
@@ -30,7 +30,7 @@ def token_mask(attention_mask: Tensor | None, *, batch: int, seq: int, device: t
 def text_starts(position_ids: Tensor | None, *, mask: Tensor) -> Tensor | None:
     """bool [batch, seq]: where another text begins behind the one before, in a packed row.
 
-    As in Transformers, a new text begins where the position ids do not go on by one.
+    As in Transformers, a new text begins where the position ids do not continue by one.
 
     Args:
         position_ids: [batch or 1, seq]; None, or of another shape: nothing is packed.
@@ -109,7 +109,7 @@ def _check_prompt_lengths(prompt_lengths: Tensor, count_B: Tensor, text_BS: Tens
 def prompt_mask(input_ids: Tensor, *, pad: int | None, ends: Sequence[int]) -> Tensor:
     """int64 [batch, seq] attention mask of prompts that came without one.
 
-    As Transformers infers it: padding is told by its token, unless that also ends texts.
+    As Transformers infers it: padding is recognised by its token, unless that token also ends texts.
     """
     if pad is None or pad in ends:
         return torch.ones_like(input_ids)
@@ -120,7 +120,7 @@ def finished_mask(sequences: Tensor, prompt: Tensor, *, ends: Sequence[int]) -> 
     """bool [rows, seq] of generated sequences: the prompt's real tokens, and new ones up to each row's first end.
 
     Args:
-        sequences: int64 [rows, seq]; every prompt's rows behind one another.
+        sequences: int64 [rows, seq]; the rows of each prompt are consecutive.
         prompt: [prompts, prompt tokens] attention mask.
     """
     new = sequences[:, prompt.shape[1] :]

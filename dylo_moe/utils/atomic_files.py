@@ -1,4 +1,4 @@
-"""A file that is there whole or not at all, and how it is known again; of a folder, all its files."""
+"""Atomic writes of files and folders, and hashes that recognise them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the place and rename into it; a failure leaves what was there before."""
+    """Write a file atomically: beside its place, then renamed. A failure leaves the old file."""
     aside = path.with_name(f".{path.name}.partial")
     try:
         aside.write_bytes(content)
@@ -24,7 +24,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, read in pieces."""
+    """The sha256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """A rename must not reach the disk before what it names."""
+    """Flush a file to the disk, so that a later rename cannot reach the disk before its content."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -52,7 +52,7 @@ def listing(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def replace_folder(aside: Path, target: Path) -> None:
-    """Put a whole folder where another one may lie."""
+    """Rename the folder `aside` to `target`, in place of a folder that may be there."""
     os.chmod(aside, 0o755)
     if not target.exists():
         os.rename(aside, target)
@@ -70,7 +70,7 @@ def replace_folder(aside: Path, target: Path) -> None:
 
 
 def check_free(target: Path) -> None:
-    """Raises ValueError where something lies that an export would replace."""
+    """Raises ValueError where an export would replace something."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output {target} exists and is not an empty folder; name a new one")
 
@@ -93,5 +93,5 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

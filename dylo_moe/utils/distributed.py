@@ -1,6 +1,7 @@
-"""One run in several processes, its ranks: which of them speaks, and what they have to agree on.
+"""Runs of several processes: what rank 0 does alone, and what all ranks have to agree on.
 
-Started by `torchrun` or `accelerate launch`. In one process each function here does nothing, or what one would expect.
+The processes are started by `torchrun` or `accelerate launch`. In a single process each function here does nothing, or
+what a run of one rank means by it.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _device() -> torch.device:
-    """Where tensors must lie that are sent to other ranks."""
+    """The device of tensors that are sent to other ranks."""
     if "gloo" in str(distributed.get_backend()):  # also beside another one
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

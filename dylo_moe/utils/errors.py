@@ -18,4 +18,4 @@ class Stopped(Exception):
 
 
 class RankLost(Exception):
-    """Another process of the run has gone, so that this one cannot go on either."""
+    """Another process of the run has ended, so that this one cannot continue."""

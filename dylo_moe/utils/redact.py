@@ -17,7 +17,7 @@ SECRET_NAME = re.compile(r"(token|secret|password|passwd|credentials?|api_?key|_
 
 
 def without_secrets(text: str) -> str:
-    """Without user, password and query of each address, and without what looks like an access token."""
+    """Remove user, password and query of each address, and everything that looks like an access token."""
     return _TOKEN.sub("<removed>", _QUERY.sub(r"\1", _CREDENTIALS.sub(r"\1", text)))
 
 
@@ -37,5 +37,5 @@ def short_name(name: str) -> str:
 
 
 def bytes_in_words(size: float) -> str:
-    """In GB of 10^9 bytes."""
+    """A size in GB of 10^9 bytes."""
     return f"{size / 1e9:,.1f} GB"

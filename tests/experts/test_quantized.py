@@ -211,7 +211,7 @@ def test_parameters_are_counted_as_the_numbers_they_stand_for(folder):
 def test_a_base_that_was_packed_anew_is_refused(folder):
     base = quantised(folder)
     base.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="packed anew"):
+    with pytest.raises(ValueError, match="repacked"):
         DyLoRAMoE.from_base(base)
 
 

@@ -1,4 +1,4 @@
-"""`dylora experts`: a checkpoint's experts listed, one removed, or the gate fitted anew."""
+"""`dylora experts`: a checkpoint's experts listed, one removed, or the gate fitted again."""
 
 from __future__ import annotations
 
