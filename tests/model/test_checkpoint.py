@@ -13,7 +13,7 @@ from reference.tiny import tensors, tiny_base, tiny_moe, tokens
 from safetensors.torch import load_file
 
 from dylo_moe import CheckpointError, DyLoRAMoE, RouterConfig
-from dylo_moe.model import checkpoint
+from dylo_moe.model import saving
 
 # --- there and back
 
@@ -148,7 +148,7 @@ def test_a_save_that_is_interrupted_leaves_a_whole_checkpoint_and_nothing_else(
         shutil.copytree(original[1], folder)
     before = contents(tmp_path)
     model.remove_expert("wide")
-    renames, real_rename, real_save = [], os.rename, checkpoint._save_tensors
+    renames, real_rename, real_save = [], os.rename, saving._save_tensors
 
     def rename(source, target):
         renames.append(target)
@@ -162,11 +162,11 @@ def test_a_save_that_is_interrupted_leaves_a_whole_checkpoint_and_nothing_else(
         real_save(state, path)
 
     monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(checkpoint, "_save_tensors", save)
+    monkeypatch.setattr(saving, "_save_tensors", save)
     if moment == "manifest":
-        monkeypatch.setattr(checkpoint.json, "dumps", crash)
+        monkeypatch.setattr(saving.json, "dumps", crash)
     if moment == "removal":
-        monkeypatch.setattr(checkpoint.shutil, "rmtree", crash)
+        monkeypatch.setattr(saving.shutil, "rmtree", crash)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(str(folder))
     monkeypatch.undo()

@@ -161,7 +161,7 @@ def test_nothing_of_the_tracking_lies_outside_the_runs_folder(offline):
 ASK = """
 import types
 from pathlib import Path
-from dylo_moe import tracking
+from dylo_moe.training import tracking
 tracking.API_TIMEOUT_SECONDS = tracking.START_TIMEOUT_SECONDS = 2
 arguments = types.SimpleNamespace(report_to=["wandb"], process_index=0, run_name=None)
 for name, ask in {
