@@ -146,6 +146,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min
 @example("<b>x<!--", "*a*|`b`")
 @example("__0__", "~~a~~")
 @example("&lt;_y_[z](w)", "\\")
+@example("`a`<b>`c`", "`|`")
 def test_any_name_is_shown_as_it_is(name, origin):
     """Markdown and HTML in a dataset's name are text."""
     item = {"name": name, "origin": origin, "train": 1, "evaluation": 2, "share": 1.0, "licence": None}

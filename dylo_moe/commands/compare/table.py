@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dylo_moe.commands.compare.arguments import ARMS, BASE_ARM, OURS
 from dylo_moe.evaluation.losses import Estimate, Estimates, Losses, estimates, mean_loss
+from dylo_moe.utils.markdown import Markdown, markdown_table
 
 WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "unknown"
 """Ours against another arm."""
@@ -239,20 +240,12 @@ def _table(lines: Sequence[Line], columns: Sequence[Sequence[Any]], title: str) 
 
 def as_markdown(lines: Sequence[Line], said: Sequence[str]) -> str:
     """The table and the sentences below it."""
-    titles = header(lines)
-    rows = [
-        f"| {' | '.join(_escaped(title) for title in titles)} |",
-        f"| --- |{' ---: |' * (len(titles) - 1)}",
-    ]
+    titles, rows = header(lines), []
     for line in lines:
         texts = [" ".join(parts) for parts in cells(line)]
-        texts = [f"**{text}**" for text in texts] if line.arm == OURS else texts
-        rows.append(f"| {' | '.join(texts)} |")
-    return "\n".join([*rows, "", *(f"- {text}" for text in said)]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("_", "\\_")
+        rows.append([Markdown(f"**{text}**" if line.arm == OURS else text) for text in texts])
+    table = markdown_table(titles, rows, right=range(1, len(titles)))
+    return "\n".join([table, "", *(f"- {text}" for text in said)]) + "\n"
 
 
 def as_json(lines: Sequence[Line], said: Sequence[str]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from dylo_moe.commands.export.serving_rules import VLLM_VERSION
+from dylo_moe.utils.markdown import markdown_table
 
 NOT_MEASURED = "What is lost against routing each token was **not measured** (--no_measure)."
 
@@ -33,16 +34,16 @@ print(json.dumps(request))  # the body of a POST to http://localhost:8000/v1/com
 
 
 def vllm_page(record: Mapping[str, Any], losses: str) -> str:
-    """Of a folder of adapters.
+    """The page of a folder with an adapter for each expert.
 
     Args:
         record: what dylora_export.json holds.
-        losses: the part about what is lost.
+        losses: Markdown about what is lost against routing each token.
     """
     experts = [
         [
             item["name"],
-            str(item["rank"]),
+            item["rank"],
             ", ".join(map(str, item["original_ranks"])),
             item["skill"] or "",
             item["state"],
@@ -64,29 +65,23 @@ def vllm_page(record: Mapping[str, Any], losses: str) -> str:
         "## What is lost",
         losses,
         "## Experts",
-        markdown_table([["name", "rank", "rank in the checkpoint", "skill", "state"], *experts]),
+        markdown_table(["name", "rank", "rank in the checkpoint", "skill", "state"], experts),
         "\n".join(notes + [f"- {note}" for note in record["notes"]]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def merged_page(record: Mapping[str, Any], losses: str) -> str:
-    """Of a plain model; arguments as of `vllm_page`."""
+    """The page of a plain model that the experts were merged into; its arguments are those of `vllm_page`."""
     weights = [[name, f"{weight:.4g}"] for name, weight in record["weights"].items()]
     parts = [
         "# A DyLoRA-MoE checkpoint, merged into a plain model",
         f"The weights of {record['base']['id']} with these experts inside, the same for every token, in "
         f"{record['dtype']}. It needs nothing but Transformers:",
         '```python\nAutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n```',
-        markdown_table([["expert", "weight"], *weights]),
+        markdown_table(["expert", "weight"], weights),
         "## What is lost",
         losses,
         "\n".join(f"- {note}" for note in record["notes"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a table; the first line is the head."""
-    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])

@@ -30,13 +30,14 @@ from dylo_moe.commands.export.losses import (
 )
 from dylo_moe.commands.export.merged import bake
 from dylo_moe.commands.export.padded_adapter import PaddedAdapter, padded
-from dylo_moe.commands.export.page import NOT_MEASURED, markdown_table, merged_page, vllm_page
+from dylo_moe.commands.export.page import NOT_MEASURED, merged_page, vllm_page
 from dylo_moe.commands.export.serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure
 from dylo_moe.model.checkpoint import ADAPTER_FILES, MANIFEST, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
+from dylo_moe.utils.markdown import Markdown, markdown_table
 
 FORMAT_VERSION = 1
 
@@ -274,7 +275,8 @@ def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
     seed = export.options.seed
     sentences = [in_words(measured, way, seed=seed)] if way in measured.ways else []
     notes = [f"- {note}" for note in measured.notes]
-    table = markdown_table(losses.table_of(measured, seed=seed))
+    head, *lines = losses.table_of(measured, seed=seed)
+    table = markdown_table(head, [[way, *map(Markdown, cells)] for way, *cells in lines], right=range(1, len(head)))
     return "\n\n".join(
         [
             *sentences,
