@@ -1,4 +1,4 @@
-"""What to watch while experts train: utilisation, gradients, the gate's way, and what looks wrong."""
+"""Alarms about the routing while experts train: an expert without tokens, and an expert that gets them all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ DEAD_SHARE = 0.01
 """An expert that gets less than this share of the tokens is called dead."""
 
 ALARM_TOKENS = 4096
-"""What holds for fewer tokens is chance."""
+"""An alarm must hold for so many tokens; over fewer, the shares vary by chance."""
 
 COLLAPSED_SHARE = 0.9
-"""One of several experts that gets more than this share of the tokens, on several kinds of data, has taken over."""
+"""The router has collapsed where one of several experts gets more than this share of the tokens of several datasets."""
 
 
 def dead_experts(readings: Mapping[str, MeterReading]) -> list[str]:
@@ -23,7 +23,7 @@ def dead_experts(readings: Mapping[str, MeterReading]) -> list[str]:
 
 
 def alarms(reading: MeterReading) -> dict[str, str]:
-    """What looks wrong in a stretch of training, with advice; by a name that stays the same while it lasts."""
+    """The alarms of a stretch of training: sentences with advice, by names that stay the same while an alarm lasts."""
     if len(reading.shares) == 1:
         return {}
     found = {
@@ -42,14 +42,19 @@ def alarms(reading: MeterReading) -> dict[str, str]:
 
 
 class AlarmBell:
-    """Tells each alarm when it begins and when it is over; it begins once it has held for `ALARM_TOKENS` tokens."""
+    """Reports when each alarm begins and ends; it begins once it has held for `ALARM_TOKENS` tokens."""
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
-        """Tokens since each alarm has held."""
+        """For how many tokens each alarm has held."""
 
     def changes(self, found: dict[str, str], num_tokens: int) -> list[str]:
-        """What to tell, given what looks wrong in the newest stretch and how long that was."""
+        """The sentences to report after a stretch of training.
+
+        Args:
+            found: the alarms of the stretch.
+            num_tokens: its real tokens.
+        """
         before = self.held
         self.held = {name: before.get(name, 0) + num_tokens for name in found}
         begun = [found[name] for name, held in self.held.items() if before.get(name, 0) < ALARM_TOKENS <= held]

@@ -155,6 +155,8 @@ class TrainArguments(TrainingArguments):
     )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Not offered."})
 
+    shards_base = False  # not a field, and so no flag: `take_sharding` sets it
+
     def __post_init__(self) -> None:
         has_evaluations = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
         if has_evaluations and self.metric_for_best_model is None:
@@ -167,8 +169,6 @@ class TrainArguments(TrainingArguments):
             )
         super().__post_init__()
         self._check_rows_are_shared_evenly()
-        if self.n_gpu > 1:
-            self._n_gpu = 1  # one process trains on one GPU; several are for torchrun and accelerate launch
         patience = self.early_stopping_patience
         if patience is not None and (patience < 1 or not has_evaluations):
             rule = "it must be at least 1" if patience < 1 else "but eval_strategy is no, so nothing is evaluated"
@@ -177,6 +177,18 @@ class TrainArguments(TrainingArguments):
             raise ValueError("use_liger_kernel needs Liger's kernels: pip install liger-kernel")
         if self.use_liger_kernel and self.device.type == "cpu":
             raise ValueError("use_liger_kernel needs a GPU, for which its kernels are written; leave it out")
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: at most one, because the Trainer would train on several with `nn.DataParallel`, which
+        cannot gather our outputs. Several GPUs are used by as many processes (torchrun, accelerate launch)."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """Whether the Trainer moves the model to the device; None leaves that to the Trainer. A sharded base is on its
+        devices already, and offloaded shares must stay in the memory of the host."""
+        return False if self.shards_base else None
 
     def _check_rows_are_shared_evenly(self) -> None:
         fixed = {"split_batches": False, "dispatch_batches": None, "even_batches": True}

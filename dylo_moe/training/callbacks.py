@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a live bar on a terminal, plain lines in a file, and metrics.jsonl."""
+"""What a run shows while it trains: a live bar on a terminal or plain lines elsewhere, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def rewind(self, history: list[dict[str, Any]]) -> int:
-        """Back to where a checkpoint was saved; what came later is logged again when the run goes on.
+        """Cut the file back to a checkpoint; what the run logged after it is logged again when the run is resumed.
 
         Args:
-            history: the Trainer's `log_history` of the checkpoint; written where the file does not hold as much.
+            history: the Trainer's `log_history` in the checkpoint; it replaces a file that holds less.
 
         Returns:
             How many lines were dropped.
@@ -35,7 +35,7 @@ class MetricsFile(TrainerCallback):
         for line in lines:
             try:
                 values = json.loads(line)
-            except ValueError:  # cut off by a kill
+            except ValueError:  # a line that a kill has cut off
                 break
             if values["step"] > 0 and "alarms" not in values:
                 left -= 1
@@ -48,13 +48,13 @@ class MetricsFile(TrainerCallback):
         return max(len(lines) - len(kept), 0)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line: the step, the time and the values."""
         line = {"step": step, "time": round(time.time(), 3), **values}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=float) + "\n")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write one line; a value that is not finite becomes null, so that the line stays JSON."""
+        """Append a log of the Trainer; a value that is not finite becomes null, for JSON has no other word for it."""
         if not state.is_world_process_zero or logs is None:
             return
         values = {
@@ -65,7 +65,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Step, loss, certainty of the router, tokens per second and time left."""
+    """Shows the step, the losses, the router's entropy, tokens per second and the time that is left."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,4 +1,4 @@
-"""One training from its first or resumed step to its end."""
+"""One training, from its first or resumed step to its end."""
 
 from __future__ import annotations
 
@@ -17,48 +17,54 @@ from dylo_moe.training.stopping import EarlyStopping, StopRequest
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils.words import counted
 
 
-def go_on(folder: Path) -> str:
-    """How a run is taken up."""
+def how_to_resume(folder: Path) -> str:
+    """What to type to resume the run in a folder."""
     how = f"with: {command()} train" if distributed.num_ranks() == 1 else "with the same launcher and: train.py"
-    return f"Go on {how} --resume_from_checkpoint {folder}"
+    return f"Resume {how} --resume_from_checkpoint {folder}"
 
 
 def command() -> str:
-    """How the reader can call this very installation: by name where that finds it, else by its path."""
+    """How to call this very installation: by its name where the shell finds it under that, else by its path."""
     beside, found = Path(sys.executable).with_name("dylora"), shutil.which("dylora")
     if found and Path(found).resolve() == beside.resolve():
         return "dylora"
     return os.path.relpath(beside) if beside.exists() else f"{sys.executable} -m dylo_moe.cli"
 
 
-# Training.
+def resume_log(console: Console, metrics: MetricsFile, checkpoint: Path | None) -> TrainerState | None:
+    """Cut metrics.jsonl back to the step that training begins at.
 
-
-def take_up_log(console: Console, metrics: MetricsFile, checkpoint: Path | None) -> TrainerState | None:
-    """Bring metrics.jsonl to where training begins; returns the Trainer's state there, None at the very beginning."""
+    Returns:
+        The Trainer's state at that step; None at the very beginning.
+    """
     if checkpoint is None:
         if distributed.is_first():
-            metrics.path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            metrics.path.unlink(missing_ok=True)  # left by a run that was killed before its first checkpoint
         return None
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if not distributed.is_first():
         return state
     dropped = metrics.rewind(state.log_history)
     if dropped:
-        console.print(f"{dropped} lines of metrics.jsonl came after it; they are logged again", highlight=False)
+        lines = counted(dropped, "line of metrics.jsonl is", "lines of metrics.jsonl are")
+        console.print(f"{lines} newer than the checkpoint, and will be logged again", highlight=False)
     return state
 
 
-def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None, state: TrainerState | None) -> None:
-    """Train to the end, or until asked to stop; then what was trained is saved.
+def train_to_end(
+    trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None, state: TrainerState | None
+) -> None:
+    """Train to the end, or until a signal asks to stop; what was trained by then is saved.
 
     Args:
-        checkpoint, state: what to go on from, and the Trainer's state there.
+        checkpoint: what to resume from; None: nothing.
+        state: the Trainer's state in that checkpoint.
 
     Raises:
-        Stopped: with how to go on.
+        Stopped: with how to resume.
     """
     if checkpoint is not None and state is not None and is_over(trainer, state):
         trainer.take_up(checkpoint, state)
@@ -71,18 +77,18 @@ def train_on(trainer: DyLoRATrainer, stop: StopRequest, checkpoint: Path | None,
         folder = Path(str(trainer.args.output_dir))
         raise Stopped(
             stop.number,
-            f"saved {folder / checkpoint_name(trainer.state.global_step)}. {go_on(folder)}",
+            f"saved {folder / checkpoint_name(trainer.state.global_step)}. {how_to_resume(folder)}",
         )
 
 
 def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
-    """Whether no step is left to a training that stands there."""
+    """Whether a training with this state has no step left."""
     early = next((item for item in trainer.callback_handler.callbacks if isinstance(item, EarlyStopping)), None)
     return state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history))
 
 
 def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, MeterReading]:
-    """The held-out reading of every dataset."""
+    """Evaluate every dataset; the status line says when this is."""
     with console.status(f"evaluating {when}"):
         trainer.evaluate()
     return dict(trainer.readings)

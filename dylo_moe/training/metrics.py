@@ -1,4 +1,4 @@
-"""What a stretch of training or evaluation did, per domain: loss, where its tokens went, how sure the router was.
+"""Measures of a stretch of training or evaluation, per domain: its loss, its routing, and the router's entropy.
 
 Shapes: B batch, S sequence, E experts, G domains.
 """
@@ -17,28 +17,29 @@ from dylo_moe.routing.router import Routing
 
 
 class MeterReading(NamedTuple):
-    """The means since the last reset; shares are fractions, losses and entropies in nats per token."""
+    """Means since the last reset; shares are fractions, losses and entropies are in nats per token."""
 
     loss: float
     """Language-model loss over all trained tokens."""
     domain_losses: dict[str, float]
     shares: dict[str, float]
-    """Of each expert, over all real tokens; the rows of `domain_shares` are the same within one domain."""
+    """The share of all real tokens that each expert got."""
     domain_shares: dict[str, dict[str, float]]
+    """The same within each domain."""
     token_entropy: float
     """Mean entropy of one token's gate probabilities; low: the router is sure of each token."""
     num_tokens: int
-    """Real ones."""
+    """Real tokens, without padding."""
     average_entropy: float
     """Entropy of the mean probabilities; high (at most log of the number of experts): all experts are used."""
 
 
 @torch.no_grad()
 def token_losses(out: Any, labels: Tensor) -> Tensor:
-    """The plain loss of each label, fp32 [batch, seq], from a forward's output; 0 where there is none.
+    """The plain loss of each label, fp32 [batch, seq], from a forward's output; 0 where there is no label.
 
     Args:
-        out: of `DyLoRAMoE.forward`, with its logits, or with its token_losses in their place.
+        out: the output of `DyLoRAMoE.forward`, with logits, or with token_losses in their place.
         labels: int64 [batch, seq], -100 where nothing is predicted.
 
     Raises:
@@ -56,7 +57,7 @@ def token_losses(out: Any, labels: Tensor) -> Tensor:
 
 
 class Meter:
-    """Sums over batches, on the batches' device, until `read`.
+    """Sums losses and routing over batches, on the batches' device; `read` turns the sums into means.
 
     Args:
         domains: names of the datasets, in the order of the batches' `domain` index.
@@ -70,12 +71,12 @@ class Meter:
 
     @torch.no_grad()
     def add(self, *, losses: Tensor, labels: Tensor, routing: Routing, domain: Tensor) -> None:
-        """Count one batch.
+        """Add one batch.
 
         Args:
-            losses: fp32 [batch, seq], of each label, as `token_losses` gives them.
+            losses: the loss of each label, fp32 [batch, seq], as `token_losses` returns it.
             labels: int64 [batch, seq], -100 where nothing is predicted.
-            routing: of the same forward.
+            routing: the routing of the same forward.
             domain: int64 [batch], each row's position in `domains`, or [batch, seq], each token's.
         """
         num_experts, (batch, seq) = len(self.experts), labels.shape
@@ -95,11 +96,11 @@ class Meter:
         self.sums.index_add_(0, domain.flatten(), sums)
 
     def reset(self) -> None:
-        """Start over."""
+        """Forget all batches."""
         self.sums = None
 
     def read(self) -> MeterReading | None:
-        """The means so far; None when nothing was counted."""
+        """The means since the last reset; None where no token was added."""
         if self.sums is None or float(self.sums[:, 2].sum()) == 0:
             return None
         sums_GX, num_experts = self.sums.cpu(), len(self.experts)
@@ -128,7 +129,7 @@ class Meter:
 
 
 def as_metrics(reading: MeterReading) -> dict[str, float]:
-    """A training log's routing metrics under their stable names."""
+    """The metrics of a training log, under the names that metrics.jsonl keeps from version to version."""
     metrics = {
         "token_entropy": reading.token_entropy,
         "average_entropy": reading.average_entropy,
@@ -151,7 +152,7 @@ def gradient_norms(model: DyLoRAMoE, *, scale: float = 1.0) -> dict[str, Tensor]
     """2-norm of the gradients of each trained expert's adapter and of the router; fp32 scalars, on the model's device.
 
     Args:
-        scale: what the gradients are multiplied by, of a gradient scaler.
+        scale: the factor by which a gradient scaler has multiplied the gradients.
     """
     learning = [expert.name for expert in model.experts if expert.trainable]
     groups = {name: list(model.experts.parameters(name)) for name in learning}
@@ -165,7 +166,7 @@ def gradient_norms(model: DyLoRAMoE, *, scale: float = 1.0) -> dict[str, Tensor]
 
 
 def gate_drift(start: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far each gate row has moved since training began, in parts of its length then."""
+    """How far each gate row has moved since training began, relative to its length then."""
     return {
         name: float((now[name] - row).norm() / row.norm().clamp_min(1e-12))
         for name, row in start.items()

@@ -1,4 +1,4 @@
-"""Where a run goes on: its checkpoints, and whether what is asked for now is what they were made with."""
+"""What a run resumes from, and whether its settings, data and parameters are those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from dylo_moe.data.loading import LoadedData
 from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.run_folder import CONFIG_FILE, NUMBERED, checkpoints_in
+from dylo_moe.utils.words import counted
 
 LATEST = "latest"
 
 AUTO = "auto"
 
 LOCATIONS = ("model", "datasets", "data_dir", "columns", "preprocessing_num_workers")
-"""Settings that say where things lie; the base and the rows themselves are compared instead."""
+"""Settings that name places, which may have moved; the base and the rows themselves are compared instead."""
 
 MAY_CHANGE = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
@@ -27,7 +28,7 @@ MAY_CHANGE = (  # noqa: SIM905
     "attn_implementation loss_chunk_size gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
     "activation_checkpointing_kwargs eval_benchmark eval_benchmark_steps allow_code_execution sandbox"
 ).split()
-"""Settings that may be others when a run goes on. More epochs or steps stretch what is left of the learning rate's
+"""Settings that may differ when a run is resumed. More epochs or steps stretch what is left of the learning rate's
 schedule; another device, attention, chunk of the loss, gradient checkpointing or number of processes may round
 differently."""
 
@@ -44,11 +45,11 @@ MAY_CHANGE_PREFIXES = (
 )
 
 ROWS, TURNS = "per_device_train_batch_size", "gradient_accumulation_steps"
-"""With the number of processes, the rows of an optimizer step: none of the three matters but their product."""
+"""These two, times the number of processes, are the rows of an optimizer step; only the product has to stay."""
 
 
 class Resumption(NamedTuple):
-    """What a run goes on from."""
+    """What a run resumes from."""
 
     run: Path
     """The run's folder."""
@@ -59,21 +60,21 @@ class Resumption(NamedTuple):
     record: dict[str, Any]
     """The manifest's record of the training; empty without a checkpoint."""
     broken: tuple[str, ...] = ()
-    """Newer checkpoints that are not whole, each with what is wrong; only "auto" passes them over."""
+    """Newer checkpoints that are incomplete or altered, each with what is wrong; only "auto" passes them over."""
 
 
 def find(wanted: str, output_dir: str | None) -> Resumption | None:
-    """What `--resume_from_checkpoint` means.
+    """Find what `--resume_from_checkpoint` names.
 
     Args:
-        wanted: "latest", "auto", a run's folder or a checkpoint's. "auto" goes back to the newest that is whole.
-        output_dir: as typed; needed for the first two, which look there.
+        wanted: "latest", "auto", a run's folder or a checkpoint's. "auto" takes the newest complete checkpoint.
+        output_dir: as typed; "latest" and "auto" look there.
 
     Returns:
-        None where "auto" finds no run, and one is to start.
+        None where "auto" finds no run, so that a new one starts.
 
     Raises:
-        CheckpointError: where there is nothing to go on from, or it is not whole.
+        CheckpointError: where there is nothing to resume from, or it is incomplete or altered.
     """
     if wanted in (LATEST, AUTO, "True", "true"):
         if output_dir is None:
@@ -82,7 +83,7 @@ def find(wanted: str, output_dir: str | None) -> Resumption | None:
         if not (run / CONFIG_FILE).is_file():
             if wanted == AUTO and not (run.exists() and any(run.iterdir())):
                 return None
-            raise CheckpointError(f"there is no run in {run} to go on with; look at --output_dir, or start a new run")
+            raise CheckpointError(f"there is no run in {run} to resume; look at --output_dir, or start a new run")
     else:
         run = Path(wanted)
         if not run.is_dir():
@@ -96,7 +97,7 @@ def find(wanted: str, output_dir: str | None) -> Resumption | None:
         try:
             return _from_checkpoint(checkpoint)._replace(broken=tuple(broken))
         except CheckpointError as error:
-            if wanted != AUTO:  # nobody is there to be asked
+            if wanted != AUTO:  # "auto" is for jobs that restart by themselves; a person is asked to decide
                 raise
             broken.append(str(error))
     settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -107,7 +108,7 @@ def _from_checkpoint(folder: Path) -> Resumption:
     record = read_manifest(folder).get("training")
     if not record or "settings" not in record or not (folder / "trainer_state.json").is_file():
         raise CheckpointError(
-            f"{folder} holds experts and router only, and nothing to go on training from (no optimizer, no settings); "
+            f"{folder} holds experts and router only, and nothing to resume training from (no optimizer, no settings); "
             "give a folder named checkpoint-STEP"
         )
     return Resumption(folder.parent, folder, record["settings"], record)
@@ -116,7 +117,7 @@ def _from_checkpoint(folder: Path) -> Resumption:
 def shared_out(resumed: Resumption, num_processes: int) -> dict[str, Any]:
     """The settings of a checkpoint for another number of processes, which share the rows of a step among them.
 
-    Each takes as many at once as before, or, where that does not come out even, the next smaller number that does.
+    Each process takes as many rows at once as before, or the next smaller number that divides its share evenly.
 
     Raises:
         CheckpointError: where no number does.
@@ -129,8 +130,8 @@ def shared_out(resumed: Resumption, num_processes: int) -> dict[str, Any]:
     if total % num_processes:
         fitting = [str(number) for number in range(1, total + 1) if total % number == 0]
         raise CheckpointError(
-            f"{resumed.checkpoint} was trained with {total} rows a step, which {num_processes} processes cannot share "
-            f"evenly; go on with {', '.join(fitting[:8])}{' or more' if len(fitting) > 8 else ''}"
+            f"{resumed.checkpoint} was trained with {counted(total, 'row')} a step, which {num_processes} processes "
+            f"cannot share evenly; resume with {', '.join(fitting[:8])}{' or more' if len(fitting) > 8 else ''}"
         )
     each = total // num_processes
     at_once = next(number for number in range(min(at_once, each), 0, -1) if each % number == 0)
@@ -158,7 +159,7 @@ def changes(
 
 
 def data_changes(saved: Mapping[str, str], now: Mapping[str, str], names: list[str]) -> list[str]:
-    """How the rows differ from those of the checkpoint, in words."""
+    """How the rows differ from those of a checkpoint: a phrase for each difference."""
 
     def title(key: str) -> str:
         place, _, what = key.partition(": ")
@@ -172,7 +173,10 @@ def data_changes(saved: Mapping[str, str], now: Mapping[str, str], names: list[s
 
 
 def trainable_set(model: DyLoRAMoE) -> dict[str, Any]:
-    """What an optimizer's state is of: "text" for people, "sha256" of all names and shapes in their order."""
+    """The parameters that an optimizer has: "text" for people, and "sha256" of all names and shapes in their order.
+
+    A checkpoint holds both, and both are compared, so the text must stay as it is.
+    """
     counts = {
         expert.name: sum(p.numel() for p in model.experts.parameters(expert.name) if p.requires_grad)
         for expert in model.experts
@@ -183,13 +187,10 @@ def trainable_set(model: DyLoRAMoE) -> dict[str, Any]:
     return {"text": text, "sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
 
 
-# Where it begins.
-
-
 def check_same_data(resumed: Resumption | None, data: LoadedData) -> None:
     """Raises ValueError, with each difference, unless the rows are those that the checkpoint was trained on."""
     if resumed is None or resumed.checkpoint is None:
         return
     differences = data_changes(resumed.record["data"], data.fingerprint, data.names)
     if differences:
-        raise ValueError(f"cannot go on from {resumed.checkpoint} with other data: {'; '.join(differences)}")
+        raise ValueError(f"cannot resume from {resumed.checkpoint} with other data: {'; '.join(differences)}")

@@ -24,7 +24,7 @@ UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old\..*)")
 
 
 def new_output_dir(wanted: str) -> Path:
-    """The run's folder: the wanted one, which must be new or empty, or for `new` one named by the time.
+    """Make the folder of a new run: the wanted one, which must be new or empty, or for `new` one named by the time.
 
     Raises:
         UsageError: when the wanted folder already holds something.
@@ -40,7 +40,7 @@ def new_output_dir(wanted: str) -> Path:
 
 
 def fresh_folder(parent: Path, name: str) -> Path:
-    """`parent/name`, numbered where that is taken; not made."""
+    """A path in `parent` that is free: `name`, or `name` with a number. The folder is not made."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "-", name)
     return next(
         path
@@ -50,17 +50,17 @@ def fresh_folder(parent: Path, name: str) -> Path:
 
 
 def save_config(settings: dict[str, Any], path: Path) -> None:
-    """Write what a run was resolved to, as a recipe that `--config` reads."""
+    """Write the settings of a run, as a recipe that `--config` reads."""
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def checkpoint_name(step: int) -> str:
-    """A checkpoint's folder in its run's."""
+    """The name of a checkpoint's folder within the run's folder."""
     return f"checkpoint-{step}"
 
 
 def unfinished(checkpoint: Path) -> Path:
-    """That folder until it is whole, and while it is deleted."""
+    """The hidden folder that a checkpoint is written in and deleted from, so that no part of one looks complete."""
     return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
@@ -71,7 +71,7 @@ def checkpoints_in(run: Path) -> list[tuple[int, Path]]:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; killed on the way, it leaves none that looks whole."""
+    """Delete a checkpoint; a kill on the way leaves none that looks complete."""
     hidden = unfinished(checkpoint)
     shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)
@@ -87,7 +87,14 @@ def clear_unfinished(run: Path) -> list[str]:
 
 
 def set_aside(run: Path, newest: Path | None) -> list[str]:
-    """Rename the checkpoints that come after `newest`, which are not whole, so that none takes them for one."""
+    """Rename the incomplete checkpoints that are newer than `newest` to broken-..., so that nothing resumes from them.
+
+    Args:
+        newest: the newest complete checkpoint; None: there is none.
+
+    Returns:
+        The new names.
+    """
     numbered = checkpoints_in(run)
     after = 0 if newest is None else next(place for place, (_, path) in enumerate(numbered, 1) if path == newest)
     names = []

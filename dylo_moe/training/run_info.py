@@ -1,6 +1,6 @@
-"""What a run was made of and on: versions, hardware, base, experts, data. Goes into run.json and the model card.
+"""The facts of a run for run.json and the model card: versions, hardware, base, experts and data.
 
-Nothing comes from the environment, and no user's or machine's name is asked for.
+Nothing is read from the environment, and neither the user's nor the machine's name is recorded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "data
 
 
 def run_facts(model: DyLoRAMoE, data: LoadedData) -> dict[str, Any]:
-    """All that a reader needs to judge a run's numbers, as plain JSON values; sizes in bytes, shares in parts of 1.
+    """The facts that a reader needs to judge a run's numbers, as JSON values: sizes in bytes, shares as fractions.
 
-    The names of datasets are kept as they were given, for the metrics are called by them.
+    Datasets keep the names they were given, because the metrics use them.
     """
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = count_parameters(model.parameters())
@@ -55,7 +55,7 @@ def run_facts(model: DyLoRAMoE, data: LoadedData) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python, and what the numbers depend on; a package that is not installed is left out."""
+    """The versions of this package, of Python, and of the installed packages that the numbers depend on."""
     found = {"dylora": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, without its name. What the system does not tell is None."""
+    """The machine, without its name; None stands for what the system does not report."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system
@@ -86,7 +86,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_model() -> str | None:
-    """As the kernel calls it; else what Python knows."""
+    """The processor's model as the kernel reports it, else as Python does; None where neither knows it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -98,7 +98,7 @@ def cpu_model() -> str | None:
 
 
 def dataset_facts(data: LoadedData) -> list[dict[str, Any]]:
-    """Each dataset: where from, how many rows, its share of an epoch, its licence where it is known."""
+    """Each dataset: its origin, its rows, its share of an epoch, and its licence where that is known."""
     shares = {share.name: share for share in data.shares}
     sources = {reading.name: reading.source for reading in data.readings}
     facts = []
@@ -119,6 +119,6 @@ def dataset_facts(data: LoadedData) -> list[dict[str, Any]]:
 
 
 def _without_home(text: str) -> str:
-    """A path below the home folder tells a user's name."""
+    """Replace the home folder by ~, for its path holds the user's name."""
     home = str(Path.home())
     return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text

@@ -7,15 +7,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class TwoPhaseLR(LambdaLR):
-    """Seeding at each parameter group's own rate, consolidation at a part of it.
+    """Trains at each parameter group's own rate while an expert is seeded, and at a fraction of it from then on.
 
         rate(t) = high * min(1, (t + 1) / warmup)                   for t < switch
-        rate(t) = high * low_ratio                                  from there on
+        rate(t) = high * low_ratio                                  for t >= switch
 
     With switch = 0 all is consolidation, after the same warm-up: rate(t) = high * low_ratio * min(1, (t + 1) / warmup).
 
     Args:
-        optimizer: its groups' rates are the high one.
+        optimizer: its groups' learning rates are the high rates.
         low_ratio: the low rate over the high one, above 0 and at most 1.
         switch_step: the first step of consolidation.
         warmup_steps: steps over which the rate rises to its first level.

@@ -1,11 +1,11 @@
-"""A base in parts: each rank holds a share of the frozen weights, and all of what is trained.
+"""A sharded base: each rank holds a share of the frozen weights, and all of the weights that are trained.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al. 2023, arXiv:2304.11277, and Rajbhandari et al. 2020,
 arXiv:1910.02054, for the idea) gathers a decoder layer's weights right before they are needed and drops them after.
-We differ in what is sharded: only the base, which is nearly all there is and never has a gradient. Experts and router
+We differ in what is sharded: only the base, which has nearly all parameters and never a gradient. Experts and router
 stay whole on every rank, so that the optimizer's state and a checkpoint are the same with and without sharding, and
 their gradients are averaged once a step, when the backward is over: DistributedDataParallel would send them in between,
-in an order that depends on which experts a rank's tokens chose, and so would wait for ever for the gathering of layers.
+in an order that depends on which experts a rank's tokens chose, and would deadlock with the gathering of layers.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.distributed import differing, num_ranks
 
 ACCELERATE_SWITCH = "ACCELERATE_USE_FSDP"
-"""How `accelerate launch --use_fsdp` tells it to Transformers and to Accelerate, neither of which is to act on it."""
+"""The variable by which `accelerate launch --use_fsdp` asks Transformers and Accelerate to shard; neither is to do it."""
 
 EMPTY_ELSEWHERE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-"""How it tells Transformers to load the base on the first rank alone. Here each reads it, and keeps its share."""
+"""The variable by which it asks Transformers to load the base on rank 0 alone. Here each rank loads it and keeps its
+share."""
 
 
 class Sharding(NamedTuple):
     """How the base is sharded."""
 
     reshard_after_forward: bool
-    """Drop a layer's weights after its forward and gather them again for its backward; else in between they stay."""
+    """Drop a layer's weights after its forward and gather them again for its backward; else keep them in between."""
     cpu_offload: bool
     """Keep the shares in the memory of the host."""
     layer_classes: tuple[str, ...]
-    """What the user says a decoder layer is called; empty: nothing."""
+    """The class names of decoder layers as the user gave them; empty: not given."""
 
 
 def take_sharding(arguments: Any, *, num_processes: int) -> Sharding | None:
-    """What --fsdp or `accelerate launch --use_fsdp` asks for; they are taken back, as the Trainer is to see DDP alone.
+    """Read what --fsdp or `accelerate launch --use_fsdp` asks for, and hide it from the Trainer, which is to see DDP.
 
     Args:
         arguments: `transformers.TrainingArguments`.
-        num_processes: that share the base.
+        num_processes: how many processes share the base.
 
     Raises:
-        ValueError: for what cannot be done, every reason at once.
+        ValueError: for a request that cannot be met, with every reason.
     """
     asked = arguments.fsdp_plugin_args
     if os.environ.get(ACCELERATE_SWITCH, "false").lower() == "true" and asked is None:
-        asked = {}  # Accelerate has put all of it into the environment
+        asked = {}  # Accelerate has put the whole request into the environment
     if asked is None:
         return None
     plugin = FullyShardedDataParallelPlugin(**{**asked, "cpu_ram_efficient_loading": False})
@@ -64,6 +65,7 @@ def take_sharding(arguments: Any, *, num_processes: int) -> Sharding | None:
     if problems:
         raise ValueError("FSDP cannot be used so: " + "; ".join(problems))
     arguments.fsdp, arguments.fsdp_plugin_args = None, None
+    arguments.shards_base = True
     for name in {ACCELERATE_SWITCH, EMPTY_ELSEWHERE} & os.environ.keys():
         os.environ[name] = "false"
     return Sharding(
@@ -76,10 +78,10 @@ def take_sharding(arguments: Any, *, num_processes: int) -> Sharding | None:
 def _problems(plugin: FullyShardedDataParallelPlugin, num_processes: int) -> list[str]:
     problems = []
     if plugin.fsdp_version != 2:
-        problems.append(f"its version is {plugin.fsdp_version}, which is on its way out; set it to 2")
+        problems.append(f"its version is {plugin.fsdp_version}, which PyTorch is retiring; set it to 2")
     if num_processes == 1:
         problems.append(
-            "there is one process, which has nobody to share with; start with torchrun or accelerate launch"
+            "there is one process, and nothing to share the base with; start with torchrun or accelerate launch"
         )
     if plugin.activation_checkpointing:
         problems.append("its activation_checkpointing would lose the routing; use --gradient_checkpointing")
@@ -94,7 +96,7 @@ def _problems(plugin: FullyShardedDataParallelPlugin, num_processes: int) -> lis
 
 
 def shard_base(model: DyLoRAMoE, sharding: Sharding, *, device: torch.device) -> None:
-    """Leave each rank its share of the base, on `device`; experts and router move there whole.
+    """Shard the base, so that each rank keeps its share on `device`; experts and router move there whole.
 
     Raises:
         ValueError: for a quantised base, an older PyTorch, or ranks that loaded different bases.
@@ -138,7 +140,8 @@ def shard_base(model: DyLoRAMoE, sharding: Sharding, *, device: torch.device) ->
 
 @torch.no_grad()
 def average_gradients(model: DyLoRAMoE) -> None:
-    """Give experts and router the mean over the ranks of their gradients; what no rank has a gradient of keeps none."""
+    """Replace the gradients of experts and router by their mean over the ranks; a parameter without a gradient on any
+    rank keeps none."""
     parameters = _learning(model)
     has_gradient = torch.tensor(
         [float(p.grad is not None) for p in parameters], device=model.router.feature_mean.device
@@ -150,15 +153,30 @@ def average_gradients(model: DyLoRAMoE) -> None:
     for parameter, mean, count in zip(parameters, means, has_gradient.tolist(), strict=True):
         if count:
             if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)  # laid out alike, as fused optimizers take for granted
+                parameter.grad = torch.empty_like(parameter)  # fused optimizers expect the parameter's layout
             parameter.grad.copy_(mean.view_as(parameter))
 
 
+class ShardedModel(nn.Module):
+    """Wraps a model with a sharded base, whose gradients `average_gradients` handles, so that nothing else wraps it.
+
+    The Trainer takes anything but its own model for wrapped already, and leaves it alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        return self.module(*args, **kwargs)
+
+
 def _learning(model: DyLoRAMoE) -> list[nn.Parameter]:
-    """What is trained, in the same order on every rank."""
+    """The parameters that are trained, in the same order on every rank."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_base` was there."""
+    """Whether `shard_base` has sharded the base of this model."""
     return isinstance(model, DyLoRAMoE) and SHARDED in vars(model.base)

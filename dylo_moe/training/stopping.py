@@ -1,4 +1,4 @@
-"""When a run ends before its last step: a signal, or held-out losses that no longer fall."""
+"""What ends a run before its last step: a signal, or held-out losses that no longer fall."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest(TrainerCallback):
-    """Hears SIGTERM and SIGINT while it is entered (`with`), in the main thread.
+    """Handles SIGTERM and SIGINT within its `with` block, in the main thread.
 
-    In training the running optimizer step is finished, the Trainer saves and ends; an evaluation is left at its next
-    batch. Anywhere else the program is left at once. A second signal always leaves at once.
+    During training the running optimizer step is finished, then the Trainer saves and ends; an evaluation ends at its
+    next batch. Anywhere else the program ends at once, and a second signal always ends it at once.
 
-    A signal may reach one rank a step before another. So each of these points is one where the ranks agree: what one
-    has heard, all act upon.
+    A signal may reach one rank a step before another. So the ranks agree at each of these points, and all of them act
+    on a signal that any of them has received.
 
     Raises:
-        Stopped: where the run is left.
+        Stopped: where the run ends.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The signal that all ranks act upon."""
+        """The signal that all ranks act on; None: there is none."""
         self.is_training = False
         self._heard = 0
         self._is_leaving = False
@@ -39,7 +39,7 @@ class StopRequest(TrainerCallback):
     def __enter__(self) -> StopRequest:
         try:
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
-        except ValueError:  # only the main thread may; elsewhere nobody sends us signals
+        except ValueError:  # Python delivers signals to the main thread only, and only it may set handlers
             self._before = {}
         return self
 
@@ -58,43 +58,43 @@ class StopRequest(TrainerCallback):
             raise Stopped(number)
 
     def agree(self) -> None:
-        """All ranks take up what any has heard."""
+        """Take up, on all ranks, a signal that any of them has received."""
         self.number = largest(self._heard) or None
 
     def leave(self) -> None:
-        """The program ends, with something to tell: from here on no signal cuts it, for a launcher stops all ranks as
-        soon as one has gone."""
+        """Ignore signals from here on, so that this rank can still print why the program ends: a launcher stops all
+        ranks as soon as one has gone."""
         self._is_leaving = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on a signal waits for the end of the step."""
+        """From here on, a signal takes effect at the end of the running step."""
         self.is_training = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on it does not; what was heard by now counts."""
+        """From here on, a signal ends the program at once; the ranks agree on those received by now."""
         self.is_training = False
         self.agree()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop, if asked."""
+        """Save and stop after a signal."""
         self.agree()
         if self.number is not None:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All is saved already, and there is no time for an evaluation."""
+        """Skip the evaluation after a signal, for which there is no time; the last step saved everything."""
         if self.number is not None:
             control.should_evaluate = control.should_save = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the evaluation, if asked."""
+        """End the evaluation after a signal."""
         self.agree()
         if self.number is not None:
             raise Stopped(self.number)
 
 
 def is_exhausted(losses: Sequence[float], *, patience: int, threshold: float) -> bool:
-    """Whether the last `patience` of some losses, in order, all failed to beat the best before them by `threshold`."""
+    """Whether each of the last `patience` losses failed to fall below the best one before it by `threshold`."""
     best, failures = float("inf"), 0
     for loss in losses:
         if loss < best - threshold:
@@ -105,22 +105,24 @@ def is_exhausted(losses: Sequence[float], *, patience: int, threshold: float) ->
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends training when `eval_loss` has not fallen for some evaluations; it remembers nothing but the run's own log.
+    """Ends training when `eval_loss` has not fallen for some evaluations.
+
+    It reads the run's own log and keeps no state, so that a resumed run stops where an uninterrupted one would.
 
     Args:
         patience: evaluations without improvement, at least 1.
-        threshold: what counts as one, in nats.
+        threshold: by how much the loss must fall to count as an improvement, in nats.
     """
 
     def __init__(self, patience: int, threshold: float) -> None:
         self.patience, self.threshold = patience, threshold
 
     def says_stop(self, history: Sequence[dict[str, Any]]) -> bool:
-        """Whether a Trainer's `log_history` is reason enough."""
+        """Whether training should end, given the Trainer's `log_history`."""
         losses = [line["eval_loss"] for line in history if "eval_loss" in line]
         return is_exhausted(losses, patience=self.patience, threshold=self.threshold)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """After an evaluation of everything."""
+        """Decide after an evaluation of all datasets, which alone logs `eval_loss`."""
         if logs and "eval_loss" in logs and self.says_stop(state.log_history):
             control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""Weights & Biases, off by default: a run's start, its checkpoints as artifacts, and a checkpoint fetched from one."""
+"""Weights & Biases, off by default: starts a run, uploads its checkpoints as artifacts, and downloads one of them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PROJECT = "dylora-moe"
 ARTIFACT_TYPE = "model"
 
 START_TIMEOUT_SECONDS = 60
-"""How long a run waits for the server before it says that there is none."""
+"""How long a run waits for the server before it fails."""
 
 API_TIMEOUT_SECONDS = 20
 """How long one request of a download waits."""
 
 UPLOAD_TIMEOUT_SECONDS = 600
-"""How long the end of training waits for checkpoints that are still on their way."""
+"""How long the end of training waits for uploads that are not finished."""
 
 REFERENCE = re.compile(r"\w[\w.-]*/\w[\w. -]*/\w[\w.-]{0,127}:\w[\w.-]*", re.ASCII)
 
@@ -41,7 +41,7 @@ MEMBER = re.compile(
     r"|experts/[A-Za-z0-9][A-Za-z0-9_-]{0,63}/adapter_(config\.json|model\.safetensors)"
     r"|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_[0-9]+)?\.pth"
 )
-"""Every file that a checkpoint of ours can hold. Absolute paths, drives, backslashes and ".." are none of them."""
+"""Every file that a checkpoint of ours can hold. No absolute path, drive, backslash or ".." matches."""
 
 NOT_INSTALLED = 'wandb is not installed: pip install "dylora-moe[wandb]"'
 
@@ -55,14 +55,14 @@ NO_KEY = (
 
 
 def prepare(arguments: Any, folder: Path) -> None:
-    """Start the run of Weights & Biases, where `report_to` names it; the Trainer's own callback then logs into it.
+    """Start a run of Weights & Biases, where `report_to` names it; the Trainer's own callback then logs into it.
 
-    What is written goes into `folder`. Neither source code nor the console's output is sent, nor the address of the git
-    repository, which can hold a token. With a server, a run that goes on in its folder goes on there too.
+    Its files are written into `folder`. Neither source code nor the console's output is sent, nor the address of the
+    git repository, which can hold a token. A run that is resumed in its folder is resumed on the server, too.
 
     Args:
         arguments: `transformers.TrainingArguments`, after `report_to` was resolved.
-        folder: of the run.
+        folder: the folder of the run.
 
     Raises:
         ValueError: wandb is not installed, there is no key or no server, or WANDB_LOG_MODEL is set.
@@ -89,7 +89,7 @@ def prepare(arguments: Any, folder: Path) -> None:
 
 
 def _start(wandb: Any, name: str | None, known: Path) -> None:
-    """Start a run, or go on with the one whose id the file `known` holds."""
+    """Start a run, or resume the one whose id the file `known` holds."""
     online = not _offline(wandb)
     goes_on: dict[str, Any] = {}
     if online:
@@ -121,28 +121,28 @@ def _is_true(variable: str) -> bool:
 
 
 def log_settings(settings: Mapping[str, Any]) -> None:
-    """Put our flags into the run's config, under `dylora`; nothing where there is no run. Secrets are left out."""
+    """Put our flags into the run's config, under `dylora`, without secrets; does nothing where there is no run."""
     run = _run()
     if run is not None:
         run.config.update({"dylora": _plain(settings)}, allow_val_change=True)
 
 
 def log_plots(paths: Iterable[Path]) -> None:
-    """Put pictures into the run, as `plots/NAME`; nothing where there is no run."""
+    """Put pictures into the run, as `plots/NAME`; does nothing where there is no run."""
     run = _run()
     pictures = [path for path in paths if path.suffix == ".png" and path.is_file()]
     if run is None or not pictures:
         return
     try:
         run.log({f"plots/{path.stem}": _client().Image(str(path)) for path in pictures})
-    except Exception as error:  # whatever it is, the training is done and its result must be told
+    except Exception as error:  # the training is done, and no failed upload may hide its result
         _tell(_explained(error, "the plots were not sent to Weights & Biases"))
 
 
 class CheckpointArtifacts(TrainerCallback):
-    """Each checkpoint as a version of one artifact of the run, with the aliases `latest`, `step-N` and `best`.
+    """Uploads each checkpoint as a version of one artifact, with the aliases `latest`, `step-N` and `best`.
 
-    Where it cannot be logged, training goes on: one line tells, and `failures` counts.
+    A failed upload does not end the training: one line reports the first, and `failures` counts them.
     """
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ class CheckpointArtifacts(TrainerCallback):
             artifact.add_dir(str(folder), policy="mutable", skip_cache=True)
             best = ["best"] if state.best_global_step == state.global_step else []
             logged = run.log_artifact(artifact, aliases=["latest", f"step-{state.global_step}", *best])
-        except Exception as error:  # an upload is never worth a training
+        except Exception as error:  # a failed upload must not end a training
             self._failed(error, folder)
             return
         self.logged += 1
@@ -174,7 +174,7 @@ class CheckpointArtifacts(TrainerCallback):
             self.pending.append((folder, logged))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for what is still on its way, so that a failure is known."""
+        """Wait for uploads that are not finished, so that a failure is reported."""
         deadline = time.monotonic() + UPLOAD_TIMEOUT_SECONDS  # for all of them: other ranks are waiting
         for folder, artifact in self.pending:
             try:
@@ -188,16 +188,16 @@ class CheckpointArtifacts(TrainerCallback):
     def _failed(self, error: Exception, folder: Path) -> None:
         self.failures += 1
         if self.failures == 1:
-            _tell(_explained(error, f"{folder.name} did not reach Weights & Biases; training goes on"))
+            _tell(_explained(error, f"{folder.name} did not reach Weights & Biases; training continues"))
 
 
 def artifact_name(run_id: str) -> str:
-    """The artifact that a run's checkpoints are versions of."""
+    """The name of the artifact whose versions are a run's checkpoints."""
     return "checkpoint-" + re.sub(r"[^A-Za-z0-9_.-]", "-", run_id)[:100]
 
 
 def checkpoint_metadata(folder: Path, state: Any) -> dict[str, Any]:
-    """What an artifact says of a checkpoint, read from its own manifest and the Trainer's state."""
+    """The metadata of an artifact, from the checkpoint's manifest and the Trainer's state."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     losses = [log["eval_loss"] for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step]
     return {
@@ -214,14 +214,14 @@ def checkpoint_metadata(folder: Path, state: Any) -> dict[str, Any]:
 
 
 def download_checkpoint(reference: str, into: Path) -> Path:
-    """Fetch a checkpoint that was logged as an artifact.
+    """Download a checkpoint that was uploaded as an artifact.
 
-    The names of all its files are checked before the first one is fetched. What the files hold is not:
-    `checkpoint.read_manifest` does that, and must be called.
+    The names of all files are checked before the first one is downloaded. Their contents are not checked here: the
+    caller must call `checkpoint.read_manifest`.
 
     Args:
         reference: ENTITY/PROJECT/NAME:ALIAS.
-        into: a folder that is not there yet, or is empty; it appears whole or not at all.
+        into: a new or empty folder; it is filled by one rename, so that a failure leaves nothing in it.
 
     Raises:
         ValueError: a malformed reference, a folder that is taken, a file that no checkpoint of ours holds; wandb is not
@@ -264,13 +264,13 @@ def download_checkpoint(reference: str, into: Path) -> Path:
 
 
 def member_problems(members: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the names in an artifact's manifest, in words; only then may files be fetched."""
+    """What is wrong with the names in an artifact's manifest; nothing may be downloaded before this is empty."""
     problems = []
     for name, entry in members.items():
         if not MEMBER.fullmatch(name) or str(getattr(entry, "path", name)) != name:
             problems.append(f"it would write {name!r}")
         elif getattr(entry, "ref", None) is not None:
-            problems.append(f"{name} lies elsewhere, not in the artifact")
+            problems.append(f"{name} is a reference to another place, not a file of the artifact")
     if MANIFEST not in members:
         problems.append(f"it has no {MANIFEST}")
     return problems[:5] + ([f"and {len(problems) - 5} more"] if len(problems) > 5 else [])
@@ -289,7 +289,7 @@ def _download_problems(folder: Path, members: Mapping[str, Any]) -> Iterator[str
     yield from (f"{name} was not listed" for name in sorted(found - members.keys()))
 
 
-# What both need.
+# The client.
 
 
 def _client() -> Any:
@@ -301,7 +301,7 @@ def _client() -> Any:
 
 
 def _run() -> Any:
-    """The run that is going on; None where there is none, or it is switched off."""
+    """The running run of Weights & Biases; None where there is none, or it is disabled."""
     wandb = sys.modules.get("wandb")
     run = getattr(wandb, "run", None)
     return None if run is None or run.disabled else run
@@ -312,10 +312,10 @@ def _offline(wandb: Any) -> bool:
 
 
 def _check_key(wandb: Any) -> None:
-    """Raises ValueError where there is no key; never asks for one, since nobody may sit at the terminal."""
+    """Raises ValueError where there is no key; it never asks for one, because a job has nobody who could answer."""
     try:
         found = wandb.login(prompt=False, verify=False)
-    except TypeError:  # an older client, which has no such question to answer; it says so itself where a key is needed
+    except TypeError:  # older clients know no `verify`, and raise by themselves where a key is needed
         return
     except (wandb.Error, ValueError) as error:
         raise ValueError(_explained(error, "the key of Weights & Biases cannot be used")) from error
@@ -324,7 +324,7 @@ def _check_key(wandb: Any) -> None:
 
 
 def _explained(error: BaseException, what: str) -> str:
-    """One line for a failure of the client, whose exceptions say little by their types. Secrets are left out."""
+    """One line that explains a failure of the client, whose exception types say little. Secrets are left out."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -345,7 +345,7 @@ def _explained(error: BaseException, what: str) -> str:
 
 
 def _safe(text: str) -> str:
-    """A text without the secrets that the environment holds."""
+    """The text with the secrets of the environment replaced by their names."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and len(value) >= 8:
             text = text.replace(value, f"<{name}>")

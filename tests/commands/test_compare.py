@@ -69,7 +69,7 @@ def test_a_killed_comparison_keeps_what_is_done_and_goes_on_with_the_rest(compar
     folder, output, said = compared
     assert "1 of 5 trainings are done already" in said
     log = (output / "seed-7" / "lora_active.log").read_text()
-    assert "going on from" in log
+    assert "resuming from" in log
     alone = folder / "alone"
     recipe = output / "seed-7" / "lora_active.yaml"
     process = start(["train", "--config", str(recipe), "--output_dir", str(alone)])

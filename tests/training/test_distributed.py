@@ -165,7 +165,9 @@ def test_a_checkpoint_of_two_goes_on_with_another_number(processes, folder, alon
 
 def test_rows_that_cannot_be_shared_are_refused(alone, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
-    with pytest.raises(CheckpointError, match=r"with 24 rows a step, which 5 processes .* go on with 1, 2, 3, 4, 6, 8"):
+    with pytest.raises(
+        CheckpointError, match=r"with 24 rows a step, which 5 processes .* resume with 1, 2, 3, 4, 6, 8"
+    ):
         parse_train(["--resume_from_checkpoint", str(alone)])
 
 
@@ -253,13 +255,13 @@ def test_an_interrupted_run_says_so_once_and_ends_bit_equal(folder, uninterrupte
     said = interrupt(flags(folder, cut, *LONG, *sharded), tmp_path / "1.log", cut, number=signal.SIGKILL)
     [line] = told(said)
     last = checkpoints_in(cut)[-1][1]
-    assert f"another process of this run has gone; the last whole checkpoint is {last}. Go on with the same" in line
+    assert f"another process of this run has gone; the last whole checkpoint is {last}. Resume with the same" in line
     assert line.endswith(f"launcher and: train.py --resume_from_checkpoint {cut}")
     again = ["--resume_from_checkpoint", str(cut)]
     said = interrupt(again, tmp_path / "2.log", cut, number=signal.SIGTERM, launcher_too=True)
     [line] = told(said)
     last = checkpoints_in(cut)[-1][1]
-    assert f"stopped by SIGTERM; saved {last}. Go on with the same launcher and: train.py" in line
+    assert f"stopped by SIGTERM; saved {last}. Resume with the same launcher and: train.py" in line
     run([*again, *sharded], tmp_path / "3.log")
     assert files_of(cut / "checkpoint") == files_of(uninterrupted / "checkpoint")
 

@@ -226,7 +226,7 @@ def test_a_signal_saves_and_leaves(where, step, folder, whole, tmp_path, monkeyp
 
     monkeypatch.setattr(StopRequest, where, heard)
     before = signal.getsignal(signal.SIGTERM)
-    message = rf"SIGTERM; saved .*checkpoint-{step}. Go on with: .*--resume_from_checkpoint"
+    message = rf"SIGTERM; saved .*checkpoint-{step}. Resume with: .*--resume_from_checkpoint"
     with pytest.raises(Stopped, match=message) as stop:
         train(parse_train(flags(folder, tmp_path / "run", *SAVES)))
     assert stop.value.signal == signal.SIGTERM

@@ -251,7 +251,7 @@ def test_external_files_are_refused(saved, tmp_path, monkeypatch):
     _, folder = saved
     artifact = StandInArtifact(folder, {"optimizer.pt": "file:///etc/passwd"})
     connected(monkeypatch, {REFERENCE: artifact})
-    with pytest.raises(ValueError, match=r"optimizer\.pt lies elsewhere"):
+    with pytest.raises(ValueError, match=r"optimizer\.pt is a reference to another place"):
         download_checkpoint(REFERENCE, tmp_path / "fresh")
     assert artifact.downloads == 0
 
@@ -376,7 +376,7 @@ def test_a_failed_upload_is_told_once_and_training_goes_on(saved, tmp_path, monk
     assert run.aliases == [["latest", "step-1", "best"], ["latest", "step-2"]]
     told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("wandb:")]
     assert len(told) == 2, told
-    assert re.match(r"checkpoint-\d did not reach Weights & Biases; training goes on: ", told[0])
+    assert re.match(r"checkpoint-\d did not reach Weights & Biases; training continues: ", told[0])
     assert told[1] == f"3 checkpoints did not reach Weights & Biases; they are in {tmp_path}"
     assert SECRETS["WANDB_API_KEY"] not in "".join(told)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ class StageTrainer(DyLoRATrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Also counts the tokens of the whole stage."""
         samples = super().get_batch_samples(*args, **kwargs)
-        if self._step_tokens is not None:
-            self.num_tokens += int(self._step_tokens)
+        if self.step_tokens is not None:
+            self.num_tokens += int(self.step_tokens)
         return samples
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -66,12 +67,12 @@ class StageTrainer(DyLoRATrainer):
     def _routing(self) -> AbstractContextManager[None]:
         step = self.state.global_step
         if self.stream.seeding == OWN or step >= self.switch_step:
-            return self._own_model().route_to(self.expert)
+            return self.own_model().route_to(self.expert)
         return self._dense(step / self.switch_step)
 
     @contextmanager
     def _dense(self, done: float) -> Iterator[None]:
-        router = self._own_model().router
+        router = self.own_model().router
         before, (first, last) = router.temperature, SEEDING_TEMPERATURES
         router.temperature = first * (last / first) ** done
         try:
@@ -79,10 +80,12 @@ class StageTrainer(DyLoRATrainer):
         finally:
             router.temperature = before
 
-    def _seal(self, aside: Any) -> None:
-        self.training["num_tokens"] = self.num_tokens
-        super()._seal(aside)
+    def checkpoint_record(self) -> dict[str, Any]:
+        """Adds the tokens that the stage has trained on."""
+        return {**super().checkpoint_record(), "num_tokens": self.num_tokens}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.num_tokens = self._resumed["num_tokens"]
+    def load_weights(self, folder: Path) -> dict[str, Any]:
+        """Restores the count of the stage's tokens, too."""
+        record = super().load_weights(folder)
+        self.num_tokens = record["num_tokens"]
+        return record

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -13,15 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.commands.train.arguments import Arguments, settings_of
-from dylo_moe.commands.train.screen import (
-    finish,
-    how_to_go_on,
-    show_best,
-    show_model,
-    show_packing,
-    show_processes,
-    show_resumption,
-)
+from dylo_moe.commands.train.screen import Results, lost_process, show_begin, show_end, show_model, show_packing
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData, load_data
 from dylo_moe.data.packing import check_texts_kept_apart, epoch_of
@@ -32,7 +25,7 @@ from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.report.terminal import show_data, show_loss
 from dylo_moe.training.build import build_model, start_router
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
-from dylo_moe.training.fit import evaluate, take_up_log, train_on
+from dylo_moe.training.fit import evaluate, resume_log, train_to_end
 from dylo_moe.training.plots import write_plots
 from dylo_moe.training.resume import check_same_data
 from dylo_moe.training.run_folder import (
@@ -44,7 +37,7 @@ from dylo_moe.training.run_folder import (
     set_aside,
 )
 from dylo_moe.training.run_info import run_facts
-from dylo_moe.training.sharding import shard_base, take_sharding
+from dylo_moe.training.sharding import Sharding, shard_base, take_sharding
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
 from dylo_moe.training.tracking import CheckpointArtifacts, log_plots, log_settings, prepare
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -55,11 +48,30 @@ from dylo_moe.utils.errors import RankLost
 SAMPLE_TOKENS = 32
 
 
+class TrainingRun(NamedTuple):
+    """What the steps of one training run work with."""
+
+    arguments: Arguments
+    console: Console
+    tokenizer: PreTrainedTokenizerBase
+    data: LoadedData
+    model: DyLoRAMoE
+    folder: Path
+    metrics: MetricsFile
+    record: dict[str, Any]
+    """The manifest's record in every checkpoint: settings, the rows' fingerprint, facts, and the losses before training."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that the run resumes from; None where it starts at its beginning."""
+        return None if self.arguments.resumed is None else self.arguments.resumed.checkpoint
+
+
 def train(arguments: Arguments) -> Path:
     """Train as the flags say and show the result; returns the folder of the final checkpoint.
 
     Raises:
-        Stopped: when SIGTERM or SIGINT ended it; what was trained is saved, and the message says how to go on.
+        Stopped: when SIGTERM or SIGINT ended it; what was trained is saved, and the message says how to resume.
         RankLost: when another process of the run has gone.
     """
     with StopRequest() as stop:
@@ -69,110 +81,117 @@ def train(arguments: Arguments) -> Path:
             if distributed.num_ranks() > 1:
                 stop.leave()
             if distributed.is_lost_peer(error):
-                raise RankLost(how_to_go_on(arguments)) from error
+                raise RankLost(lost_process(arguments)) from error
             raise
 
 
 def _train(arguments: Arguments, stop: StopRequest) -> Path:
+    """The life of a run, from its flags to its final checkpoint."""
     started = time.time()
     transformers_logging.disable_progress_bar()
     console = distributed.console()
-    settings, sharding = settings_of(arguments), take_sharding(arguments.train, num_processes=distributed.num_ranks())
-    show_processes(console, arguments, sharding)
-    show_resumption(console, arguments)
+    settings = settings_of(arguments)
+    sharding = take_sharding(arguments.train, num_processes=distributed.num_ranks())
+    show_begin(console, arguments, sharding)
     set_seed(arguments.train.seed)
-    plan = benchmark_plan(arguments)
-    if plan is not None and sharding is not None:
+    schedule = benchmark_schedule(arguments, sharding)
+    tokenizer, data = read_data(arguments, console)
+    rows = epoch_of(data.train, arguments.data)
+    show_packing(console, rows, batch_size=arguments.train.per_device_train_batch_size)
+    model = make_model(arguments, console)
+    run = open_run(arguments, settings, console, tokenizer, data, model)
+    if sharding is not None:
+        shard_base(model, sharding, device=arguments.train.device)
+    trainer = make_trainer(run, rows, stop)
+    if schedule is not None:
+        trainer.add_callback(benchmark_callback(run, schedule, trainer))
+    state = resume_log(console, run.metrics, run.checkpoint)
+    run.record["losses_before"] = losses_before(run, trainer)
+    train_to_end(trainer, stop, run.checkpoint, state)
+    final = save_result(run, trainer, started)
+    distributed.leave()
+    return final
+
+
+# Before training.
+
+
+def benchmark_schedule(arguments: Arguments, sharding: Sharding | None) -> BenchmarkSchedule | None:
+    """Which benchmarks are judged while the run trains, and when; None where none is.
+
+    Raises:
+        ValueError: where the flags ask for what cannot be judged.
+    """
+    train = arguments.train
+    schedule = plan_benchmarks(
+        train.eval_benchmark,
+        every=train.eval_benchmark_steps,
+        allow_code_execution=train.allow_code_execution,
+        sandbox=train.sandbox,
+        data_dir=arguments.data.data_dir,
+        seed=train.seed,
+    )
+    if schedule is not None and sharding is not None:
         raise ValueError(
             "eval_benchmark has one process answer, and with FSDP that holds a part of the base: leave one of them out"
         )
+    return schedule
+
+
+def read_data(arguments: Arguments, console: Console) -> tuple[PreTrainedTokenizerBase, LoadedData]:
+    """The base's tokenizer and the datasets; a resumed run must find the rows that it was trained on.
+
+    Raises:
+        ValueError: where it does not.
+    """
     tokenizer = load_tokenizer(arguments.model.model)
     with arguments.train.main_process_first(desc="tokenising"):
         data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)
     show_data(console, data)
     check_same_data(arguments.resumed, data)
-    train_rows = epoch_of(data.train, arguments.data)
-    show_packing(console, train_rows, batch_size=arguments.train.per_device_train_batch_size)
+    return tokenizer, data
+
+
+def make_model(arguments: Arguments, console: Console) -> DyLoRAMoE:
+    """The base with fresh experts and router."""
     model = build_model(arguments.model, bf16=arguments.train.bf16)
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
     show_model(console, model)
     show_loss(console, model, arguments.model.loss_chunk_size)
+    return model
+
+
+def open_run(
+    arguments: Arguments,
+    settings: dict[str, Any],
+    console: Console,
+    tokenizer: PreTrainedTokenizerBase,
+    data: LoadedData,
+    model: DyLoRAMoE,
+) -> TrainingRun:
+    """Make the run's folder, start its tracker, and start the gate of a run that is not resumed."""
     folder = Path(distributed.from_first(lambda: str(run_folder(console, arguments, settings))))
     arguments.train.output_dir = str(folder)
     prepare(arguments.train, folder)
     log_settings(settings)
-    collator = Collator(tokenizer)
-    resumed = arguments.resumed
-    checkpoint = resumed.checkpoint if resumed is not None else None
-    if checkpoint is None and model.router_config.is_learned:
-        start_router(model, data, collator, seed=arguments.train.seed)
-    metrics = MetricsFile(folder / "metrics.jsonl")
+    is_new = arguments.resumed is None or arguments.resumed.checkpoint is None
+    if is_new and model.router_config.is_learned:
+        start_router(model, data, Collator(tokenizer), seed=arguments.train.seed)
     facts = {**run_facts(model, data), "processes": distributed.num_ranks()}
-    training = {"settings": settings, "data": data.fingerprint, "facts": facts}
     if distributed.is_first():
         write_json(folder / "run.json", facts)
-    if sharding is not None:
-        shard_base(model, sharding, device=arguments.train.device)
-
-    def tell(step: int, sentences: list[str]) -> None:
-        if not distributed.is_first():
-            return
-        metrics.write(step, {"alarms": sentences})
-        for sentence in sentences:
-            console.print(Text(f"step {step}: {sentence}", style="yellow"), soft_wrap=True)
-
-    train = arguments.train
-    callbacks: list[TrainerCallback] = [metrics, ProgressBar(console), stop]
-    if "wandb" in list(train.report_to or ()):
-        callbacks.append(CheckpointArtifacts())
-    if train.early_stopping_patience is not None:
-        callbacks.append(EarlyStopping(train.early_stopping_patience, train.early_stopping_threshold))
-    trainer = DyLoRATrainer(
-        model=model,
-        args=train,
-        train_dataset=train_rows,
-        eval_dataset=data.evaluation,
-        data_collator=collator,
-        domains=data.names,
-        training=training,
-        tell=tell,
-        callbacks=callbacks,
+    record = {"settings": settings, "data": data.fingerprint, "facts": facts}
+    return TrainingRun(
+        arguments, console, tokenizer, data, model, folder, MetricsFile(folder / "metrics.jsonl"), record
     )
-    trainer.remove_callback(PrinterCallback)
-    if plan is not None:
-        trainer.add_callback(benchmark_callback(plan, trainer, tokenizer, folder, console))
-    state = take_up_log(console, metrics, checkpoint)
-    if checkpoint is None:
-        before = {name: reading.loss for name, reading in evaluate(trainer, console, "before training").items()}
-    else:
-        before = arguments.resumed.record["losses_before"]  # type: ignore[union-attr]
-    training["losses_before"] = before
-    train_on(trainer, stop, checkpoint, state)
-    final = folder / "checkpoint"
-    record = {**training, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
-    model.router.collect_counts()
-    if distributed.is_first():
-        save_checkpoint(model, final, training=record)
-    after = evaluate(trainer, console, "after training")
-    samples = sample_of_each(model, tokenizer, data)
-    if distributed.is_first():
-        losses = {"before": before, "after": {name: reading.loss for name, reading in after.items()}}
-        save_checkpoint(model, final, training=record, losses=losses)
-        plots = write_plots(folder / "plots", folder / "metrics.jsonl", after)
-        log_plots(plots)
-        show_best(console, trainer)
-        finish(console, model, tokenizer, samples, before, after, folder, plots)
-        console.print(f"The whole run took {time.time() - started:.0f} s.", highlight=False)
-    distributed.leave()
-    return final
 
 
 def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any]) -> Path:
-    """The folder of this run, with its settings in it: a new one, or that of the run which goes on.
+    """The folder of this run, with its settings in it: a new one, or that of the run which is resumed.
 
     Raises:
-        ValueError: for a folder that holds another run, or later checkpoints than the one to go on from.
+        ValueError: for a folder that holds another run, or later checkpoints than the one to resume from.
     """
     resumed = arguments.resumed
     if resumed is not None and Path(arguments.train.output_dir).resolve() == resumed.run.resolve():
@@ -183,7 +202,7 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
         newer = [path.name for _, path in checkpoints_in(folder)]
         if resumed.checkpoint is not None and newer[-1] != resumed.checkpoint.name:
             raise ValueError(
-                f"{folder} holds {newer[-1]}, which is newer than {resumed.checkpoint.name}: go on from that, or "
+                f"{folder} holds {newer[-1]}, which is newer than {resumed.checkpoint.name}: resume from that, or "
                 "give a new --output_dir to branch off"
             )
         for name in clear_unfinished(folder):
@@ -194,36 +213,93 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
     return folder
 
 
-def benchmark_plan(arguments: Arguments) -> BenchmarkSchedule | None:
-    """What is judged while training; None: nothing. Raises ValueError where that cannot be."""
-    train = arguments.train
-    return plan_benchmarks(
-        train.eval_benchmark,
-        every=train.eval_benchmark_steps,
-        allow_code_execution=train.allow_code_execution,
-        sandbox=train.sandbox,
-        data_dir=arguments.data.data_dir,
-        seed=train.seed,
+# Training.
+
+
+def make_trainer(run: TrainingRun, rows: Any, stop: StopRequest) -> DyLoRATrainer:
+    """The Trainer of the run, with what logs, tracks and stops it."""
+    train = run.arguments.train
+    callbacks: list[TrainerCallback] = [run.metrics, ProgressBar(run.console), stop]
+    if "wandb" in list(train.report_to or ()):
+        callbacks.append(CheckpointArtifacts())
+    if train.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(train.early_stopping_patience, train.early_stopping_threshold))
+    trainer = DyLoRATrainer(
+        model=run.model,
+        args=train,
+        train_dataset=rows,
+        eval_dataset=run.data.evaluation,
+        data_collator=Collator(run.tokenizer),
+        domains=run.data.names,
+        training=run.record,
+        on_alarm=alarm_printer(run),
+        callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def benchmark_callback(
-    plan: BenchmarkSchedule, trainer: DyLoRATrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, console: Console
-) -> BenchmarkCallback:
-    """Evaluation while training, which a signal leaves as it leaves one of losses."""
+def alarm_printer(run: TrainingRun) -> Callable[[int, list[str]], None]:
+    """What prints the alarms about the routing and logs them, on rank 0."""
+
+    def print_alarms(step: int, sentences: list[str]) -> None:
+        if not distributed.is_first():
+            return
+        run.metrics.write(step, {"alarms": sentences})
+        for sentence in sentences:
+            run.console.print(Text(f"step {step}: {sentence}", style="yellow"), soft_wrap=True)
+
+    return print_alarms
+
+
+def benchmark_callback(run: TrainingRun, schedule: BenchmarkSchedule, trainer: DyLoRATrainer) -> BenchmarkCallback:
+    """What judges benchmarks during training; a signal ends it between two batches, as it ends an evaluation."""
     return BenchmarkCallback(
-        plan,
-        tokenizer,
-        folder,
-        console=console,
+        schedule,
+        run.tokenizer,
+        run.folder,
+        console=run.console,
         log=trainer.log,
         between=lambda: trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control),
         pause=trainer.pause,
     )
 
 
+def losses_before(run: TrainingRun, trainer: DyLoRATrainer) -> dict[str, float]:
+    """The held-out loss of each dataset before training; a resumed run has it in its checkpoint."""
+    if run.arguments.resumed is not None and run.checkpoint is not None:
+        return run.arguments.resumed.record["losses_before"]
+    return {name: reading.loss for name, reading in evaluate(trainer, run.console, "before training").items()}
+
+
+# After training.
+
+
+def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Path:
+    """Save the final checkpoint, evaluate it, and show what came of the run; returns the checkpoint's folder.
+
+    The checkpoint is saved before the evaluation, so that a kill during that loses no training, and again with it.
+    """
+    final = run.folder / "checkpoint"
+    record = {**run.record, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
+    run.model.router.collect_counts()
+    if distributed.is_first():
+        save_checkpoint(run.model, final, training=record)
+    after = evaluate(trainer, run.console, "after training")
+    samples = sample_of_each(run.model, run.tokenizer, run.data)
+    if distributed.is_first():
+        before = run.record["losses_before"]
+        losses = {"before": before, "after": {name: reading.loss for name, reading in after.items()}}
+        save_checkpoint(run.model, final, training=record, losses=losses)
+        plots = write_plots(run.folder / "plots", run.folder / "metrics.jsonl", after)
+        log_plots(plots)
+        results = Results(before, after, samples, plots)
+        show_end(run.console, run.folder, run.tokenizer, trainer, results, seconds=time.time() - started)
+    return final
+
+
 def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[RoutedText]:
-    """A text from each dataset's prompt; all ranks generate the same, for none has all of a sharded base."""
+    """A text from each dataset's prompt. All ranks generate the same, because none holds all of a sharded base."""
     model.eval()
     return [
         sample(model, ids, end_ids=end_ids(tokenizer), max_new_tokens=SAMPLE_TOKENS, label=domain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,19 +17,40 @@ from dylo_moe.data.packing import PackedTexts, padding_share
 from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.terminal import show_legend, show_losses, show_sample, show_shares
-from dylo_moe.training.fit import command, go_on
+from dylo_moe.training.fit import command, how_to_resume
 from dylo_moe.training.metrics import MeterReading
 from dylo_moe.training.run_folder import checkpoints_in
 from dylo_moe.training.sharding import Sharding
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
+from dylo_moe.utils.words import counted
 
-# At its beginning.
+QUESTION = "Write the Python function clamp. Limit a number to a range."
 
 
-def show_processes(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
-    """How many train together, and GPUs of this machine that do not."""
+class Results(NamedTuple):
+    """What came of a run."""
+
+    before: dict[str, float]
+    """The held-out loss of each dataset before training."""
+    after: dict[str, MeterReading]
+    """The held-out reading of each dataset after training."""
+    samples: list[RoutedText]
+    plots: list[Path]
+
+
+# The beginning.
+
+
+def show_begin(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
+    """Which processes train, and what a resumed run resumes from."""
+    _show_processes(console, arguments, sharding)
+    _show_resumption(console, arguments)
+
+
+def _show_processes(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
+    """How many processes train together, and GPUs of this machine that do not take part."""
     train, count = arguments.train, distributed.num_ranks()
     if count > 1:
         each, turns = train.per_device_train_batch_size, train.gradient_accumulation_steps
@@ -37,11 +58,13 @@ def show_processes(console: Console, arguments: Arguments, sharding: Sharding | 
         console.print(f"{count} processes, {how}: {count} x {turns} x {each} rows a step", highlight=False)
     idle = torch.cuda.device_count() - 1
     if count == 1 and idle > 0 and train.device.type == "cuda":
-        console.print(f"one process trains on one GPU; {idle} more are idle here (docs/distributed.md)", style="yellow")
+        verb = "is" if idle == 1 else "are"
+        console.print(
+            f"one process trains on one GPU; {idle} more {verb} idle here (docs/distributed.md)", style="yellow"
+        )
 
 
-def show_resumption(console: Console, arguments: Arguments) -> None:
-    """What the run goes on from, and what is not as it was."""
+def _show_resumption(console: Console, arguments: Arguments) -> None:
     resumed = arguments.resumed
     if resumed is None:
         return
@@ -51,18 +74,19 @@ def show_resumption(console: Console, arguments: Arguments) -> None:
         text = f"{resumed.run} was interrupted before its first checkpoint: it starts at its beginning."
         console.print(Text(text, style="yellow"), soft_wrap=True)
         return
-    console.print(f"going on from {resumed.checkpoint}, step {resumed.record['step']}", highlight=False, soft_wrap=True)
+    console.print(f"resuming from {resumed.checkpoint}, step {resumed.record['step']}", highlight=False, soft_wrap=True)
     for change in arguments.changed:
-        console.print(f"changed, as it may: {change}", highlight=False, soft_wrap=True)
+        console.print(f"changed, which is allowed: {change}", highlight=False, soft_wrap=True)
 
 
 def show_packing(console: Console, rows: Any, *, batch_size: int) -> None:
-    """How full packed rows are, against the same texts a row each."""
+    """How full packed rows are, against the same texts in rows of their own."""
     if isinstance(rows, PackedTexts):
         padding = padding_share(rows.lengths, batch_size)
         console.print(
-            f"packing: {len(rows.lengths):,} texts in {len(rows):,} rows of {rows.max_seq_length} tokens, "
-            f"{rows.fill:.1%} full; a row each, {padding:.1%} of a batch of {batch_size} would be padding",
+            f"packing: {counted(len(rows.lengths), 'text')} in {counted(len(rows), 'row')} of {rows.max_seq_length} "
+            f"tokens, {rows.fill:.1%} full; with one text a row, {padding:.1%} of a batch of {batch_size} would be "
+            "padding",
             highlight=False,
         )
 
@@ -73,18 +97,35 @@ def show_model(console: Console, model: DyLoRAMoE) -> None:
     frozen = count_parameters(parameter for parameter in model.parameters() if not parameter.requires_grad)
     expert = model.experts[0]
     router = sum(parameter.numel() for parameter in model.router.parameters())
+    each = f"{expert.parameters:,} parameters" + (" each" if len(model.experts) > 1 else "")
     console.print(
-        f"{model.base_id}: {frozen:,} parameters frozen, {trainable:,} trained: {len(model.experts)} experts of rank "
-        f"{expert.rank} with {expert.parameters:,} each, a router of {router:,}",
+        f"{model.base_id}: {frozen:,} parameters frozen, {trainable:,} trained: "
+        f"{counted(len(model.experts), 'expert')} of rank {expert.rank} with {each}, a router of {router:,}",
         highlight=False,
     )
 
 
-# At its end.
+# The end.
 
 
-def show_best(console: Console, trainer: DyLoRATrainer) -> None:
-    """Which checkpoint was the best, and which one the run ends with."""
+def show_end(
+    console: Console,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer: DyLoRATrainer,
+    results: Results,
+    *,
+    seconds: float,
+) -> None:
+    """The best checkpoint, tables and samples, the files of the run, and what to type next."""
+    _show_best(console, trainer)
+    _show_results(console, folder, tokenizer, trainer.own_model(), results)
+    _show_files(console, folder, results.plots)
+    _show_next(console, folder / "checkpoint")
+    console.print(f"The whole run took {seconds:.0f} s.", highlight=False)
+
+
+def _show_best(console: Console, trainer: DyLoRATrainer) -> None:
     state = trainer.state
     if state.best_metric is None:
         return
@@ -98,61 +139,53 @@ def show_best(console: Console, trainer: DyLoRATrainer) -> None:
     )
 
 
-def finish(
-    console: Console,
-    model: DyLoRAMoE,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: list[RoutedText],
-    before: dict[str, float],
-    after: dict[str, MeterReading],
-    folder: Path,
-    plots: list[Path],
+def _show_results(
+    console: Console, folder: Path, tokenizer: PreTrainedTokenizerBase, model: DyLoRAMoE, results: Results
 ) -> None:
-    """Tables, samples, where things lie, and what to type next. Also kept as a picture, result.svg."""
-    write_json(folder / "samples.json", [readable(item, tokenizer) for item in samples])
+    """Losses, routing and samples; kept as samples.json, and as a picture in result.svg."""
+    write_json(folder / "samples.json", [readable(item, tokenizer) for item in results.samples])
     recorder = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     for target in (console, recorder):
-        show_losses(target, before, after)
-        show_shares(target, after)
+        show_losses(target, results.before, results.after)
+        show_shares(target, results.after)
         show_legend(target, model.router.names)
-        for item in samples:
+        for item in results.samples:
             show_sample(target, item, tokenizer, model.router.names)
     recorder.save_svg(str(folder / "result.svg"), title="dylora train")
     recorder.file.close()
-    checkpoint = folder / "checkpoint"
+
+
+def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A sample as samples.json keeps it: the text of each token, and the expert that it was routed to."""
+    tokens = [str(tokenizer.decode([token])) for token in item.ids]
+    return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}
+
+
+def _show_files(console: Console, folder: Path, plots: list[Path]) -> None:
     console.rule(style="dim")
     for label, path in (
-        ("checkpoint", checkpoint),
+        ("checkpoint", folder / "checkpoint"),
         ("metrics", folder / "metrics.jsonl"),
         *(("plot", plot) for plot in plots),
         ("picture", folder / "result.svg"),
         ("settings", folder / "config.yaml"),
     ):
         console.print(f"{label:11s} {path}", highlight=False, soft_wrap=True)
-    console.print("\nNext, ask it something:\n")
-    question = "Write the Python function `clamp`. Limit a number to a range."
-    console.print(
-        f"  {command()} generate --checkpoint {checkpoint} --prompt {question!r}".replace("`", ""),
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
-    console.print()
-
-
-def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A sample as it is kept in samples.json: the text of each token, and its expert."""
-    tokens = [str(tokenizer.decode([token])) for token in item.ids]
-    return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}
 
 
 # What to type next.
 
 
-def how_to_go_on(arguments: Arguments) -> str:
-    """Where a run stands that lost one of its processes."""
+def _show_next(console: Console, checkpoint: Path) -> None:
+    console.print("\nNext, ask it something:\n")
+    words = f"  {command()} generate --checkpoint {checkpoint} --prompt {QUESTION!r}\n"
+    console.print(words, highlight=False, soft_wrap=True, markup=False)
+
+
+def lost_process(arguments: Arguments) -> str:
+    """Why a run ends that has lost one of its processes, and how to resume it."""
     folder = Path(arguments.train.output_dir)
     found = checkpoints_in(folder)
     if not found:
         return f"another process of this run has gone; {folder} has no checkpoint yet: start again"
-    return f"another process of this run has gone; the last whole checkpoint is {found[-1][1]}. {go_on(folder)}"
+    return f"another process of this run has gone; the last whole checkpoint is {found[-1][1]}. {how_to_resume(folder)}"
