@@ -27,7 +27,7 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.distributed import differing, num_ranks
 
 ACCELERATE_SWITCH = "ACCELERATE_USE_FSDP"
-"""The variable by which `accelerate launch --use_fsdp` asks Transformers and Accelerate to shard; neither is to do it."""
+"""The variable by which `accelerate launch --use_fsdp` asks Transformers and Accelerate to shard; neither should."""
 
 EMPTY_ELSEWHERE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 """The variable by which it asks Transformers to load the base on rank 0 alone. Here each rank loads it and keeps its

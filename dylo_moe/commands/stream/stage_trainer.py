@@ -1,4 +1,4 @@
-"""The Trainer of one stage of a stream: one expert learns, at a rate of two phases."""
+"""The Trainer of one stage of a stream: it trains one expert, with a learning rate of two phases."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from dylo_moe.training.scheduler import TwoPhaseLR
 from dylo_moe.training.trainer import DyLoRATrainer
 
 SEEDING_TEMPERATURES = (100.0, 1.0)
-"""Of dense seeding, at its first and its last step; falls geometrically between them. Fitted rows are many nats apart
-on their own tokens, so that weights are near uniform only at a high one."""
+"""The temperatures of dense seeding at its first and its last step; it falls geometrically between them. It begins high
+because fitted gate rows are many nats apart on their own tokens, and weights are to begin near uniform."""
 
 
 class StageTrainer(DyLoRATrainer):
-    """`DyLoRATrainer` for one expert: all others, and every gate row, are frozen already.
+    """Trains one expert; all others, and every gate row, must be frozen already.
 
-    With seeding "own" every token of the data is sent to the expert. With "dense" it learns beside the others while it
-    is seeded: weights softmax(logits / temperature) over the whole pool, with a temperature that falls from uniform
-    weights to one expert a token; in consolidation every token is its own again.
+    With seeding "own" every token of the data is routed to the expert. With "dense" it is seeded beside the others:
+    the routing weights are softmax(logits / temperature) over the whole pool, with a temperature that falls from nearly
+    uniform weights to one expert a token. In consolidation every token is routed to the expert.
 
     Args:
-        expert: who learns.
-        stream: both rates, where they change, and how a new expert is seeded.
-        is_new: False: the expert knows this skill already, so all is consolidation.
+        expert: the name of the expert to train.
+        stream: the two rates, the share of the steps at the high one, and how a new expert is seeded.
+        is_new: False for an expert that knows the skill already: all steps are consolidation.
         others: as for `DyLoRATrainer`; `args.learning_rate` is the high rate.
     """
 
@@ -41,7 +41,7 @@ class StageTrainer(DyLoRATrainer):
         """Real tokens trained on so far."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Two phases, whatever `lr_scheduler_type` says."""
+        """The schedule of two phases, in place of `lr_scheduler_type`'s."""
         if self.lr_scheduler is None:
             self.switch_step = round(self.stream.seeding_share * num_training_steps) if self.is_new else 0
             self.lr_scheduler = TwoPhaseLR(
@@ -53,14 +53,14 @@ class StageTrainer(DyLoRATrainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Also counts the tokens of the whole stage."""
+        """The batches of one optimizer step, whose tokens are added to those of the stage."""
         samples = super().get_batch_samples(*args, **kwargs)
         if self.step_tokens is not None:
             self.num_tokens += int(self.step_tokens)
         return samples
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, sent where this phase sends it."""
+        """Forward and backward of one micro-batch, routed as its phase says."""
         with self._routing():
             return super().training_step(model, *args, **kwargs)
 
@@ -81,11 +81,11 @@ class StageTrainer(DyLoRATrainer):
             router.temperature = before
 
     def checkpoint_record(self) -> dict[str, Any]:
-        """Adds the tokens that the stage has trained on."""
+        """The record of the training, with the tokens that the stage has trained on."""
         return {**super().checkpoint_record(), "num_tokens": self.num_tokens}
 
     def load_weights(self, folder: Path) -> dict[str, Any]:
-        """Restores the count of the stage's tokens, too."""
+        """Load the weights of a checkpoint and the count of the stage's tokens; returns its record of the training."""
         record = super().load_weights(folder)
         self.num_tokens = record["num_tokens"]
         return record

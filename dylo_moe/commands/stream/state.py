@@ -1,4 +1,4 @@
-"""Where a stream stands: what its stages decided and measured, kept in the checkpoint of each stage."""
+"""The state of a stream: what its stages decided and measured, kept in the checkpoint of each stage."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ CHECKPOINT = "checkpoint"
 
 @dataclass
 class StreamState:
-    """What a stream has done. It goes on from the newest stage whose checkpoint is whole."""
+    """What a stream has done. It is resumed from the newest stage that has a checkpoint."""
 
     matrix: Matrix
     trained: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Of each dataset the rows that each expert was trained on."""
+    """For each dataset, how many of its rows each expert was trained on."""
 
     @property
     def num_done(self) -> int:
-        """Stages that are over."""
+        """How many stages are done."""
         return len(self.matrix.stages)
 
     def owner(self, dataset: str) -> str | None:
-        """The expert that most rows of a dataset trained; None: it was never trained."""
+        """The expert that was trained on most rows of a dataset; None: none was."""
         counts = self.trained.get(dataset, {})
         return max(counts, key=counts.__getitem__) if counts else None
 
     def note_training(self, dataset: str, expert: str, num_rows: int) -> None:
-        """Rows of a dataset trained an expert."""
+        """Record that an expert was trained on rows of a dataset."""
         counts = self.trained.setdefault(dataset, {})
         counts[expert] = counts.get(expert, 0) + num_rows
 
     def record(self) -> dict[str, Any]:
-        """As a checkpoint's manifest keeps it."""
+        """The state as a checkpoint's manifest keeps it."""
         return {"matrix": asdict(self.matrix), "trained": self.trained}
 
     @classmethod
     def restored(cls, record: dict[str, Any]) -> StreamState:
-        """From a checkpoint's manifest."""
+        """The state that a checkpoint's manifest keeps."""
         matrix = record["matrix"]
         stages = [Stage(**stage) for stage in matrix["stages"]]
         return cls(Matrix(**{**matrix, "stages": stages}), record["trained"])
@@ -63,7 +63,7 @@ def stage_folder(run: Path, place: int, name: str) -> Path:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the newest stage that is over; None where none is."""
+    """The checkpoint of the newest stage that is done; None where none is."""
     final = run / CHECKPOINT
     if final.is_dir():
         return final
@@ -72,7 +72,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def stage_folders(run: Path) -> list[Path]:
-    """Those that are there, in the stages' order."""
+    """The folders of the stages so far, in the order of their numbers."""
     found = (run / STAGES).iterdir() if (run / STAGES).is_dir() else ()
     numbered = [(path.name.partition("_")[0], path) for path in found]
     return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]
@@ -82,24 +82,26 @@ def read_state(checkpoint: Path) -> tuple[StreamState, dict[str, Any]]:
     """The state in a stage's checkpoint, and the whole record of its training.
 
     Raises:
-        CheckpointError: where it is not whole.
-        ValueError: where it is no stream's.
+        CheckpointError: where it is incomplete or altered.
+        ValueError: where it is not a stream's.
     """
     record = read_manifest(checkpoint).get("training") or {}
     if "stream" not in record:
-        raise ValueError(f"{checkpoint} is no checkpoint of a stream")
+        raise ValueError(f"{checkpoint} is not a checkpoint of a stream")
     return StreamState.restored(record["stream"]), record
 
 
 def save_stage(
     model: DyLoRAMoE, run: Path, folder: Path, state: StreamState, record: dict[str, Any], *, keep: bool
 ) -> None:
-    """A stage is over: its checkpoint appears, which is what counts, then what is for people; the older one goes.
+    """Save the checkpoint of a stage, which is done from then on, and delete the checkpoint of the stage before.
+
+    The files for people are written after the checkpoint, because a stream is resumed from that alone.
 
     Args:
-        folder: of the stage.
-        record: what the manifest holds beside the state.
-        keep: leave the checkpoints of earlier stages.
+        folder: the folder of the stage.
+        record: what the manifest holds besides the state.
+        keep: keep the checkpoints of earlier stages.
     """
     older = last_checkpoint(run)
     losses = {"before": state.matrix.base, "after": state.matrix.stages[-1].losses}
@@ -113,7 +115,7 @@ def save_stage(
 
 
 def finish_stream(run: Path, state: StreamState) -> Path:
-    """The last stage's checkpoint becomes the stream's; returns where it lies."""
+    """Make the last stage's checkpoint that of the stream; returns its folder."""
     final, last = run / CHECKPOINT, last_checkpoint(run)
     if last is not None and last != final:
         os.rename(last, final)
@@ -122,7 +124,7 @@ def finish_stream(run: Path, state: StreamState) -> Path:
 
 
 def write_view(run: Path, state: StreamState, *, is_finished: bool) -> None:
-    """stream.json and matrix.json, for people and their tools; nothing of ours goes on from them."""
+    """Write stream.json and matrix.json, for people and their tools; a stream is not resumed from them."""
     write_matrix(run / MATRIX, state.matrix)
     stages = [
         {
@@ -144,7 +146,7 @@ def write_view(run: Path, state: StreamState, *, is_finished: bool) -> None:
 
 
 def clear_leftovers(run: Path) -> list[str]:
-    """Delete what a kill left behind in the stages' folders; returns the names."""
+    """Delete unfinished saves that a kill has left in the stages' folders; returns their names."""
     names = []
     for stage in stage_folders(run):
         names += clear_unfinished(stage)

@@ -59,7 +59,7 @@ class TrainingRun(NamedTuple):
     folder: Path
     metrics: MetricsFile
     record: dict[str, Any]
-    """The manifest's record in every checkpoint: settings, the rows' fingerprint, facts, and the losses before training."""
+    """The manifest's record in every checkpoint: settings, the rows' fingerprint, facts, losses before training."""
 
     @property
     def checkpoint(self) -> Path | None:

@@ -1,0 +1,26 @@
+"""What all steps of a stream work with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from dylo_moe.commands.stream.arguments import StreamRequest
+from dylo_moe.data.collator import Collator
+from dylo_moe.data.loading import LoadedData
+from dylo_moe.training.stopping import StopRequest
+
+
+class StreamContext(NamedTuple):
+    """What all steps of a stream work with; it stays the same from its first stage to its last."""
+
+    request: StreamRequest
+    data: LoadedData
+    collator: Collator
+    folder: Path
+    console: Console
+    stop: StopRequest
+    record: dict[str, Any]
+    """The manifest's record in every checkpoint: settings, the rows' fingerprint, and facts of the run."""

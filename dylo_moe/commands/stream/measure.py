@@ -1,0 +1,67 @@
+"""The held-out losses of a stream: how each stage fills its row of the loss matrix."""
+
+from __future__ import annotations
+
+import copy
+
+from rich.live import Live
+from transformers import PrinterCallback
+
+from dylo_moe.commands.stream.context import StreamContext
+from dylo_moe.commands.stream.state import StreamState
+from dylo_moe.continual.growth import SkillDecision
+from dylo_moe.evaluation.loss_matrix import Stage
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.report.loss_matrix_table import MatrixTable
+from dylo_moe.routing.config import BASE
+from dylo_moe.training.trainer import DyLoRATrainer
+
+
+def measure_base(context: StreamContext, model: DyLoRAMoE, state: StreamState) -> None:
+    """Measure the base alone, which is the first row of the matrix."""
+    trainer = _evaluator(context, model)
+    with context.console.status("evaluating the base"), model.route_to(None):
+        for name in (*state.matrix.skills, *state.matrix.unlearned):
+            trainer.evaluate({name: context.data.evaluation[name]})
+            state.matrix.base[name] = trainer.readings[name].loss
+
+
+def measure_stage(
+    context: StreamContext, model: DyLoRAMoE, state: StreamState, stage: Stage, decision: SkillDecision
+) -> None:
+    """Measure every dataset after a stage; on a terminal, its row of the matrix fills as it is measured.
+
+    Besides the loss, the share of a dataset's tokens that its own expert gets is measured, and of the datasets whose
+    expert the stage has trained, the loss of that expert alone.
+    """
+    trainer = _evaluator(context, model)
+    with Live(MatrixTable(state.matrix), console=context.console, transient=True) as screen:
+        for name in (*state.matrix.skills, *state.matrix.unlearned):
+            rows = {name: context.data.evaluation[name]}
+            trainer.evaluate(rows)
+            reading, owner = trainer.readings[name], state.owner(name)
+            stage.losses[name] = reading.loss
+            if name in state.matrix.unlearned:
+                owner = BASE
+            if owner in reading.shares:
+                stage.accuracy[name] = reading.shares[owner]
+            if owner is not None and owner == decision.expert:
+                with model.route_to(owner):
+                    trainer.evaluate(rows)
+                stage.alone[name] = trainer.readings[name].loss
+            screen.refresh()
+
+
+def _evaluator(context: StreamContext, model: DyLoRAMoE) -> DyLoRATrainer:
+    """A Trainer that only evaluates."""
+    arguments = copy.copy(context.request.train)
+    arguments.output_dir = str(context.folder)
+    trainer = DyLoRATrainer(
+        model=model,
+        args=arguments,
+        data_collator=context.collator,
+        domains=context.data.names,
+        callbacks=[context.stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

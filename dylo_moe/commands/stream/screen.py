@@ -1,0 +1,70 @@
+"""What a stream prints: where it begins, what each stage decides, and what to type next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.text import Text
+
+from dylo_moe.commands.stream.context import StreamContext
+from dylo_moe.commands.stream.data import StageData
+from dylo_moe.commands.stream.state import StreamState
+from dylo_moe.continual.growth import SkillDecision
+from dylo_moe.report.run_page import write_report
+from dylo_moe.training.fit import command
+from dylo_moe.utils.words import counted
+
+
+def show_begin(context: StreamContext, state: StreamState, checkpoint: Path | None, *, num_stages: int) -> None:
+    """What the stream resumes or starts from, and how many stages it has."""
+    console, stages = context.console, counted(num_stages, "stage")
+    if checkpoint is not None:
+        verb = "is" if state.num_done == 1 else "are"
+        console.print(f"resuming from {checkpoint}: {state.num_done} of {stages} {verb} done", highlight=False)
+    elif context.request.stream.checkpoint is not None:
+        console.print(f"starting from {context.request.stream.checkpoint}", highlight=False)
+    console.print(f"{stages}, in {context.folder}", highlight=False, soft_wrap=True)
+
+
+def show_stage(context: StreamContext, number: int, stage: StageData) -> None:
+    """The heading of a stage."""
+    title = Text(f"stage {number}: {stage.name}, {counted(len(stage.rows), 'row')}")
+    context.console.rule(title, align="left", style="dim")
+
+
+def show_decision(context: StreamContext, stage: StageData, decision: SkillDecision) -> None:
+    """Why the data of a stage is new or known, and what follows from that."""
+    seen = min(len(stage.rows), context.request.stream.skill_examples)
+    what = "new" if decision.novel else "known"
+    why = "nothing is known yet"
+    if decision.nearest is not None:
+        why = f"score {decision.score:.4g}, threshold {decision.threshold:.4g}, nearest skill {decision.nearest}"
+    text = (
+        f"{stage.name} is {what}: {why}, router entropy {decision.entropy:.2f} nats, from {seen:,} of "
+        f"{counted(len(stage.rows), 'row')}. "
+    )
+    follows = {
+        "grown": f"The expert {decision.expert} grows from it.",
+        "consolidated": f"The expert {decision.expert} is consolidated with its data.",
+        "skipped": "It is skipped: nothing is trained.",
+        "reported": "The pool is fixed, so nothing is trained; --learn_with EXPERT names the expert to train on it.",
+    }
+    style = "yellow" if decision.expert is None else ""
+    context.console.print(Text(text + follows[decision.action], style=style), soft_wrap=True)
+
+
+def show_end(context: StreamContext, final: Path, seconds: float) -> None:
+    """The files of the stream, its report among them, and what to type next."""
+    page = write_report(str(context.folder))
+    console = context.console
+    console.rule(style="dim")
+    for label, path in (("checkpoint", final), ("matrix", context.folder / "matrix.json"), ("page", page)):
+        console.print(f"{label:11s} {path}", highlight=False, soft_wrap=True)
+    console.print(f"The whole stream took {seconds:.0f} s.\n\nTeach it more:\n", highlight=False)
+    words = f"  {command()} stream --checkpoint {final} --datasets NAME\n"
+    console.print(words, highlight=False, soft_wrap=True, markup=False)
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to type to resume an interrupted stream."""
+    return f"resume with: {command()} stream --resume_from_checkpoint {folder}"

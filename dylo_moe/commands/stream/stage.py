@@ -1,0 +1,135 @@
+"""One stage of a stream: novelty, growth, training, maturity, evaluation, checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+from transformers import PrinterCallback, set_seed
+
+from dylo_moe.commands.stream.context import StreamContext
+from dylo_moe.commands.stream.data import StageData, rows_by_dataset, sample_of
+from dylo_moe.commands.stream.measure import measure_stage
+from dylo_moe.commands.stream.screen import show_decision, show_stage
+from dylo_moe.commands.stream.stage_trainer import StageTrainer
+from dylo_moe.commands.stream.state import StreamState, save_stage, stage_folder
+from dylo_moe.continual.growth import GROWN, SkillDecision
+from dylo_moe.data.packing import epoch_of
+from dylo_moe.evaluation.loss_matrix import Stage
+from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.report.loss_matrix_table import show_matrix
+from dylo_moe.report.run_page import write_report
+from dylo_moe.training.callbacks import MetricsFile, ProgressBar
+from dylo_moe.training.fit import resume_log, train_to_end
+from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in, save_config
+from dylo_moe.training.run_info import run_facts
+from dylo_moe.utils.atomic_files import write_json
+
+
+def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, place: int, data: StageData) -> None:
+    """Run one stage: decide whether its data is new, train an expert on it, measure, and save.
+
+    A stage follows from the state before it and from its own seed. So a stage that was killed is run again, from the
+    last checkpoint of its training, and ends bit-equal to one that was not.
+
+    Args:
+        place: of the stage in the stream, from 0.
+    """
+    started, stream = time.time(), context.request.stream
+    seed = context.request.train.seed + place
+    set_seed(seed)
+    folder = stage_folder(context.folder, place, data.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    show_stage(context, place + 1, data)
+    decision = model.add_skill(
+        free_name(model, data.name if stream.chunk_examples is None else f"skill_{len(model.experts) + 1}"),
+        sample_of(data.rows, context.collator, stream.skill_examples),
+        rank=data.rank,
+        expert=stream.learn_with,
+        seed=seed,
+    )
+    show_decision(context, data, decision)
+    num_tokens = learn(context, model, state, folder, data, decision, seed=seed)
+    stage = Stage(data.name, {}, tokens=num_tokens, decision=decision._asdict())
+    state.matrix.stages.append(stage)
+    measure_stage(context, model, state, stage, decision)
+    stage.seconds = round(time.time() - started, 1)
+    save_stage(model, context.folder, folder, state, context.record, keep=stream.keep_stages)
+    show_matrix(context.console, state.matrix)
+
+
+def free_name(model: DyLoRAMoE, wanted: str) -> str:
+    """The name of a new expert: as wanted, or numbered where that is taken."""
+    plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "-" for letter in wanted)
+    plain = plain.strip("-_")[:60] or "skill"
+    taken = {*model.experts.names, *(model.library.names if model.growth is not None else ())}
+    return next(name for name in (plain, *(f"{plain}_{n}" for n in range(2, 10_000))) if name not in taken)
+
+
+def learn(
+    context: StreamContext,
+    model: DyLoRAMoE,
+    state: StreamState,
+    folder: Path,
+    data: StageData,
+    decision: SkillDecision,
+    *,
+    seed: int,
+) -> int:
+    """Train the expert that a decision names, if any; a new one is mature afterwards. Returns the tokens trained on."""
+    if decision.expert is None:
+        return 0
+    is_new = decision.action == GROWN
+    num_tokens = train_expert(context, model, folder, data, expert=decision.expert, is_new=is_new, seed=seed)
+    if is_new:
+        model.mature(decision.expert)
+    for dataset, count in rows_by_dataset(context.data, data).items():
+        state.note_training(dataset, decision.expert, count)
+    return num_tokens
+
+
+def train_expert(
+    context: StreamContext, model: DyLoRAMoE, folder: Path, data: StageData, *, expert: str, is_new: bool, seed: int
+) -> int:
+    """Train one expert, from the last checkpoint in the stage's folder if there is one.
+
+    Returns:
+        The tokens trained on, those before the checkpoint included.
+    """
+    request = context.request
+    arguments = copy.copy(request.train)
+    arguments.output_dir, arguments.seed = str(folder), seed
+    arguments.learning_rate = request.stream.seeding_learning_rate
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=epoch_of(data.rows, request.data),
+        data_collator=context.collator,
+        domains=context.data.names,
+        training=dict(context.record),
+        callbacks=[metrics, ProgressBar(context.console), context.stop],
+        expert=expert,
+        stream=request.stream,
+        is_new=is_new,
+    )
+    trainer.remove_callback(PrinterCallback)
+    found = checkpoints_in(folder)
+    checkpoint = found[-1][1] if found else None
+    if checkpoint is not None:
+        context.console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
+    trainer_state = resume_log(context.console, metrics, checkpoint)
+    write_run_files(context, model, folder, data)
+    train_to_end(trainer, context.stop, checkpoint, trainer_state)
+    write_json(folder / "samples.json", [])  # marks the run as ended for its report; a stage generates no samples
+    write_report(str(folder))
+    model.eval()
+    return trainer.num_tokens
+
+
+def write_run_files(context: StreamContext, model: DyLoRAMoE, folder: Path, data: StageData) -> None:
+    """Write the settings and the facts of a stage's training, as `dylora train` does for a run."""
+    save_config(context.request.settings, folder / CONFIG_FILE)
+    facts, own = run_facts(model, context.data), rows_by_dataset(context.data, data)
+    write_json(folder / "run.json", {**facts, "data": [item for item in facts["data"] if item["name"] in own]})
