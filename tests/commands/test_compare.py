@@ -67,7 +67,7 @@ def compared(tmp_path_factory):
 
 def test_a_killed_comparison_keeps_what_is_done_and_goes_on_with_the_rest(compared):
     folder, output, said = compared
-    assert "1 of 5 trainings are done already" in said
+    assert "1 of 5 trainings is done already" in said
     log = (output / "seed-7" / "lora_active.log").read_text()
     assert "resuming from" in log
     alone = folder / "alone"
@@ -323,8 +323,8 @@ def runs_with(shifts, *, num_seeds=3, noise=0.02):
     "shift, verdict, words",
     [
         (0.1, "wins", "Against uniform routing, ours wins: its mean loss is 0."),
-        (0.0, "ties", "Against uniform routing, ours does not win: a tie"),
-        (-0.1, "loses", "Against uniform routing, ours does not win, it loses: its mean loss is 0."),
+        (0.0, "ties", "Against uniform routing, ours ties: the interval holds 0"),
+        (-0.1, "loses", "Against uniform routing, ours loses: its mean loss is 0."),
     ],
 )
 def test_it_says_whether_ours_wins(shift, verdict, words):

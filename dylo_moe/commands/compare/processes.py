@@ -1,4 +1,4 @@
-"""Commands that run in processes of their own, one after another, and die with whoever started them."""
+"""Commands that run in processes of their own, one after another, and end when the process that started them ends."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from rich.console import Console
 LOCK = ".lock"
 
 LONGEST_WAIT_SECONDS = 180.0
-"""For what an earlier call started, which saves as it ends."""
+"""How long to wait for a process of an earlier, killed call, which saves before it ends."""
 
 LINE_SECONDS = 30.0
-"""Between two lines of progress, where there is no terminal to show it on."""
+"""The time between two lines of progress where there is no terminal."""
 
 SET_PARENT_DEATH_SIGNAL = 1
-"""Of prctl(2)."""
+"""PR_SET_PDEATHSIG of prctl(2)."""
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 _held: list[int] = []
-"""Descriptors of the locks that programs inherit, so that a folder stays taken until the last of them has ended."""
+"""Descriptors of the locks, which programs inherit, so that a folder stays locked until the last of them has ended."""
 
 
 @contextmanager
 def hold(folder: Path, console: Console) -> Iterator[None]:
-    """Inside, nobody else works in a folder.
+    """Lock a folder against other comparisons.
 
     Raises:
-        ValueError: where somebody does, and goes on doing so.
+        ValueError: where another one works in it for longer than `LONGEST_WAIT_SECONDS`.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -50,7 +50,7 @@ def hold(folder: Path, console: Console) -> Iterator[None]:
                 if time.monotonic() - started > LONGEST_WAIT_SECONDS:
                     raise ValueError(f"another comparison is at work in {folder}; wait for it, or end it") from None
                 if not told:
-                    console.print(f"waiting for what is still at work in {folder}", highlight=False, soft_wrap=True)
+                    console.print(f"waiting for a process at work in {folder}", highlight=False, soft_wrap=True)
                 told = True
                 time.sleep(0.5)
         _held.append(descriptor)
@@ -63,17 +63,17 @@ def hold(folder: Path, console: Console) -> Iterator[None]:
 
 
 def run_program(words: Sequence[str], *, log: Path, title: str, console: Console) -> None:
-    """Run a command to its end; what it says goes into a file, and its newest line is shown.
+    """Run a command to its end; its output goes into a file, and its newest line is shown.
+
+    Whatever ends the waiting, such as a signal, ends the command, too.
 
     Args:
         words: the command line.
-        log: is appended to.
-        title: what is shown beside the line.
+        log: the file, which is appended to.
+        title: shown beside the line.
 
     Raises:
-        ValueError: where it fails, with its last words and where the others are.
-
-    Whatever ends the waiting ends the command, too.
+        ValueError: where the command fails, with its last line and the file with all of them.
     """
     with open(log, "ab") as file:
         start = file.tell()
@@ -82,7 +82,7 @@ def run_program(words: Sequence[str], *, log: Path, title: str, console: Console
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C comes to us alone, and is passed on once
+            start_new_session=True,  # so that a terminal's Ctrl-C reaches this process alone, which passes it on once
             pass_fds=_held,
             preexec_fn=_end_with_parent,
         )
@@ -92,7 +92,7 @@ def run_program(words: Sequence[str], *, log: Path, title: str, console: Console
         process.terminate()
         try:
             process.wait()
-        except BaseException:  # asked twice
+        except BaseException:  # a second signal: do not wait for the command to save
             process.kill()
             process.wait()
             raise
@@ -121,7 +121,7 @@ def _watch(process: subprocess.Popen[bytes], log: Path, start: int, title: str, 
 
 
 def _last_line(log: Path, start: int) -> str:
-    """The newest line that says something, of what was written from `start` on."""
+    """The newest line that is not blank, of those written from byte `start` on; it looks at the last 4 KiB."""
     with open(log, "rb") as file:
         file.seek(max(start, file.seek(0, os.SEEK_END) - 4096))
         lines = file.read().decode("utf-8", "replace").splitlines()
@@ -129,6 +129,6 @@ def _last_line(log: Path, start: int) -> str:
 
 
 def _end_with_parent() -> None:
-    """In the new process: be told to end when whoever started it dies, even by SIGKILL. Linux alone can do that."""
+    """In the new process: ask for SIGTERM when the parent ends, even by SIGKILL. Only Linux can do that."""
     if sys.platform == "linux":
         LIBC.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

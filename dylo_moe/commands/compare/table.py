@@ -1,4 +1,4 @@
-"""What a comparison says: one line for each arm, the differences from ours, and whether ours wins, in words."""
+"""The result of a comparison: a line for each arm, its difference from ours, and whether ours wins, in words."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dylo_moe.evaluation.losses import Estimate, Estimates, Losses, estimates, m
 from dylo_moe.utils.markdown import Markdown, markdown_table
 
 WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "unknown"
-"""Ours against another arm."""
+"""How ours fares against another arm."""
 
 
 class Rate(NamedTuple):
-    """pass@1 of one run's greedy answers, a share, with its interval over tasks."""
+    """The pass@1 of one run's greedy answers, a fraction, with its interval over tasks."""
 
     value: float
     interval: list[float] | None
@@ -31,39 +31,37 @@ class ArmRun(NamedTuple):
     """One arm, trained with one seed and judged."""
 
     losses: Losses
-    """Of the seed's held-out rows."""
+    """The losses of the seed's held-out rows."""
     parameters: int
-    """Trained: adapters, and the gate where it learns."""
+    """Trained parameters: adapters, and the gate where it learns."""
     active: int
-    """Of these, what one token uses."""
+    """Those of them that one token uses."""
     tokens: int
-    """Real ones that it trained on."""
+    """Real tokens that it was trained on."""
     pass_at_1: dict[str, Rate]
-    """By benchmark."""
+    """The rate of each benchmark."""
 
 
 class Line(NamedTuple):
-    """One arm over all seeds."""
+    """One arm over all seeds; lists have a value for each seed."""
 
     arm: str
     parameters: int
     active: int
     tokens: list[int]
-    """Of each seed."""
     losses: Estimates
-    """Pooled over seeds."""
+    """The losses, pooled over seeds."""
     difference: Estimates | None
-    """This arm less ours, row by row; None of ours itself."""
+    """This arm's losses minus ours, row by row; None for ours itself."""
     by_seed: list[float]
-    """Mean loss over datasets, of each seed."""
+    """The mean loss over datasets."""
     difference_by_seed: list[float]
-    """This arm's less ours'."""
+    """This arm's mean loss minus ours; empty for ours itself."""
     pass_at_1: dict[str, list[Rate]]
-    """Of each seed."""
 
     @property
     def verdict(self) -> str | None:
-        """How ours fares against this arm by the mean loss; None of ours itself."""
+        """How ours fares against this arm by the mean loss; None for ours itself."""
         if self.difference is None:
             return None
         interval = self.difference.mean.interval
@@ -76,11 +74,11 @@ def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[L
     """The lines of the table, in the order of `ARMS`.
 
     Args:
-        runs: of each arm, ours among them, its runs in the order of the seeds.
-        seed: of the resampling.
+        runs: the runs of each arm, ours included, in the order of the seeds.
+        seed: the seed of the resampling.
 
     Raises:
-        ValueError: for arms that were not trained on as many tokens, or not judged on the same rows.
+        ValueError: for arms that were trained on different numbers of tokens, or judged on different rows.
     """
     ours = runs[OURS]
     lines = []
@@ -113,14 +111,14 @@ def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[L
 
 
 def sentences(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
-    """What the table says, an arm a sentence, and what its intervals are."""
+    """What the table says in words: a sentence for each arm, a conclusion, and what the intervals mean."""
     found = [_sentence(line, len(seeds)) for line in lines if line.difference is not None]
     others = [ARMS[line.arm] for line in lines if line.verdict not in (None, WINS)]
     if others:
-        listed = ", ".join(others[:-1]) + f" and {others[-1]}" if len(others) > 1 else others[0]
-        found.append(f"All in all, ours does not win: it does not beat {listed}.")
+        names = ", ".join(others[:-1]) + f" and {others[-1]}" if len(others) > 1 else others[0]
+        found.append(f"Overall, ours does not win: it does not beat {names}.")
     else:
-        found.append("All in all, ours wins against everything that it was compared with.")
+        found.append("Overall, ours wins against everything that it was compared with.")
     left_out = [title for arm, title in ARMS.items() if arm not in {line.arm for line in lines}]
     if left_out:
         found.append(f"Not compared with: {', '.join(left_out)}.")
@@ -129,10 +127,9 @@ def sentences(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
     runs = f"{len(seeds)} runs (seeds {', '.join(map(str, seeds))})" if several else f"one run (seed {seeds[0]})"
     other = "turn out: for that see the range over seeds" if several else "turn out, which one seed cannot tell"
     found.append(
-        f"Losses in nats per token; the mean counts every dataset alike. Intervals: 95 %, from resampling the "
-        f"{unit.num_units} held-out {unit.unit} of {runs}, those of a run among themselves; differences are taken row "
-        "by row. They tell how sure the figures are for these trained models on text like this, not how another seed "
-        f"would {other}."
+        "Losses are in nats per token; the mean counts every dataset alike. The 95 % intervals are from resampling the "
+        f"{unit.num_units:,} held-out {unit.unit} of {runs}, within each run; differences are taken row by row. They "
+        f"say how sure the figures are for these trained models on text like this, not how another seed would {other}."
     )
     return found
 
@@ -141,19 +138,19 @@ def _sentence(line: Line, num_seeds: int) -> str:
     assert line.difference is not None
     item, title = line.difference.mean, ARMS[line.arm]
     if line.verdict == UNKNOWN:
-        return f"Against {title}: nothing can be said; some dataset has one held-out row only."
+        return f"Against {title}: nothing can be said, because a dataset has only one held-out row."
     size = f"{abs(item.value):.4f} nats per token"
     ends = f"95 % interval of the difference {item.interval.low:+.4f} to {item.interval.high:+.4f}"
     agreeing = sum(math.copysign(1, value) == math.copysign(1, item.value) for value in line.difference_by_seed)
     seeds = f"; the same sign in {agreeing} of {num_seeds} seeds" if num_seeds > 1 else ""
     if line.verdict == TIES:
-        return f"Against {title}, ours does not win: a tie ({ends}, which holds 0{seeds})."
+        return f"Against {title}, ours ties: the interval holds 0 ({ends}{seeds})."
     if line.verdict == WINS:
         return f"Against {title}, ours wins: its mean loss is {size} lower ({ends}{seeds})."
-    return f"Against {title}, ours does not win, it loses: its mean loss is {size} higher ({ends}{seeds})."
+    return f"Against {title}, ours loses: its mean loss is {size} higher ({ends}{seeds})."
 
 
-# For people: rows of cells, which a terminal and Markdown show in their own ways.
+# The table as rows of cells, for a terminal and for Markdown.
 
 
 def header(lines: Sequence[Line]) -> list[str]:
@@ -167,14 +164,14 @@ def header(lines: Sequence[Line]) -> list[str]:
         *lines[0].losses.datasets,
         "mean",
         *(["range over seeds"] if several else []),
-        "less ours",
+        "minus ours",
         *(["range over seeds"] if several else []),
         *(f"{name} pass@1" for name in lines[0].pass_at_1),
     ]
 
 
 def cells(line: Line) -> list[list[str]]:
-    """A line's cells, each of one or two parts: a figure, and its interval or range."""
+    """The cells of a line, each of one or two parts: a figure, and its interval or range."""
     several = len(line.by_seed) > 1
     own = [_figure(item, "{:.3f}") for item in (*line.losses.datasets.values(), line.losses.mean)]
     difference = [["-"]] if line.difference is None else [_figure(line.difference.mean, "{:+.4f}")]
@@ -205,7 +202,7 @@ def _range(values: Sequence[float], form: str) -> list[str]:
 
 
 def _rates(rates: Sequence[Rate]) -> list[str]:
-    """The mean over seeds and its range; of one seed the interval over tasks."""
+    """The mean over seeds and its range; for one seed, the interval over tasks."""
     values = [rate.value for rate in rates]
     mean = f"{sum(values) / len(values):.1%}"
     if len(rates) > 1:
@@ -215,8 +212,10 @@ def _rates(rates: Sequence[Rate]) -> list[str]:
 
 
 def as_tables(lines: Sequence[Line], *, width: int) -> list[Table]:
-    """For a terminal of that many letters; an interval stands below its figure. One table where it fits, else the
-    losses of the datasets in a second one, so that no figure is cut."""
+    """The table for a terminal of `width` columns, with each interval below its figure.
+
+    Where it is too wide, the losses of the datasets go into a second table, so that no figure is cut.
+    """
     title = "held-out loss, nats per token, with 95 % intervals"
     columns = list(zip(header(lines), *(cells(line) for line in lines), strict=True))
     datasets = range(4, 4 + len(lines[0].losses.datasets))
@@ -239,7 +238,7 @@ def _table(lines: Sequence[Line], columns: Sequence[Sequence[Any]], title: str) 
 
 
 def as_markdown(lines: Sequence[Line], said: Sequence[str]) -> str:
-    """The table and the sentences below it."""
+    """The table as Markdown, with the sentences below it."""
     titles, rows = header(lines), []
     for line in lines:
         texts = [" ".join(parts) for parts in cells(line)]
@@ -249,7 +248,7 @@ def as_markdown(lines: Sequence[Line], said: Sequence[str]) -> str:
 
 
 def as_json(lines: Sequence[Line], said: Sequence[str]) -> dict[str, Any]:
-    """All of it as plain values."""
+    """The lines and the sentences as JSON values."""
     return {
         "unit": "nats per token",
         "level": 0.95,
