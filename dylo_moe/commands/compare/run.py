@@ -116,7 +116,7 @@ def refuse_foreign(output: Path) -> None:
     if not output.exists() or (output / SETTINGS_FILE).is_file():
         return
     if not output.is_dir() or [item.name for item in output.iterdir() if item.name != LOCK]:
-        raise ValueError(f"output_dir {output} is not empty and holds no comparison; choose a new one")
+        raise ValueError(f"output_dir {output} is not empty, and holds no comparison; choose a new one")
 
 
 def take_folder(request: CompareRequest) -> None:
