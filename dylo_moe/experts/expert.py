@@ -239,6 +239,9 @@ class ExpertPool:
         if refused:
             raise ValueError(f"PEFT's layers {listed(refused)} cannot be routed; {ROUTABLE}")
         layers = [layer for _, layer in found]
+        # PEFT makes the layer that suits the base's linear, of which it knows more kinds than we do, and only its class
+        # is exchanged. Its hook for other classes (`_register_custom_module`) is private and experimental, and would
+        # build the layers from our code instead. tests/experts/test_peft_private.py holds what this relies on.
         for layer, kind in zip(layers, classes, strict=True):
             layer.__class__ = kind
             layer.bind(self._slot, self._experts)

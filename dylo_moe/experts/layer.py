@@ -88,6 +88,7 @@ class RoutedLayer:
             return result
         x_TD = x.reshape(-1, x.shape[-1])
         if x_TD.dtype != dispatch.dtype:
+            # PEFT's private method, as in its own forward, so that its public `disable_input_dtype_casting` applies.
             x_TD = self._cast_input_dtype(x_TD, dispatch.dtype)  # type: ignore[attr-defined]
         if self.training and self.expert_dropout > 0:
             x_TD = F.dropout(x_TD, self.expert_dropout)
