@@ -1,4 +1,4 @@
-"""Rows to batches."""
+"""The collator, which pads rows of token ids into batches of tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dylo_moe.data.encoding import IGNORED
 
 
 class Collator:
-    """Make a batch of rows, padded on the right; padding is told by its place, so pad may equal eos.
+    """Make a batch of rows, padded on the right. The attention mask marks the padding, so pad may equal eos.
 
-    Returns `input_ids`, `attention_mask` and `labels`, each int64 [batch, longest row], and `domain`, int64 [batch]. Of
-    packed rows also `position_ids` [batch, longest row], and `domain` is of that shape too.
+    Returns `input_ids`, `attention_mask` and `labels`, each int64 [batch, longest row], and `domain`, int64 [batch].
+    For packed rows there are also `position_ids` [batch, longest row], and `domain` has that shape too.
 
-    Raises ValueError where the tokenizer has neither a pad nor an eos token.
+    Raises ValueError if the tokenizer has neither a pad nor an eos token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

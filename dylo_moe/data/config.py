@@ -1,4 +1,4 @@
-"""What to train on, and how it becomes training rows: the options of the data."""
+"""The options of the data: what to train on, and how it becomes training rows."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ DROP = "drop"
 MIN_SEQ_LENGTH = 16
 
 ROLES = ("system", "prompt", "input", "tests", "response", "messages", "text")
-"""What a column of a dataset can be."""
+"""The roles that a column of a dataset can play."""
 
 
 class ColumnChoice(NamedTuple):
     """One `ROLE=COLUMN` of `columns`: which column of a dataset plays a role."""
 
     dataset: str | None
-    """The dataset it is for; None: all those given by path or hub id."""
+    """The dataset that the choice applies to; None for every dataset given by path or hub id."""
     role: str
     column: str
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What to train on, and how it becomes training rows. The flags of `dylora train` and `dylora data`.
+    """What to train on, and how it becomes training rows; its fields are flags of `dylora train` and `dylora data`.
 
-    Lists may hold several values separated by commas, as typed.
+    An item of a list may hold several values separated by commas, as typed on the command line.
 
     Raises:
-        ValueError: for values out of range; all problems of one config in one message.
+        ValueError: for values out of range; one message holds all problems of a config.
     """
 
     datasets: list[str] = field(
@@ -149,7 +149,7 @@ class DataConfig:
 
     @property
     def column_choices(self) -> list[ColumnChoice]:
-        """`columns`, read."""
+        """The entries of `columns`, parsed."""
         choices = []
         for pair in self.columns:
             left, _, column = pair.partition("=")
@@ -159,5 +159,5 @@ class DataConfig:
 
     @property
     def shares(self) -> dict[str, float]:
-        """`mix`, read: share by dataset name; empty where it was not given."""
+        """The entries of `mix`, parsed: each dataset's share by its name; empty without `mix`."""
         return {name: float(share) for name, _, share in (pair.rpartition("=") for pair in self.mix)}

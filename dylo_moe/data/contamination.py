@@ -1,9 +1,9 @@
-"""Whether training rows hold the problems that a model will be judged by.
+"""Find training rows that hold the problems by which a model will be judged.
 
 A row overlaps with a problem when at least half of the 8-word sequences of its question, or of its reference
 solution, are in the row. Words are runs of letters, digits and underscores, in lower case, so layout and
-punctuation change nothing. After the n-gram overlap of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 8), which
-looks for 70 % of a problem's 8-grams in the whole of the training data; here one row must hold them.
+punctuation change nothing. The measure follows the n-gram overlap of PaLM (Chowdhery et al. 2022, arXiv:2204.02311,
+section 8), which looks for 70 % of a problem's 8-grams in the whole of the training data; here one row must hold them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.read import read_test
 
 NGRAM = 8
-"""Words."""
+"""The length of an n-gram, in words."""
 
 SHARE = 0.5
-"""Of a question's or a solution's n-grams, in one row."""
+"""The share of a question's or a solution's n-grams from which on a row that holds them is contaminated."""
 
 _WORD = re.compile(r"\w+")
 
@@ -38,18 +38,18 @@ class BenchmarkText(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """What a row shares with a problem."""
+    """The problem that a row overlaps with, and how much of it the row holds."""
 
     task: str
     share: float
-    """Of the n-grams of the problem's question or solution, whichever is more."""
+    """The share of the n-grams of the problem's question or solution, whichever is larger."""
 
 
 class Benchmarks:
     """An index of problems by their word sequences.
 
     Args:
-        problems: of all benchmarks. A question or solution of fewer than 8 words cannot be found.
+        problems: the problems of all benchmarks. A question or solution of fewer than 8 words cannot be found.
     """
 
     def __init__(self, problems: Iterable[BenchmarkText]) -> None:
@@ -68,11 +68,11 @@ class Benchmarks:
 
     @property
     def unfindable(self) -> int:
-        """Problems of which neither part has enough words."""
+        """The number of problems that cannot be found, because neither question nor solution has enough words."""
         return sum(not any(self._sizes[2 * place : 2 * place + 2]) for place in range(len(self.problems)))
 
     def overlap(self, text: str) -> Overlap | None:
-        """The problem that a text shares most with, where that is enough to call it contaminated."""
+        """The problem that a text overlaps with most, if that is enough to call it contaminated; else None."""
         counts = Counter(part for gram in set(ngrams(text)) for part in self._parts.get(gram, ()))
         if not counts:
             return None
@@ -81,7 +81,11 @@ class Benchmarks:
 
 
 def load_benchmarks(config: DataConfig) -> tuple[Benchmarks, dict[str, str]]:
-    """The problems of HumanEval and of MBPP's test split, and why a benchmark is not to be had, by its name."""
+    """Load the problems of HumanEval and of MBPP's test split.
+
+    Returns:
+        The index of the problems, and by its name the reason for each benchmark that is not available.
+    """
     readers = {"humaneval": _humaneval_problem, "mbpp": _mbpp_problem}
     problems: list[BenchmarkText] = []
     missing: dict[str, str] = {}
@@ -94,7 +98,7 @@ def load_benchmarks(config: DataConfig) -> tuple[Benchmarks, dict[str, str]]:
 
 
 def ngrams(text: str) -> Iterator[str]:
-    """Every sequence of 8 words."""
+    """Every sequence of 8 words of a text."""
     words = _WORD.findall(text.lower())
     return (" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1))
 
@@ -108,7 +112,7 @@ def _mbpp_problem(row: dict) -> BenchmarkText:
 
 
 def _described(prompt: str) -> str:
-    """What the last function is told to do, without its examples, which a copy may leave out."""
+    """The description of a prompt's last function, without its examples, which a copy may leave out."""
     try:
         tree = ast.parse(prompt)
     except SyntaxError:
@@ -124,5 +128,5 @@ def _described(prompt: str) -> str:
     ]
     if not texts:
         return prompt
-    told = _EXAMPLES.split(texts[-1], maxsplit=1)[0]
-    return told if len(_WORD.findall(told)) >= NGRAM else texts[-1]
+    description = _EXAMPLES.split(texts[-1], maxsplit=1)[0]
+    return description if len(_WORD.findall(description)) >= NGRAM else texts[-1]

@@ -1,10 +1,10 @@
-"""From an example to token ids and labels.
+"""Turn examples into token ids and labels.
 
-With a chat template the context is written by it and the response follows; without one, a system message and a
-question are each followed by an empty line. The response and the token that ends it are trained, earlier answers of
-a conversation too. Plain text uses no template: all of it and the end token are trained.
+A chat template, if the tokenizer has one, writes the context, and the response follows. Without one, a system message
+and a question are each followed by an empty line. The response and the token that ends it are trained, and so are
+earlier answers of a conversation. Plain text uses no template: all of it and the end token are trained.
 
-The rendered prompt is exactly what a model is given when it generates, and the response follows it, so
+The rendered prompt is exactly what a model is given when it generates, and the response follows it. So
 training and generation see the same ids even where a template writes past turns differently.
 """
 
@@ -21,11 +21,12 @@ from dylo_moe.data.config import ALL, CUT, DROP, RESPONSE
 from dylo_moe.data.sources.formats import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError
 
 IGNORED = -100
-"""The label that the loss leaves out."""
+"""The label of a token that the loss ignores."""
 
 _PROBE = "probe"
 
-# Some templates write today's date; rows must be the same tomorrow. The date is what Llama 3's writes if it knows none.
+# Some templates write today's date, but rows must be the same tomorrow. Llama 3's template writes this date if it is
+# given none.
 _FIXED_DATE = (
     "{%- macro strftime_now(form) -%}"
     "{{ {'%Y-%m-%d': '2024-07-26', '%B %d, %Y': 'July 26, 2024', '%Y': '2024'}.get(form, '26 Jul 2024') }}"
@@ -40,15 +41,15 @@ class TextFormat:
     tokenizer: PreTrainedTokenizerBase
     has_template: bool
     takes_system: bool
-    """Whether the template takes a system message; else it goes before the first question."""
+    """Whether the template takes a system message; otherwise it is put before the first question."""
     system: tuple[Message, ...]
     """An empty system message where the template would put a longer one of its own, else nothing."""
     start_ids: tuple[int, ...]
     """What the tokenizer puts before a text that no template wrote: its bos token, or nothing."""
     response_end_id: int
-    """Ends a response: the template's end of turn, which need not be eos. Generation must stop at it."""
+    """The token that ends a response: the template's end of turn, which need not be eos. Generation must stop at it."""
     text_end_id: int
-    """Ends a plain text: eos."""
+    """The token that ends a plain text: eos."""
     end_texts: tuple[str, str]
     """Both end tokens as they are written."""
 
@@ -58,23 +59,23 @@ class Encoded(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-    """-100 where nothing is trained."""
+    """The token ids that are trained, and -100 elsewhere."""
     prompt_length: int
-    """Tokens before the first answer; 0 for plain text."""
+    """The number of tokens before the first answer; 0 for plain text."""
     whole_length: int
-    """Tokens before anything was cut."""
+    """The number of tokens before anything was cut."""
     cut_prompt: bool = False
     cut_response: bool = False
     note: str = ""
-    """What is not trained that the row says, in words."""
+    """A remark about parts of the row that are not trained; empty if there are none."""
 
 
 def text_format(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
     """Find out how this tokenizer writes an exchange.
 
     Many templates add a system message of their own when there is none (SmolLM2's costs 16 tokens of every
-    row). Where the template takes an empty one and gets shorter by it, rows are written with the empty one;
-    so generate from `encode_prompt`, not from the bare template. Raises ValueError without an eos token.
+    row). If the template takes an empty one and its text gets shorter by it, rows are written with the empty
+    one; so generate from `encode_prompt`, not from the bare template. Raises ValueError without an eos token.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -105,7 +106,7 @@ def encode_prompt(text_format: TextFormat, prompt: str) -> list[int]:
 def encode(
     text_format: TextFormat, example: Example, *, max_seq_length: int, overlong: str = CUT, loss_on: str = RESPONSE
 ) -> Encoded:
-    """One example; as `encode_batch`, but raises RowError."""
+    """Encode one example as `encode_batch` does, but raise the RowError instead of returning it."""
     (found,) = encode_batch(text_format, [example], max_seq_length=max_seq_length, overlong=overlong, loss_on=loss_on)
     if isinstance(found, RowError):
         raise found
@@ -120,15 +121,15 @@ def encode_batch(
     overlong: str = CUT,
     loss_on: str = RESPONSE,
 ) -> list[Encoded | RowError]:
-    """Token ids and labels of examples, each at most `max_seq_length` tokens.
+    """Encode examples as token ids and labels, each at most `max_seq_length` tokens.
 
-    With `overlong` "cut", a row that is too long loses the start of its prompt where the last response then still
-    fits whole. A response that does not fit is cut at its end and has no end token; what is before it then keeps at
-    most half the row. With "drop" such a row is an error.
+    With `overlong` "cut", a row that is too long loses the start of its prompt if its last response then fits. A
+    response that does not fit is cut at its end and has no end token; what is before it then keeps at most half of the
+    row. With "drop" such a row is an error.
 
     Returns:
-        For each example its row, or a RowError: nothing could be learned from it, the template refuses it, or it
-        holds the end token itself, which would teach the model to stop in the middle.
+        For each example its row, or a RowError: nothing could be learned from it, the template refuses it, or its text
+        holds the end token, which would teach the model to stop in the middle.
     """
     written = [_write(text_format, example) for example in examples]
     texts = {text for item in written if not isinstance(item, RowError) for text in item.texts()}
@@ -149,20 +150,22 @@ def encode_batch(
 
 
 class _Turn(NamedTuple):
-    """An answer, and what is written between the end of the answer before and it."""
+    """An answer, and the text between the end of the previous answer and this one."""
 
     before: str
     answer: str
 
 
 class _Written(NamedTuple):
+    """An example as text, not yet tokenised."""
+
     turns: list[_Turn]
     prompt: str
-    """What the model is given for the last answer."""
+    """The text from which the model generates the last answer."""
     note: str
 
     def texts(self) -> list[str]:
-        """All that has to be tokenised."""
+        """All texts that have to be tokenised."""
         parts = [text for turn in self.turns for text in (turn.before, turn.before + turn.answer) if text]
         return [*parts, self.prompt] if len(self.turns) > 1 else parts
 
@@ -189,7 +192,7 @@ def _only_last(prompt: str, response: str, note: str) -> _Written:
 
 
 def _earlier_turns(form: TextFormat, example: Example, prompt: str) -> list[_Turn] | None:
-    """The answers before the last, as `prompt` holds them; None where it does not hold them as they were written."""
+    """The answers before the last, as they are in `prompt`; None if the template changed one of them."""
     turns: list[_Turn] = []
     done = 0
     for place, message in enumerate(example.context):
@@ -212,7 +215,7 @@ def _end_text(form: TextFormat) -> str:
 
 
 def _render_prompt(form: TextFormat, context: Sequence[Message]) -> str:
-    """The text that a model is given to answer; a template writes its own bos."""
+    """The text from which a model generates its answer; a template writes its own bos."""
     if not form.has_template:
         ends = {ASSISTANT: _end_text(form)}
         return "".join(message.content + ends.get(message.role, "\n\n") for message in context)
@@ -241,14 +244,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
 
 
 class _Row(NamedTuple):
-    """A row before it is cut; `answers` are spans of `ids`, each with its end token."""
+    """A row before it is cut; `answers` are (start, end) spans of `ids`, each with its end token."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
 
 
 def _assemble(form: TextFormat, written: _Written, ids: dict[str, list[int]]) -> tuple[_Row, str]:
-    """The whole row, however long, and its note."""
+    """The row before it is cut, however long, and its note."""
     is_plain = not written.turns[0].before
     end_id = form.text_end_id if is_plain else form.response_end_id
     start_ids = _start_ids(form, has_prompt=not is_plain)
@@ -268,14 +271,14 @@ def _assemble(form: TextFormat, written: _Written, ids: dict[str, list[int]]) ->
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, turn: _Turn, ids: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    """Ids of both parts; the answer is tokenised where it stands, unless it melts into what is before it."""
+    """The ids of both parts of a turn. The answer is tokenised in its context, unless a token spans the border."""
     before = ids[turn.before] if turn.before else []
     whole = ids[turn.before + turn.answer]
     return before, whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, turn.answer)
 
 
 def _finish(row: _Row, note: str, *, max_seq_length: int, overlong: str, loss_on: str) -> Encoded:
-    """The row within its bound, with labels."""
+    """Cut a row to at most `max_seq_length` tokens, and label it."""
     length, last_answer = len(row.ids), row.answers[-1][0]
     first, last, cut_response = 0, length, False
     if length > max_seq_length:
@@ -311,7 +314,7 @@ def _ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[st
     return dict(zip(texts, found["input_ids"], strict=True))
 
 
-# What a template does
+# What a template does to system messages and turn ends
 
 
 def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -334,7 +337,7 @@ def _shorter_system(tokenizer: PreTrainedTokenizerBase) -> tuple[Message, ...]:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first special token that the template writes after a response, or eos where it writes none."""
+    """The first special token that the template writes after a response, or eos if it writes none."""
     turns = [Message(USER, "a"), Message(ASSISTANT, _PROBE)]
     tail = _render(tokenizer, turns, generation_prompt=False).rpartition(_PROBE)[2]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -1,4 +1,4 @@
-"""From the names of datasets to shuffled training rows, held-out rows per dataset, and every row's fate."""
+"""Load datasets by their names: shuffled training rows, held-out rows of each dataset, and a count of every row."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from dylo_moe.data.sources.read import SourceRows, read
 from dylo_moe.data.splitting import hold_out, order_keys, subset
 from dylo_moe.data.tokenized import Reason, TokenizedDataset, tokenise_all
 from dylo_moe.data.tokenizing import CUT_PROMPT, CUT_RESPONSE
+from dylo_moe.utils.words import counted
 
 SAMPLE_TEXT_TOKENS = 24
-"""Tokens of a held-out plain text that a sample is generated from."""
+"""The number of tokens at the start of a held-out plain text from which a sample is generated."""
 
 MAX_PASSES = 1000
-"""Times that a row may be seen in one epoch."""
+"""The most times that a row may be seen in one epoch."""
 
 _COLUMNS = ["input_ids", "labels", "length"]
 
 
 class DatasetCounts(NamedTuple):
-    """What happened to one dataset.
+    """How many rows of one dataset were read, and how each was used or why it was left out.
 
     read = train + evaluation + unused + too_long + empty + malformed + duplicates + duplicates_across + held_out +
-    contaminated. `cut_prompt` and `cut_response` count rows that were kept. `left_out` comes on top of `read`.
+    contaminated. `cut_prompt` and `cut_response` count rows that were kept. `left_out` is not part of `read`.
     """
 
     name: str
     documents: int
-    """Files, or different questions."""
+    """The number of files, or of different questions."""
     read: int
     train: int
     evaluation: int
@@ -52,24 +53,27 @@ class DatasetCounts(NamedTuple):
     empty: int
     malformed: int
     duplicates: int
-    """As an earlier row of this dataset."""
+    """Rows that repeat an earlier row of this dataset."""
     duplicates_across: int
-    """As a row of another dataset."""
+    """Rows that repeat a row of another dataset."""
     held_out: int
-    """Would be trained, but their question is held out somewhere."""
+    """Rows that are not trained because their question is held out in some dataset."""
     contaminated: int
     unused: int
-    """Beyond training_subset and eval_subset."""
+    """Usable rows that training_subset and eval_subset leave out."""
     left_out: int
     """Rows of splits that are not for training, or beyond the bound on the machine's own text."""
 
 
 class LoadedData(NamedTuple):
-    """Rows hold `input_ids`, `labels`, `length` and `domain`, the index of their dataset in `names`."""
+    """Everything that training needs of its datasets.
+
+    Rows hold `input_ids`, `labels`, `length` and `domain`, the index of their dataset in `names`.
+    """
 
     names: list[str]
     train: Dataset
-    """One epoch, mixed and shuffled."""
+    """The rows of one epoch, mixed and shuffled."""
     evaluation: dict[str, Dataset]
     counts: list[DatasetCounts]
     shares: list[Share]
@@ -79,25 +83,25 @@ class LoadedData(NamedTuple):
     notes: list[str]
     """What a reader should know before training, in sentences."""
     fingerprint: dict[str, str]
-    """What the rows are recognised by: for each dataset the number and a hash of its training and held-out rows, and a
-    hash of the epoch's order. The same for the same token ids and labels, wherever the texts lie."""
+    """What identifies the rows: for each dataset the number and a hash of its training and held-out rows, and a hash of
+    the epoch's order. It depends on token ids and labels alone, not on where the texts are stored."""
     sample_prompts: dict[str, list[int]]
-    """Per dataset the ids of one held-out prompt, or the start of a held-out plain text, to generate from."""
+    """For each dataset the ids from which a sample is generated: a held-out prompt, or the start of a held-out text."""
 
     @property
     def origins(self) -> dict[str, str]:
-        """Where each dataset was found."""
+        """The origin of each dataset in words, by the dataset's name."""
         return {reading.name: reading.origin for reading in self.readings}
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> LoadedData:
     """Read, tokenise, split and mix datasets.
 
-    A dataset with a validation split keeps it; of any other, about a tenth is held out, by document: all rows of a
-    file, or with the same question, lie on one side. A row that repeats an earlier one, of whichever dataset, is
-    removed, and no question that is held out in one dataset is trained in another. All choices come from hashes of
-    the seed and the texts, so one seed gives the same rows on every machine with the same texts and tokenizer, and a
-    smaller subset lies inside a larger one.
+    The validation split of a dataset, if it has one, is held out; otherwise about a tenth of its rows is, by document:
+    all rows of a file, or with the same question, are on the same side of the split. A row that repeats an earlier one
+    of any dataset is removed, and no question that is held out in one dataset is trained in another. All choices come
+    from hashes of the seed and the texts, so one seed gives the same rows on every machine with the same texts and
+    tokenizer, and a smaller subset is a part of a larger one.
 
     Args:
         config: what to read, and how.
@@ -147,7 +151,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
 
 
 def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.bool_]]:
-    """For each dataset which rows are held out."""
+    """Mark the rows of each dataset that are held out."""
     held_out = []
     for table in tables:
         places = np.flatnonzero(table.good)
@@ -156,7 +160,7 @@ def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.
             continue
         if len(places) < 2:
             raise ValueError(
-                f"the dataset {table.name!r} has {len(places)} usable row(s); it needs two at least, one to train "
+                f"the dataset {table.name!r} has {len(places)} usable row(s); it needs at least two, one to train "
                 "on and one to hold out"
             )
         documents = table.digests if table.is_one_document else table.documents
@@ -169,9 +173,9 @@ def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.
 def _not_held_out_elsewhere(
     tables: Sequence[TokenizedDataset], held_out: Sequence[NDArray[np.bool_]]
 ) -> list[NDArray[np.bool_]]:
-    """For each dataset which rows may be trained: none whose document is held out in any dataset.
+    """Mark the rows of each dataset that may be trained: those whose document is not held out in any dataset.
 
-    A dataset of one document was split by rows, so there its own held-out rows bar only themselves.
+    A dataset of one document was split by rows, so its own held-out rows exclude no other row of it.
     """
     judged = [np.unique(table.documents[held]) for table, held in zip(tables, held_out, strict=True)]
     usable = []
@@ -183,14 +187,14 @@ def _not_held_out_elsewhere(
         if not use.any() or not held.any():
             what = "training" if held.any() else "validation"
             raise ValueError(
-                f"the dataset {table.name!r} has no {what} row left: {table.good.sum():,} rows are usable, and those "
-                "not used repeat another dataset's, or ask what is held out there"
+                f"the dataset {table.name!r} has no {what} row left: {table.good.sum():,} rows are usable, but the "
+                "rest repeat rows of another dataset, or ask a question that is held out there"
             )
     return usable
 
 
 def _subset_of(table: TokenizedDataset, which: NDArray[np.bool_], percent: float, seed: int) -> NDArray[np.int64]:
-    """Places of that percentage of some rows of a dataset."""
+    """Indices of that percentage of the rows of a dataset that `which` marks."""
     places = np.flatnonzero(which)
     return places[subset(table.digests[places], percent, seed)]
 
@@ -198,7 +202,7 @@ def _subset_of(table: TokenizedDataset, which: NDArray[np.bool_], percent: float
 def _epoch(
     tables: Sequence[TokenizedDataset], kept: Sequence[NDArray[np.int64]], config: DataConfig, seed: int
 ) -> tuple[NDArray[np.int64], list[Share]]:
-    """Places of an epoch's rows in the concatenation of all datasets, and what each dataset is of it."""
+    """Indices of an epoch's rows in the concatenation of all datasets, and each dataset's share of the epoch."""
     names, sizes = [table.name for table in tables], [len(rows) for rows in kept]
     wanted = [config.shares.get(name, 1 / len(tables)) for name in names]
     is_mixed = bool(config.mix or config.interleaved_sampling)
@@ -290,8 +294,11 @@ def _notes(tables: Sequence[TokenizedDataset]) -> list[str]:
 
 def _compared(tables: Sequence[TokenizedDataset], benchmarks: Benchmarks) -> str:
     removed = sum(table.num(Fate.CONTAMINATED) for table in tables)
-    count = len(benchmarks.problems)
-    return f"{removed:,} rows overlap with the {count:,} problems of HumanEval and MBPP's test split, and are removed."
+    problems = f"the {len(benchmarks.problems):,} problems of HumanEval and MBPP's test split"
+    if not removed:
+        return f"No row overlaps with {problems}."
+    verbs = ("overlaps", "is") if removed == 1 else ("overlap", "are")
+    return f"{counted(removed, 'row')} {verbs[0]} with {problems}, and {verbs[1]} removed."
 
 
 def _sample_prompt(table: TokenizedDataset, place: np.int64, form: TextFormat) -> list[int]:

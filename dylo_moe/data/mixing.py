@@ -1,4 +1,4 @@
-"""How much of an epoch each dataset is, and in which order the rows come."""
+"""How many rows each dataset gives to an epoch, and in which order they come."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from dylo_moe.data.splitting import order_keys
 
 
 class Share(NamedTuple):
-    """What one dataset is of an epoch."""
+    """The part of an epoch that comes from one dataset."""
 
     name: str
     rows: int
     share: float
-    """Of the epoch's rows."""
+    """The dataset's share of the epoch's rows."""
     tokens: int
-    """Trained ones."""
+    """The number of tokens that are trained."""
     token_share: float
     passes: float
-    """Times that each of its rows is seen in an epoch."""
+    """How often each of the dataset's rows is seen in an epoch."""
 
 
 def epoch_rows(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
-    """Rows that each dataset gives to an epoch in which it has a share and every row is seen at least once.
+    """The number of rows each dataset gives to an epoch that has the given shares and holds every row at least once.
 
-    The epoch is as long as the dataset that is largest for its share demands; smaller ones repeat.
+    The dataset that is largest for its share decides the length of the epoch; the rows of smaller ones repeat.
     """
     tiny = 1e-9  # 0.1 + 0.2 is not 0.3
     total = max(math.ceil(size / share - tiny) for size, share in zip(sizes, shares, strict=True))
@@ -42,10 +42,10 @@ def epoch_rows(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
 
 
 def pass_over(rows: NDArray[np.int64], digests: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """`count` of some rows, whole passes first, each shuffled anew.
+    """Choose `count` rows: whole passes over all rows as long as they fit, each in another random order.
 
     Args:
-        rows: [N] places.
+        rows: [N] indices of rows.
         digests: [N] hashes of the same rows, which decide the order.
     """
     passes = [rows[np.argsort(order_keys(digests, seed + turn))] for turn in range(math.ceil(count / len(rows)))]
@@ -53,7 +53,7 @@ def pass_over(rows: NDArray[np.int64], digests: NDArray[np.int64], count: int, s
 
 
 def interleave(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """All parts, each spread evenly over the whole."""
+    """Merge all parts into one order in which each part is spread evenly."""
     places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
     return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
@@ -61,11 +61,12 @@ def interleave(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 def measure_shares(
     names: Sequence[str], sizes: Sequence[int], rows: Sequence[int], tokens: Sequence[int]
 ) -> list[Share]:
-    """The effective shares.
+    """The shares that datasets have in an epoch, in rows and in tokens.
 
     Args:
-        sizes: rows that each dataset has.
-        rows, tokens: that each gives to an epoch.
+        sizes: the number of rows that each dataset has.
+        rows: the number of rows that each gives to the epoch.
+        tokens: the number of trained tokens that each gives to the epoch.
     """
     return [
         Share(name, count, count / sum(rows), trained, trained / max(sum(tokens), 1), count / size)

@@ -19,7 +19,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.encoding import IGNORED
 
 WINDOW = 100_000
-"""Texts that are packed together at most; bounds memory, and keeps an epoch's order in large."""
+"""The most texts that are packed together: it bounds memory, and roughly keeps an epoch's order."""
 
 
 class PackedTexts(torch.utils.data.Dataset):
@@ -30,7 +30,7 @@ class PackedTexts(torch.utils.data.Dataset):
 
     Args:
         texts: rows with `input_ids`, `labels`, `length` and `domain`.
-        max_seq_length: tokens of a row at most; no text is longer.
+        max_seq_length: the most tokens of a row; no text may be longer.
     """
 
     def __init__(self, texts: Dataset, max_seq_length: int) -> None:
@@ -55,12 +55,15 @@ class PackedTexts(torch.utils.data.Dataset):
 
     @property
     def fill(self) -> float:
-        """Share of the rows' tokens that are text, were every row padded to `max_seq_length`."""
+        """The share of tokens that are text, if every row were padded to `max_seq_length`."""
         return float(self.lengths.sum()) / (len(self.rows) * self.max_seq_length)
 
 
 def pack(lengths: NDArray[np.integer], capacity: int) -> list[NDArray[np.int64]]:
-    """[N] lengths -> rows of places, each at most `capacity` in all, in the order of their first texts.
+    """Pack texts of [N] lengths into rows of at most `capacity` tokens.
+
+    Returns:
+        The indices of each row's texts; the rows come in the order of their first texts.
 
     Raises:
         ValueError: for a length over the capacity.
@@ -97,17 +100,17 @@ def _pack_window(lengths: NDArray[np.integer], capacity: int) -> list[list[int]]
 
 @torch.no_grad()
 def check_texts_kept_apart(model: Any, base: PreTrainedModel) -> None:
-    """Try whether a model keeps packed texts apart, on two rows of different length, padded as in training.
+    """Check that a model keeps packed texts apart, on two rows of different length, padded as in training.
 
-    What a text gives must not depend on the text before it in the row, and must be what it gives alone. Not told from
-    the attention's name: whatever mixes tokens, it is tried.
+    A text's logits must not depend on the text before it in the row, and must be those of the text alone. The model is
+    run, because the name of its attention would not tell what else mixes tokens.
 
     Args:
         model: called with `input_ids`, `attention_mask` and `position_ids`, all int64 [2, seq].
-        base: whose attention it is; named in the message.
+        base: the base model, whose attention is named in the message.
 
     Raises:
-        ValueError: where texts see each other.
+        ValueError: if one text changes another's logits.
     """
     weight = cast(Tensor, base.get_input_embeddings().weight)
     device, size = weight.device, len(weight)
@@ -141,8 +144,8 @@ def check_texts_kept_apart(model: Any, base: PreTrainedModel) -> None:
     for row, (start, length) in enumerate(lengths):
         text = slice(start, start + length)
         scale = alone[row].abs().max()
-        seen = (packed[row, text] - changed[row, text]).abs().max() / scale  # same shapes, so next to nothing
-        moved = (packed[row, text] - alone[row]).abs().max() / scale  # other shapes, so other rounding
+        seen = (packed[row, text] - changed[row, text]).abs().max() / scale  # same shapes, so hardly any rounding
+        moved = (packed[row, text] - alone[row]).abs().max() / scale  # other shapes, so some rounding
         if seen > 4 * precision or moved > max(16 * precision, 1e-5):
             name = getattr(base.config, "_attn_implementation", None)
             raise ValueError(
@@ -152,7 +155,7 @@ def check_texts_kept_apart(model: Any, base: PreTrainedModel) -> None:
 
 
 def padding_share(lengths: NDArray[np.integer], batch_size: int, *, seed: int = 0) -> float:
-    """Share of the tokens that is padding when [N] lengths are put into random batches, each padded to its longest."""
+    """The share of tokens that is padding if [N] lengths are put into random batches, each padded to its longest."""
     shuffled = np.random.default_rng(seed).permutation(lengths)
     batches = [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
     padded = sum(int(batch.max()) * len(batch) for batch in batches)
@@ -160,5 +163,5 @@ def padding_share(lengths: NDArray[np.integer], batch_size: int, *, seed: int = 
 
 
 def epoch_of(texts: Dataset, config: DataConfig) -> Dataset | PackedTexts:
-    """What the Trainer is given: the texts, or with `packing` rows of several."""
+    """The dataset that the Trainer is given: the texts, or with `packing` rows of several texts each."""
     return PackedTexts(texts, config.max_seq_length) if config.packing else texts

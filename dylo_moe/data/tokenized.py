@@ -1,4 +1,4 @@
-"""Tokenised datasets, with the columns that decide what becomes of each row."""
+"""Tokenised datasets, with the columns that decide whether a row is trained, held out or left out."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ from dylo_moe.data.tokenizing import tokenise
 
 
 class Reason(NamedTuple):
-    """Why rows were not taken, or not as they are."""
+    """One reason why rows were left out or changed, and how many."""
 
     num_rows: int
     text: str
     first: str
-    """The place of the first: FILE:LINE, or a row's number."""
+    """Where the first such row is: FILE:LINE, or the row's number."""
 
 
 class TokenizedDataset(NamedTuple):
-    """One dataset's rows, tokenised, with the columns that decide what becomes of them as arrays [N]."""
+    """One dataset's tokenised rows, and as arrays [N] the columns that decide how each row is used."""
 
     reading: SourceRows
     rows: Dataset
     lengths: NDArray[np.int32]
     whole_lengths: NDArray[np.int32]
-    """Before anything was cut or dropped."""
+    """The length of each row in tokens, before anything was cut or dropped."""
     trained: NDArray[np.int32]
     digests: NDArray[np.int64]
     documents: NDArray[np.int64]
     fates: NDArray[np.int8]
     cuts: NDArray[np.int8]
     given: NDArray[np.bool_]
-    """Rows of the published validation split."""
+    """Whether each row belongs to the published validation split."""
     duplicate_of: NDArray[np.int16]
-    """The dataset that had the row before, by its place; -1: it is the first."""
+    """The index of the dataset that has the same row earlier; -1 if none has."""
 
     @property
     def name(self) -> str:
-        """The dataset's."""
+        """The name of the dataset."""
         return self.reading.name
 
     @property
     def good(self) -> NDArray[np.bool_]:
-        """Rows that may be trained or judged."""
+        """Whether each row may be trained on or held out."""
         return (self.fates == Fate.KEPT) & (self.duplicate_of < 0)
 
     @property
     def is_one_document(self) -> bool:
-        """Whether all good rows are of one file, or ask the same."""
+        """Whether all good rows come from one file, or ask the same question."""
         return len(np.unique(self.documents[self.good])) == 1
 
     def num(self, fate: Fate) -> int:
-        """Rows of that fate."""
+        """The number of rows with that fate."""
         return int((self.fates == fate).sum())
 
     def reasons(self) -> list[Reason]:
-        """Of the rows that were not taken, or not as they are, but for their length; the most frequent first."""
+        """Why rows were left out or changed, for any reason but their length; the most frequent reason first."""
         noted = pc.not_equal(self.rows.data.column("reason"), "").to_numpy(zero_copy_only=False)
         places = np.flatnonzero(noted & (self.fates != Fate.TOO_LONG))
         counts: Counter[str] = Counter()
@@ -81,7 +81,7 @@ class TokenizedDataset(NamedTuple):
 def tokenise_all(
     readings: Sequence[SourceRows], form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None
 ) -> list[TokenizedDataset]:
-    """The datasets' rows, duplicates among them marked.
+    """Tokenise the rows of all datasets, and mark the duplicates among them.
 
     Raises:
         ValueError: for a dataset without a usable row.

@@ -1,7 +1,7 @@
-"""From raw rows to training rows: read, cut, tokenised on all cores, and cached by content and settings.
+"""Turn raw rows into training rows: they are read, cut, tokenised on all cores, and cached by content and settings.
 
-Every raw row leaves at least one row here, also where it cannot be trained on: with its fate and the reason,
-so that whatever is not trained is counted and can be shown.
+Every raw row gives at least one row here. A row that cannot be trained on carries its fate and the reason,
+so that everything that is left out is counted and can be shown.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dylo_moe.data.sources.formats import Columns, Example, Fate, RowError, clea
 from dylo_moe.data.sources.pieces import cut_pieces
 
 CHARACTERS_PER_TOKEN = 3
-"""For a first cut of long texts; pieces that turn out too long are cut again."""
+"""The estimate by which long texts are first cut; pieces that turn out too long are cut again."""
 
 MIN_BYTES_PER_PROCESS = 4 * 2**20
-"""With less raw text, starting another process takes longer than it saves."""
+"""The least raw text for a process; with less, starting another process takes longer than it saves."""
 
 MAP_BATCH = 250
-"""Raw rows tokenised at a time; bounds memory where rows are large."""
+"""The number of raw rows tokenised at a time; it bounds memory where rows are large."""
 
 ROWS = Features(
     {
@@ -53,35 +53,35 @@ ROWS = Features(
         "place": Value("string"),
     }
 )
-"""`length` and `trained` count tokens, `whole_length` those before a cut. `digest` is of the ids, `document` of what
-stays on one side of a split."""
+"""The columns of a tokenised row. `length` and `trained` count tokens, `whole_length` those before a cut. `digest` is a
+hash of the ids, `document` of the file or question whose rows stay on one side of a split."""
 
 CUT_PROMPT, CUT_RESPONSE = 1, 2
-"""Bits of `cut`."""
+"""The bits of the column `cut`."""
 
 _NO_TOKENS = np.empty(0, np.int32)
 
 
 class _Text(NamedTuple):
-    """What becomes one row: an example, or why there is none."""
+    """A text that becomes one row: an example, or the reason why there is none."""
 
     example: Example | RowError
     document: str
     place: str
     is_piece: bool = False
-    """Part of a file: too long, it is cut in two, so that nothing of the file is lost."""
+    """Whether it is a part of a file; if too long, it is cut in two, so that nothing of the file is lost."""
 
 
 class Tokenise:
-    """Batches of raw rows -> rows; given to `Dataset.map`.
+    """The function that `Dataset.map` calls to turn batches of raw rows into tokenised rows.
 
     Args:
         text_format: how the tokenizer writes an exchange.
-        config: lengths, what is trained.
-        columns: None: every row is recognised by its own.
-        benchmarks: rows that overlap with one of these are contaminated; None: not looked for.
-        name: of the dataset; a file is another document than one of the same name elsewhere.
-        is_raw: whether rows are those of RAW, or have columns of their own.
+        config: the lengths, and what is trained.
+        columns: which columns play which role; None: each row is recognised by its own columns.
+        benchmarks: rows that overlap with one of these are contaminated; None: no row is compared.
+        name: the dataset's name, which tells its files from those of the same name in other datasets.
+        is_raw: whether the rows have the columns of RAW, rather than columns of their own.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Tokenise:
         self.is_raw = is_raw
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Columns of ROWS, in the order of the raw rows."""
+        """Tokenise a batch: the columns of ROWS, in the order of the raw rows."""
         texts: list[_Text] = []
         for row, index in zip(_as_rows(batch), indices, strict=True):
             texts += self._raw_texts(row) if self.is_raw else [self._read(row, place=f"row {index}")]
@@ -163,7 +163,7 @@ class Tokenise:
         return [next(encoded) if isinstance(example, Example) else example for example in examples]
 
     def _within_bound(self, text: _Text, encoded: Encoded | RowError) -> list[dict[str, Any]]:
-        """The row; of a piece that is too long, the rows of its parts."""
+        """The row of a text; for a piece that is too long, the rows of its parts."""
         too_long = encoded.fate is Fate.TOO_LONG if isinstance(encoded, RowError) else encoded.cut_response
         if not text.is_piece or not too_long:
             return [_row(text, encoded)]
@@ -188,16 +188,16 @@ def tokenise(
     benchmarks: Benchmarks | None,
     name: str,
 ) -> Dataset:
-    """The rows of a dataset, in a memory-mapped file of the cache; from there at once where nothing changed.
+    """Tokenise the rows of a dataset into a memory-mapped file of the cache, or take it from there if nothing changed.
 
     Args:
-        raw: rows of RAW, or with columns of their own.
-        key: a hash of their content.
-        columns: which hold what; None: recognised.
-        name: of the dataset.
+        raw: rows with the columns of RAW, or with columns of their own.
+        key: a hash of the rows' content.
+        columns: which columns play which role; None: each row is recognised by its own columns.
+        name: the dataset's name.
 
     Returns:
-        Columns as in ROWS; at least one row for each raw one.
+        Rows with the columns of ROWS; at least one for each raw row.
     """
     settings = _settings_key(text_format, config, columns, benchmarks)
     fingerprint = hashlib.sha256(f"{key}\0{name}\0{settings}".encode()).hexdigest()[:32]
@@ -221,12 +221,12 @@ def tokenise(
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None, benchmarks: Benchmarks | None) -> str:
-    """Of all that decides what becomes of a raw row: the tokenizer, the settings, and this code."""
+    """A hash of all that decides how a raw row is tokenised: the tokenizer, the settings, and this code."""
     tokenizer = form.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [
@@ -248,7 +248,7 @@ def _as_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:
-    """One row of ROWS."""
+    """A tokenised row, with the columns of ROWS."""
     document = hash64(text.document.encode("utf-8", "surrogateescape"))
     if isinstance(encoded, RowError):
         return {
@@ -274,5 +274,5 @@ def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:
 
 
 def hash64(content: bytes) -> int:
-    """A 64-bit hash, the same everywhere, as a signed number."""
+    """A 64-bit hash that is the same on every machine, as a signed number."""
     return xxhash.xxh3_64_intdigest(content) - 2**63

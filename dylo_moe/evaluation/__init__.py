@@ -1,1 +1,1 @@
-"""How good a model is: held-out losses with intervals, and pass@k of generated programs."""
+"""The evaluation of a model: held-out losses with intervals, and pass@k of generated programs."""

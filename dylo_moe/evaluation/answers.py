@@ -1,4 +1,5 @@
-"""Answers in batches: left-padded prompts, one `generate`, rows that end at stop sequences, and who wrote what."""
+"""Generate answers in batches: prompts are padded on the left, rows end at stop sequences, and each token's expert is
+kept."""
 
 from __future__ import annotations
 
@@ -17,23 +18,23 @@ from dylo_moe.routing.config import BASE
 from dylo_moe.routing.router import Routing
 
 AS_TEXT: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-"""How token ids are decoded, so that the text is what they say and no more."""
+"""The options with which token ids are decoded, so that the text holds what they stand for and nothing else."""
 
 
 class Decoding(NamedTuple):
     """How answers are drawn."""
 
     name: str
-    """"greedy" or "sampled"."""
+    """The name of the decoding in files and tables, "greedy" or "sampled"."""
     num_samples: int = 1
-    """Of each task."""
+    """The number of samples of each task."""
     temperature: float = 0.0
-    """0: greedy."""
+    """The sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Sampling is from the smallest set of tokens that has this probability; Holtzman et al. 2020, arXiv:1904.09751."""
+    """Sample from the smallest set of tokens with this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
 
     def options(self) -> dict[str, Any]:
-        """For `generate`; what the base's own generation config would do otherwise is switched off."""
+        """The options for `generate`; they also switch off what the base's own generation config would add."""
         plain = {"num_beams": 1, "repetition_penalty": 1.0}
         if self.temperature == 0:
             return {**plain, "do_sample": False}
@@ -41,7 +42,7 @@ class Decoding(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What one row of a batch became; the fields as in `Sample`."""
+    """The answer in one row of a batch; its fields are those of `Completion`."""
 
     text: str
     tokens: int
@@ -54,21 +55,21 @@ class Answer(NamedTuple):
 class StopAtText(StoppingCriteria):
     """Ends a row as soon as its new text holds a stop sequence.
 
-    Only the newest tokens are looked at: a stop's last character came with the last token, and a token stands for at
-    least one byte, so as many tokens as the longest stop has bytes hold it whole.
+    Only the newest tokens are decoded: a stop's last character came with the last token, and a token stands for at
+    least one byte, so as many tokens as the longest stop has bytes contain it.
 
     Args:
-        prompt_length: of the padded prompts; what is in them does not count.
+        prompt_length: the length of the padded prompts, in which stop sequences do not count.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, prompt_length: int) -> None:
         self.tokenizer, self.stops, self.prompt_length = tokenizer, tuple(stops), prompt_length
         self.window = max(len(stop.encode()) for stop in stops)
         self.done_at: list[int | None] = []
-        """For each row the number of new tokens that held a stop at last; None where it holds none."""
+        """For each row the number of new tokens after which it held a stop; None if it holds none yet."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """bool [batch]: which rows are over."""
+        """Whether each row has ended, bool [batch]."""
         length = input_ids.shape[1]
         self.done_at = self.done_at or [None] * len(input_ids)
         rows = [row for row, done in enumerate(self.done_at) if done is None]
@@ -91,12 +92,13 @@ def answer_batch(
     max_new_tokens: int,
     seed: int,
 ) -> list[Answer]:
-    """Answers to prompts of token ids, generated together. The random state and the model's mode stay as they were.
+    """Generate the answers to one batch of prompts. The random state and the model's mode stay as they were.
 
     Args:
-        stops: text that ends an answer.
+        prompts: the token ids of each prompt.
+        stops: texts that end an answer.
         end_ids: tokens that end an answer.
-        seed: of the sampling; follows from the run's seed and the batch (`batch_seed`).
+        seed: the seed of the sampling, which follows from the run's seed and the batch (`batch_seed`).
     """
     width = max(map(len, prompts))
     pad = int(end_ids[0])
@@ -134,10 +136,10 @@ def answer_batch(
 
 
 def row_end(new: list[int], end_ids: Sequence[int], done_at: int | None) -> tuple[int, str]:
-    """How many of a row's new tokens are its own, and why it was over; behind them is only padding.
+    """The number of a row's new tokens up to its end, after which there is only padding, and why it ended.
 
     Args:
-        done_at: the number of tokens with which it held a stop sequence; None: it does not.
+        done_at: the number of new tokens after which the row held a stop sequence; None if it holds none.
     """
     end = next((place for place, token in enumerate(new, 1) if token in end_ids), None)
     if end is not None and (done_at is None or end <= done_at):
@@ -146,25 +148,26 @@ def row_end(new: list[int], end_ids: Sequence[int], done_at: int | None) -> tupl
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text of new tokens where they stand: many tokenizers drop the space before the first token of a text."""
+    """The text of new tokens after a prompt. Decoded alone, many tokenizers would drop the space before the first
+    token."""
     before, whole = (str(tokenizer.decode(ids, **AS_TEXT)) for ids in ([*prompt], [*prompt, *new]))
     return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode([*new], **AS_TEXT))
 
 
 def writers(routing: Routing, row: int, places: range) -> dict[str, float]:
-    """The share of tokens that each expert wrote: the one which processed the token before it, from which it came.
+    """The share of a row's tokens that each expert generated: a token is predicted by the expert of the token before.
 
     Args:
-        places: where those tokens before lie.
+        places: the positions of the tokens from which the counted ones were predicted.
     """
     weights = routing.weights[row, places.start : places.stop].double().mean(0).tolist()
     shares = {name: round(weight, 4) for name, weight in zip(routing.names, weights, strict=True)}
     rest = 1.0 - sum(weights)
-    if rest > 1e-3:  # where route_to decided for the base alone, no expert has a weight
+    if rest > 1e-3:  # if route_to sends all to the base alone, no expert has a weight
         shares[BASE] = round(shares.get(BASE, 0.0) + rest, 4)
     return {name: share for name, share in shares.items() if share > 0}
 
 
 def batch_seed(seed: int, batch: int) -> int:
-    """The seed of a batch, from the run's and the number of the batch."""
+    """The seed of a batch, derived from the run's seed and the number of the batch."""
     return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:6], "big")

@@ -27,10 +27,10 @@ ONLY_FOR_CODE = (  # noqa: SIM905
 
 @dataclass
 class EvalArguments:
-    """Flags of `dylora eval` behind the checkpoint.
+    """The flags of `dylora eval` that follow the checkpoint.
 
     Raises:
-        ValueError: for values out of range; all problems in one message.
+        ValueError: for values out of range; one message holds all problems.
     """
 
     tasks: list[str] = field(
@@ -43,12 +43,12 @@ class EvalArguments:
     prompt: str = field(
         default=STYLES[0],
         metadata={
-            "help": "How problems are asked: as a text to go on with, or as a question in the base's chat template.",
+            "help": "How problems are asked: as a text to continue, or as a question in the base's chat template.",
             "choices": list(STYLES),
         },
     )
-    num_samples: int = field(default=0, metadata={"help": "Samples of each problem, beside the greedy answer."})
-    temperature: float = field(default=0.8, metadata={"help": "Of the sampling."})
+    num_samples: int = field(default=0, metadata={"help": "Samples of each problem, besides the greedy answer."})
+    temperature: float = field(default=0.8, metadata={"help": "Temperature of the sampling."})
     top_p: float = field(
         default=0.95, metadata={"help": "Sample from the smallest set of tokens with this probability."}
     )
@@ -61,7 +61,7 @@ class EvalArguments:
     limit: int | None = field(default=None, metadata={"help": "Only the first so many problems of each benchmark."})
     batch_size: int = field(default=16, metadata={"help": "Answers generated together, or rows of a loss."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
-    seed: int = field(default=42, metadata={"help": "Of the sampling and of the intervals."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling and of the intervals."})
     bf16: bool | None = field(
         default=None, metadata={"help": "Whether the base computes in bfloat16; default: as it was trained."}
     )
@@ -111,7 +111,7 @@ class EvalArguments:
             problems.append(f"num_samples is {self.num_samples}; it must be at least 0")
         if not self.temperature > 0:
             problems.append(
-                f"temperature is {self.temperature}; it must be above 0 (the greedy answer always comes too)"
+                f"temperature is {self.temperature}; it must be above 0 (the greedy answer is always generated too)"
             )
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -119,7 +119,7 @@ class EvalArguments:
         if bad:
             problems.append(f"k is {', '.join(bad)}; it must be 1 to num_samples, which is {self.num_samples}")
         try:
-            self.limits  # noqa: B018  # which checks itself
+            self.limits  # noqa: B018  # the object checks its values
         except ValueError as error:
             problems.append(str(error))
         if problems:
@@ -127,17 +127,17 @@ class EvalArguments:
 
     @property
     def benchmarks(self) -> list[str]:
-        """The tasks that run code."""
+        """The tasks that run generated code."""
         return [task for task in BENCHMARKS if task in self.tasks]
 
     @property
     def limits(self) -> Limits:
-        """What one program may use."""
+        """The limits on what one program may use."""
         return Limits(timeout_seconds=self.timeout_seconds, memory_mib=self.memory_mib)
 
     @property
     def sampled_k(self) -> list[int]:
-        """The k of the samples, ascending."""
+        """The values of k for pass@k of the samples, in ascending order."""
         return sorted({int(k) for k in self.k}) or [k for k in DEFAULT_K if k <= self.num_samples]
 
 

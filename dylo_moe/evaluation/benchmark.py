@@ -1,4 +1,4 @@
-"""One benchmark in one decoding: batches of answers, judged meanwhile, and what came of it."""
+"""Run one benchmark with one decoding: generate answers in batches, judge them meanwhile, and count the results."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ TIMED_OUT = "timed out"
 
 
 class Judge(Protocol):
-    """What judges programs; `sandbox.Sandbox` does."""
+    """The interface of what judges programs, such as `sandbox.Sandbox`."""
 
     def judge(self, program: Program) -> Verdict:
-        """Blocks until there is a verdict; may be called from several threads."""
+        """Judge a program. Blocks until there is a verdict; may be called from several threads."""
         ...
 
 
 class Progress(NamedTuple):
-    """How far a benchmark is."""
+    """How much of a benchmark is generated and judged so far."""
 
     num_samples: int
     num_generated: int
@@ -42,29 +42,29 @@ class Progress(NamedTuple):
     num_passed: int
     num_timed_out: int
     rate: float | None
-    """The share of the judged samples that passed, a mean over their tasks: pass@1 so far. None before the first."""
+    """The mean over tasks of the share of their judged samples that passed: pass@1 so far. None before any verdict."""
     tokens_per_second: float | None
-    """Generated so far, earlier runs of the same benchmark included."""
+    """The speed of generation so far, earlier runs of the same benchmark included."""
 
 
 class Outcome(NamedTuple):
-    """What a benchmark in one decoding came to."""
+    """The results of a benchmark with one decoding."""
 
     rates: list[PassRate]
-    """In the order of the asked k."""
+    """The estimates of pass@k, in the order of the requested k."""
     counts: dict[str, int]
-    """Of samples: "samples", "passed", "failed", "timed out", and how many answers ended at a "stop", an "end" or by
-    "length"."""
+    """The number of "samples", of those that "passed", "failed" or "timed out", and of answers that ended at a "stop",
+    at an "end" or by "length"."""
     experts: dict[str, float]
-    """The share of all generated tokens that each expert wrote."""
+    """The share of all generated tokens that each expert generated."""
     tokens: int
     seconds: float
-    """Of generating."""
+    """The time that generation took."""
     row_steps: int
-    """Rows times decoding steps: what was decoded, rows that waited for others included."""
+    """Rows times decoding steps: all positions that were decoded, including rows that waited for others."""
 
     def as_json(self) -> dict[str, Any]:
-        """As results.json has it."""
+        """The results as they are written to results.json."""
         return {
             **{f"pass@{rate.k}": rate.rate for rate in self.rates},
             "interval": self.rates[0].interval.as_json(),
@@ -80,15 +80,15 @@ class Outcome(NamedTuple):
 
 
 class Benchmark:
-    """Problems, how they are asked, and how answers are drawn.
+    """The definition of a benchmark: its problems, how they are asked, and how answers are drawn.
 
     Args:
         problems: the tasks, in order.
         asking: how they are put to the model.
         decoding: how answers are drawn.
-        batch_size: answers generated together. The same samples come of the same size only.
-        max_new_tokens: longest answer, where the base's context has room for it.
-        seed: of the sampling, and of the intervals.
+        batch_size: the number of answers generated together; with another number samples are not the same.
+        max_new_tokens: the longest answer, if the base's context has room for it.
+        seed: the seed of the sampling and of the intervals.
     """
 
     def __init__(
@@ -114,10 +114,11 @@ class Benchmark:
     def generate(
         self, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, number: int, keys: Sequence[tuple[str, int]]
     ) -> list[Completion]:
-        """One batch of samples.
+        """Generate one batch of samples.
 
         Args:
-            number: of the batch in the whole run; its seed follows from it.
+            number: the number of the batch in the whole run, from which its seed follows.
+            keys: (task_id, sample) of each sample.
         """
         problems = [self.problems[task_id] for task_id, _ in keys]
         room = self.room(model, tokenizer)
@@ -136,10 +137,10 @@ class Benchmark:
         ]
 
     def room(self, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """The tokens that the base's context leaves for an answer behind the longest prompt; None: it has no bound.
+        """The number of tokens that the base's context leaves for an answer to the longest prompt; None: no limit.
 
         Raises:
-            ValueError: where it leaves none.
+            ValueError: if it leaves none.
         """
         context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
         if context is None:
@@ -164,7 +165,7 @@ class Benchmark:
         )
 
     def outcome(self, judged: Sequence[tuple[Completion, Verdict]], k: Sequence[int]) -> Outcome:
-        """What samples and their verdicts come to.
+        """Count samples and their verdicts, and estimate pass@k.
 
         Raises:
             ValueError: for a k above the number of samples.
@@ -200,14 +201,14 @@ def run_benchmark(
     k: Sequence[int],
     tell: Callable[[Progress], None],
 ) -> Outcome:
-    """Generate what is missing, judge it while generation goes on, and count.
+    """Generate the missing samples, judge samples while others are generated, and count the results.
 
     Args:
-        samples, verdicts: what there is of an earlier run; what comes is appended.
-        tell: called after each batch and each verdict, in the caller's thread.
+        samples, verdicts: the files of an earlier run, or empty ones; new samples and verdicts are appended.
+        tell: called with the progress after each batch and each verdict, in the caller's thread.
 
     Raises:
-        Whatever the judge raises; samples and verdicts until then are kept.
+        Exception: any that the judge raises; samples and verdicts until then are kept.
     """
     found: dict[tuple[str, int], Verdict] = {}
     with judging(judge, benchmark, verdicts) as (submit, arrived):
@@ -233,11 +234,13 @@ Arrived = Callable[..., dict[tuple[str, int], Verdict]]
 def judging(
     judge: Judge, benchmark: Benchmark, verdicts: VerdictFile
 ) -> Iterator[tuple[Callable[[Completion], None], Arrived]]:
-    """Judge in threads of its own, each verdict kept as it comes; half the cores, for the model needs the others.
+    """Judge samples in separate threads, on half of the cores because the model needs the others.
+
+    Each verdict is saved as it comes.
 
     Yields:
-        A function that takes a sample to judge, and one that gives the verdicts that came since it was last asked;
-        it waits for one where it is told to `wait`.
+        A function that submits a sample to be judged, and one that returns the verdicts that arrived since its last
+        call; with `wait` it first waits for one.
     """
     pending: list[Future[tuple[tuple[str, int], Verdict]]] = []
 
@@ -263,7 +266,7 @@ def judging(
 
 
 def progress(benchmark: Benchmark, samples: SampleFile, found: dict[tuple[str, int], Verdict]) -> Progress:
-    """How far a benchmark is, from the verdicts that were found."""
+    """The progress of a benchmark, from its samples and the verdicts on them."""
     passes: dict[str, list[bool]] = {}
     for (task_id, _), verdict in found.items():
         passes.setdefault(task_id, []).append(verdict.passed)
@@ -280,7 +283,7 @@ def progress(benchmark: Benchmark, samples: SampleFile, found: dict[tuple[str, i
 
 
 def expert_shares(samples: Sequence[Completion]) -> dict[str, float]:
-    """The share of the tokens of all samples that each expert wrote."""
+    """The share of the tokens of all samples that each expert generated."""
     tokens = sum(sample.tokens for sample in samples)
     sums: Counter[str] = Counter()
     for sample in samples:
@@ -290,7 +293,7 @@ def expert_shares(samples: Sequence[Completion]) -> dict[str, float]:
 
 
 def files_of(folder: Path, benchmark: Benchmark) -> tuple[SampleFile, VerdictFile]:
-    """The files of a benchmark in a folder."""
+    """The files of samples and verdicts of a benchmark in a folder."""
     name = f"{benchmark.asking.benchmark}-{benchmark.decoding.name}"
     samples = SampleFile(folder / f"{name}.jsonl", benchmark.keys, batch_size=benchmark.batch_size)
     return samples, VerdictFile(folder / f"{name}-verdicts.jsonl")

@@ -1,4 +1,4 @@
-"""Evaluation while training: the first problems of a benchmark, greedily, every so many steps, logged as losses are."""
+"""Evaluation while training: greedy answers to a benchmark's first problems every so many steps, logged like losses."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
 
 
 class BenchmarkSchedule(NamedTuple):
-    """What is evaluated while training, and how often."""
+    """The benchmarks that are evaluated while training, and how often."""
 
     benchmarks: list[Benchmark]
     sandbox: Sandbox
     every: int
-    """Optimizer steps."""
+    """The number of optimizer steps between evaluations."""
 
 
 def plan_benchmarks(
@@ -40,16 +40,16 @@ def plan_benchmarks(
     data_dir: str | None,
     seed: int,
 ) -> BenchmarkSchedule | None:
-    """What the flags of `dylora train` ask for; None where that is nothing. The sandbox is tried.
+    """The evaluations that the flags of `dylora train` ask for, or None; the sandbox is tried here.
 
     Args:
-        wanted: --eval_benchmark: NAME:COUNT, or NAME for all problems; several with commas.
-        every: --eval_benchmark_steps.
-        others: as the flags of these names.
+        wanted: the value of --eval_benchmark: NAME:COUNT, or NAME for all problems; several are separated by commas.
+        every: the value of --eval_benchmark_steps.
+        allow_code_execution, sandbox, data_dir, seed: the values of the flags of these names.
 
     Raises:
-        ValueError: where one of the flags is missing or cannot apply, or the problems are not to be had.
-        SandboxError: where generated code cannot be isolated.
+        ValueError: if one of the flags is missing or cannot apply, or the problems are not available.
+        SandboxError: if generated code cannot be isolated.
     """
     if wanted is None:
         given = {"eval_benchmark_steps": every, "allow_code_execution": allow_code_execution, "sandbox": sandbox}
@@ -63,7 +63,7 @@ def plan_benchmarks(
         )
     if not allow_code_execution:
         raise ValueError(
-            "eval_benchmark runs programs that the model writes, which nobody has read: add --allow_code_execution to "
+            "eval_benchmark runs programs that the model writes, unseen by anyone: add --allow_code_execution to "
             "let each of them run, isolated from your files and the network (--sandbox: how)"
         )
     counts = [read_count(part) for part in wanted.split(",")]
@@ -83,7 +83,7 @@ def plan_benchmarks(
 
 
 def read_count(text: str) -> tuple[str, int | None]:
-    """NAME:COUNT, or NAME. Raises ValueError for anything else."""
+    """Parse NAME:COUNT or NAME. Raises ValueError for anything else."""
     name, colon, count = text.strip().partition(":")
     if name not in BENCHMARKS or (colon and (not count.isdigit() or int(count) < 1)):
         raise ValueError(
@@ -93,17 +93,17 @@ def read_count(text: str) -> tuple[str, int | None]:
 
 
 class BenchmarkCallback(TrainerCallback):
-    """Runs benchmarks in training and logs `eval_NAME_pass_at_1` and what belongs to it.
+    """Runs benchmarks during training and logs `eval_NAME_pass_at_1`, its interval and counts.
 
-    Rank 0 generates and judges while the others wait for its result. The samples of each evaluation are kept in
-    evaluation/step-STEP of the run's folder. Random state and mode of the model stay as they were, so training ends
-    bit-equal with and without.
+    Rank 0 generates and judges while the other ranks wait for its result. The samples of each evaluation are kept in
+    evaluation/step-STEP of the run's folder. The random state and the model's mode are restored, so a run with
+    evaluations trains bit for bit as one without.
 
     Args:
-        folder: the run's.
-        log: the Trainer's own.
-        between: called before each batch, where only one process trains; may raise to leave the evaluation.
-        pause: told the seconds that an evaluation took, which are none of the training.
+        folder: the run's folder.
+        log: the Trainer's method `log`.
+        between: called after each batch and verdict, if only one process trains; it may raise to end the evaluation.
+        pause: called with the seconds that an evaluation took, which do not count as training.
     """
 
     def __init__(
@@ -121,20 +121,22 @@ class BenchmarkCallback(TrainerCallback):
         self.log, self.between, self.pause = log, between, pause
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Evaluate, if it is time."""
+        """Evaluate, if the schedule is due at this step."""
         if state.global_step % self.plan.every:
             return
         started = time.monotonic()
         found: list[dict[str, float]] = [{}]
         if state.is_world_process_zero:
             folder = self.folder / "evaluation" / f"step-{state.global_step}"
-            shutil.rmtree(folder, ignore_errors=True)  # of the same step, before the run was taken up further back
+            shutil.rmtree(
+                folder, ignore_errors=True
+            )  # left by this step before the run was resumed from an earlier one
             folder.mkdir(parents=True)
             for benchmark in self.plan.benchmarks:
                 found[0] |= self._evaluate(benchmark, model, folder, state.global_step, alone=args.world_size == 1)
         broadcast_object_list(found)
         self.pause(time.monotonic() - started)
-        is_log_due = control.should_log  # which the Trainer takes back with any log
+        is_log_due = control.should_log  # any log resets it, but the Trainer's own may still be due
         self.log(found[0])
         control.should_log = is_log_due
 

@@ -1,4 +1,4 @@
-"""One continuation of a prompt, with the expert that processed each token."""
+"""Generate one continuation of a prompt, with the expert that processed each token."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def sample(
     temperature: float = 0.0,
     label: str = "",
 ) -> RoutedText:
-    """Generate from one prompt, cached; greedy where `temperature` is 0.
+    """Generate from one prompt with a cache; greedily if `temperature` is 0.
 
     Args:
-        prompt_ids: token ids.
-        end_ids: tokens that end the text.
-        label: the sample's `domain`.
+        prompt_ids: the token ids of the prompt.
+        end_ids: the tokens that end the text.
+        label: the `domain` of the returned sample.
     """
     inputs = torch.tensor([prompt_ids], device=model.device)
     options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -49,7 +49,7 @@ def sample(
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that training taught as ends: of a response and of a text."""
+    """The tokens that end a response or a text in training."""
     form = text_format(tokenizer)
     return sorted({form.response_end_id, form.text_end_id})
 

@@ -1,4 +1,4 @@
-"""The held-out rows that a checkpoint is judged on: by default the very ones that its training was judged on."""
+"""The held-out rows on which a checkpoint is evaluated: by default exactly those of its training run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.training.resume import data_changes
 
 HELD_OUT = "held-out rows"
-"""How a fingerprint calls them."""
+"""The end of a fingerprint's keys for held-out rows."""
 
 
 class HeldOut(NamedTuple):
-    """Rows to judge a model on. Each has `input_ids`, `labels`, `length` and `domain`."""
+    """Rows to evaluate a model on. Each has `input_ids`, `labels`, `length` and `domain`."""
 
     rows: dict[str, Dataset]
-    """By dataset."""
+    """The held-out rows of each dataset."""
     documents: dict[str, list[str]]
-    """Which document each of these rows is of: rows of one file, or with one question, are alike. Of a dataset that is
-    one document every row is its own."""
+    """The document of each of these rows: rows of one file, or with one question, have the same. In a dataset that is
+    one document, every row counts as a document of its own."""
     notes: list[str]
     """What a reader of the losses should know, in sentences."""
 
@@ -44,25 +44,25 @@ def held_out(
     eval_subset: float | None = None,
     seed: int = 0,
 ) -> HeldOut:
-    """The rows to judge a checkpoint on.
+    """Load the rows to evaluate a checkpoint on.
 
     Args:
-        checkpoint: its folder.
-        tokenizer: of its base.
+        checkpoint: the folder of the checkpoint.
+        tokenizer: the tokenizer of its base.
         datasets: other data than the run's; None: the held-out rows of the run itself, and no others.
-        data_dir: where the data lies now; None: where it lay.
-        eval_subset: percent of the held-out rows; None: as in the run.
-        seed: of the split, for a checkpoint that has no settings of a run.
+        data_dir: the mirror in which the data is now; None: the run's.
+        eval_subset: percent of the held-out rows to use; None: as in the run.
+        seed: the seed of the split, for a checkpoint that has no settings of a run.
 
     Raises:
-        ValueError: for a checkpoint of no run of `dylora train` without `datasets`; for data that is not the run's; for
-            data that cannot be read.
+        ValueError: without `datasets`, if the checkpoint is not from a run of `dylora train` or its data has changed;
+            for data that cannot be read.
     """
     record = read_manifest(checkpoint).get("training") or {}
     settings = run_settings(record)
     if settings is None and datasets is None:
         raise ValueError(
-            f"{checkpoint} does not say which rows were held out (it is no checkpoint of dylora train); name the data "
+            f"{checkpoint} does not say which rows were held out (it is not from dylora train); name the data "
             "with --datasets"
         )
     config = data_config(settings or {}, datasets=datasets, data_dir=data_dir, eval_subset=eval_subset)
@@ -75,7 +75,7 @@ def held_out(
         if differences:
             raise ValueError(
                 f"the data of {checkpoint} is not what it was when it was trained: {'; '.join(differences)}. Give "
-                "--data_dir where it lies elsewhere, or judge it on what is here now with --datasets"
+                "--data_dir if it is elsewhere now, or evaluate on the data that is here with --datasets"
             )
         if eval_subset is not None:
             notes.append(f"The rows are {eval_subset:g} % of each dataset's held-out rows, by --eval_subset.")
@@ -85,7 +85,7 @@ def held_out(
 
 
 def run_settings(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of the run of `dylora train` that a manifest's record is of; None of a stream, or without a run."""
+    """The settings of `dylora train` in a manifest's record of training; None for a stream, or without a run."""
     settings = record.get("settings") or {}
     return settings if "num_experts" in settings and "data" in record else None
 
@@ -93,10 +93,13 @@ def run_settings(record: Mapping[str, Any]) -> dict[str, Any] | None:
 def data_config(
     settings: Mapping[str, Any], *, datasets: list[str] | None, data_dir: str | None, eval_subset: float | None
 ) -> DataConfig:
-    """The data settings of a run, with what is given instead of them."""
+    """The data settings of a run, overridden by those that are given."""
     values = {item.name: settings[item.name] for item in fields(DataConfig) if item.name in settings}
     if datasets is not None:
-        mixing = ("mix", "interleaved_sampling")  # of datasets that may not be there, and nothing is trained here
+        mixing = (
+            "mix",
+            "interleaved_sampling",
+        )  # they name datasets that may be missing here, where nothing is trained
         values = {name: value for name, value in values.items() if name not in mixing} | {"datasets": list(datasets)}
     if data_dir is not None:
         values["data_dir"] = data_dir
@@ -106,7 +109,7 @@ def data_config(
 
 
 def _comparable(fingerprint: Mapping[str, str], eval_subset: float | None) -> dict[str, str]:
-    """Where a part of the held-out rows is asked for, the training rows still have to be the same."""
+    """The entries of a fingerprint that must be equal: with `eval_subset` only those of the training rows."""
     return {key: value for key, value in fingerprint.items() if eval_subset is None or not key.endswith(HELD_OUT)}
 
 
@@ -121,7 +124,7 @@ def _of_other_data(settings: Mapping[str, Any] | None, config: DataConfig) -> st
 
 
 def _documents(data: LoadedData, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """The document of each held-out row, by what the row's ids hash to."""
+    """The document of each held-out row, found by the hash of the row's ids."""
     tables = tokenise_all(data.readings, text_format(tokenizer), config, None)  # from the cache of `load_data`
     return {table.name: _of_rows(table, data.evaluation[table.name]) for table in tables}
 

@@ -1,4 +1,4 @@
-"""How sure a mean is: intervals from the units that it was measured on, be they tasks, rows or documents.
+"""Confidence intervals of a mean, from the units that it was measured on: tasks, rows or documents.
 
 Shapes: N units, R resamples.
 """
@@ -14,38 +14,39 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 NUM_RESAMPLES = 10_000
-"""The ends of a 95 % interval then vary by about 2 % of its width from one seed to another."""
+"""The number of resamples; with it the ends of a 95 % interval vary by 2 % of its width from one seed to another."""
 
 MAX_CELLS = 2**22
-"""Drawn units held at once."""
+"""The most drawn units that are held in memory at once."""
 
 
 class Interval(NamedTuple):
-    """What a mean lies between, at some level; NaN at both ends where one unit is all there is, which tells nothing."""
+    """A confidence interval of a mean; both ends are NaN if there is only one unit, from which nothing is known."""
 
     low: float
     high: float
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference with this interval has a sign; never of NaN."""
+        """Whether a difference with this interval is clearly above or below zero; False for NaN."""
         return self.low > 0 or self.high < 0
 
     def as_json(self) -> list[float] | None:
-        """[low, high]; None where they are not known."""
+        """The interval as [low, high]; None if its ends are not known."""
         return [self.low, self.high] if math.isfinite(self.low) and math.isfinite(self.high) else None
 
 
 def wilson_interval(num_passed: int, num_tasks: int, level: float = 0.95) -> Interval:
-    """The score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953); it stays within 0 and 1, and
-    is no point where all or none passed.
+    """The score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+
+    It stays within 0 and 1, and has a width even if all or none passed.
 
     Args:
-        num_passed: of `num_tasks`, each of which passed or did not.
-        level: between 0 and 1.
+        num_passed: how many of the `num_tasks` tasks passed.
+        level: the confidence level, between 0 and 1.
 
     Raises:
-        ValueError: without tasks, for more passed than there are, or a level out of range.
+        ValueError: without tasks, if more passed than there are, or for a level out of range.
     """
     _check_level(level)
     if num_tasks < 1 or not 0 <= num_passed <= num_tasks:
@@ -67,33 +68,33 @@ def bootstrap_interval(
     level: float = 0.95,
     strata: ArrayLike | None = None,
 ) -> Interval:
-    """The interval of the mean sum(w v) / sum(w) over units, from resampling them with replacement.
+    """The bootstrap interval of the mean sum(w v) / sum(w), by resampling units with replacement.
 
     For a paired difference give the differences of the units as `values`.
 
     Args:
         values: [N] finite numbers, one for each unit.
-        weights: [N], above 0: how much of the mean each unit is, as its number of tokens; None: all alike.
-        seed: of the draws.
-        level: between 0 and 1.
-        strata: [N] labels: as many units are drawn of each label as it has; None: all units are alike.
+        weights: [N] numbers above 0, the weight of each unit in the mean, such as its tokens; None: all are equal.
+        seed: the seed of the draws.
+        level: the confidence level, between 0 and 1.
+        strata: [N] labels; each resample has as many units of a label as there are; None: one stratum.
 
     Raises:
-        ValueError: without units, for arrays of different lengths, or values, weights or a level out of range.
+        ValueError: without units, for arrays of different lengths, or for values, weights or a level out of range.
     """
     means = resampled_means(values, weights, seed=seed, strata=strata)
     return percentile_interval(means, sizes=stratum_sizes(np.size(values), strata), level=level)
 
 
 def stratum_sizes(num_units: int, strata: ArrayLike | None) -> list[int]:
-    """Units of each stratum."""
+    """The number of units in each stratum."""
     return [num_units] if strata is None else np.unique(np.asarray(strata), return_counts=True)[1].tolist()
 
 
 def resampled_means(
     values: ArrayLike, weights: ArrayLike | None = None, *, seed: int, strata: ArrayLike | None = None
 ) -> NDArray[np.float64]:
-    """[R] means of as many resamples; arguments as of `bootstrap_interval`."""
+    """The means [R] of the resamples; the arguments are those of `bootstrap_interval`."""
     values_N, weights_N, strata_N = _checked(values, weights, strata)
     generator = np.random.default_rng(seed)
     sums_R, totals_R = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
@@ -109,15 +110,15 @@ def resampled_means(
 
 
 def percentile_interval(means: NDArray[np.float64], *, sizes: Sequence[int], level: float = 0.95) -> Interval:
-    """The interval of a mean from [R] means of its resamples.
+    """The expanded percentile interval of a mean, from the means [R] of its resamples.
 
-    Percentiles further out than the level's own: resamples of few units vary less than samples do, by a factor that
-    Student's t and sqrt(n / (n - 1)) undo (Hesterberg 2015, doi:10.1080/00031305.2015.1089789, the expanded
-    percentile interval; of several strata, their units and degrees of freedom together).
+    The percentiles are further out than those of the level: resamples of few units vary less than samples do, by a
+    factor that Student's t and sqrt(n / (n - 1)) undo (Hesterberg 2015, doi:10.1080/00031305.2015.1089789). With
+    several strata, the units and degrees of freedom of all are added.
 
     Args:
-        sizes: units of each stratum that was resampled; one unit tells nothing, and the interval is NaN.
-        level: between 0 and 1.
+        sizes: the number of units of each resampled stratum; if one has a single unit, the interval is NaN.
+        level: the confidence level, between 0 and 1.
     """
     _check_level(level)
     if min(sizes) < 2:
@@ -129,8 +130,8 @@ def percentile_interval(means: NDArray[np.float64], *, sizes: Sequence[int], lev
 
 
 def student_quantile(level: float, freedom: int) -> float:
-    """What Student's t with that many degrees of freedom exceeds, on either side together, with chance 1 - level."""
-    if freedom > 1000:  # equal to a thousandth
+    """The two-sided quantile of Student's t: |t| exceeds it with probability 1 - level."""
+    if freedom > 1000:  # the normal quantile differs by less than a thousandth
         return _normal_quantile(level)
     # With t = sqrt(freedom) tan(a), the density of a is that of cos(a) ** (freedom - 1), which needs no far tail.
     angle = np.linspace(0.0, math.pi / 2, 200_001)
@@ -158,7 +159,7 @@ def _checked(values: ArrayLike, weights: ArrayLike | None, strata: ArrayLike | N
             "must be of one length, of 1 unit or more"
         )
     if not np.isfinite(values_N).all():
-        raise ValueError("values hold NaN or infinity, of which no mean can be told; look at the units they come from")
+        raise ValueError("values hold NaN or infinity, so they have no mean; look at the units they come from")
     if not (np.isfinite(weights_N).all() and (weights_N > 0).all()):
         raise ValueError("weights must be finite and above 0; leave out units without any weight")
     return values_N, weights_N, strata_N

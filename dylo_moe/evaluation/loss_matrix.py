@@ -1,9 +1,9 @@
-"""The continual matrix: the held-out loss of every skill after every stage of a stream, and what it says.
+"""The loss matrix of continual learning: the held-out loss of every skill after every stage, and its figures.
 
-R[i, s] is the loss of skill s after stage i, in nats per token; R[base, s] that of the base alone; T the last stage.
-l(s) is the stage just after which s was learned, f(s) the first that taught it (`Matrix.taught`). Papers on continual
-learning write such figures for accuracies, where more is better; here R is a loss, so each difference is turned
-round where a figure is to be better when higher. A cell that was not measured is absent, never 0: a figure that needs
+R[i, s] is the loss of skill s after stage i, in nats per token, R[base, s] that of the base alone, and T the last
+stage. l(s) is the last stage that taught s, and f(s) the first one (`Matrix.taught`). Papers on continual learning
+define such figures for accuracies, where more is better; here R is a loss, so the sign of a difference is changed
+where a higher figure is to be better. A cell that was not measured is absent, never 0: a figure that needs
 it has None for that skill and says over how many skills its mean is. A loss that is not finite is NaN, and so is
 every mean that holds it.
 """
@@ -26,58 +26,59 @@ TRAINING = (GROWN, CONSOLIDATED)
 """The actions of a stage's decision that train an expert: a new one, or that of a known skill."""
 
 ACTIONS = (*TRAINING, SKIPPED, REPORTED)
-"""All of them; the last two train nothing: known data that is passed over, new data with growth off."""
+"""All actions of a decision. The last two train nothing: known data is skipped, new data is reported with growth
+off."""
 
 CELLS = ("losses", "alone", "accuracy")
-"""What of a stage is a number for each skill."""
+"""The fields of a stage that hold a number for each skill."""
 
 MAX_PROBLEMS = 8
-"""Of one file, in the message that refuses it."""
+"""The most problems of one file that the message which refuses it names."""
 
 
 @dataclass
 class Stage:
-    """What was measured after one stage."""
+    """The measurements after one stage."""
 
     name: str
-    """Of the data: a skill, or a chunk of an unlabelled stream."""
+    """The name of the stage's data: a skill, or a chunk of an unlabelled stream."""
     losses: dict[str, float]
-    """Held-out loss of each skill and unlearned text, routed, in nats per token; NaN: not finite."""
+    """The held-out loss of each skill and unlearned text with routing, in nats per token; NaN if not finite."""
     alone: dict[str, float] = field(default_factory=dict)
-    """The same with every token sent to the skill's own expert, for skills that have one."""
+    """The same loss with every token sent to the skill's own expert, for skills that have one."""
     accuracy: dict[str, float] = field(default_factory=dict)
-    """Share of the held-out tokens sent to the skill's own expert, of unlearned text to the base."""
+    """The share of held-out tokens sent to the skill's own expert, or for unlearned text to the base."""
     seconds: float = 0.0
     tokens: int = 0
     decision: dict[str, Any] = field(default_factory=dict)
-    """A `SkillDecision` as JSON, with what else a stream has to tell; empty where nobody decided."""
+    """A `SkillDecision` as JSON, with further facts of the stream; empty if no decision was made."""
 
     @property
     def has_trained(self) -> bool:
-        """Whether it changed an expert; a stage without a decision did."""
+        """Whether the stage trained an expert; a stage without a decision did."""
         return self.decision.get("action") in (None, *TRAINING)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number for each skill that it applies to; None where a cell that it needs was not measured."""
+    """One number for each skill that the figure applies to; None if a cell that it needs was not measured."""
 
     values: dict[str, float | None]
     is_higher_better: bool = False
 
     @property
     def known(self) -> dict[str, float]:
-        """Those that were measured."""
+        """The numbers of the skills whose cells were measured."""
         return {skill: value for skill, value in self.values.items() if value is not None}
 
     @property
     def mean(self) -> float | None:
-        """Over the known ones; None where there is none."""
+        """The mean over the known numbers; None if there are none."""
         return math.fsum(self.known.values()) / len(self.known) if self.known else None
 
     @property
     def worst(self) -> tuple[str, float] | None:
-        """(skill, value), of several the first; NaN is worse than any number."""
+        """The worst number as (skill, value), the first one of equals; NaN is worse than any number."""
         sign = -1 if self.is_higher_better else 1
         badness = {skill: math.inf if math.isnan(value) else sign * value for skill, value in self.known.items()}
         return max(self.known.items(), key=lambda item: badness[item[0]]) if badness else None
@@ -93,17 +94,17 @@ class Matrix:
     skills: list[str]
     unlearned: list[str] = field(default_factory=list)
     base: dict[str, float] = field(default_factory=dict)
-    """Losses of the base alone."""
+    """The losses of the base alone."""
     stages: list[Stage] = field(default_factory=list)
 
     def taught(self, skill: str) -> list[int]:
-        """The stages that taught this skill, by their place in `stages`; empty: it was never learned.
+        """The stages that taught this skill, as indices into `stages`; empty if it was never learned.
 
-        These are the stages of the skill's own data: those that have its name and trained an expert. That another
-        skill's data trained the same expert later teaches nothing of this skill, so what it does to this skill's loss
-        counts as forgetting. A chunk of an unlabelled stream is called like no skill, and all that is known of its
-        data is which expert took them: it teaches the skills whose own expert it trained. That is the expert of the
-        stages with the skill's name; without such stages the one of its name; without that the one that was trained
+        These are the stages of the skill's own data: those that have its name and trained an expert. A stage with
+        another skill's data that trained the same expert does not teach this skill, so its effect on this skill's loss
+        counts as forgetting. A chunk of an unlabelled stream has no skill's name, and all that is known of its data is
+        which expert it trained: it teaches the skills whose own expert that is. A skill's own expert is that of the
+        stages with its name; without such stages the expert of its name; and without that the one that was trained
         when `alone` first held the skill.
         """
         trained = [place for place, stage in enumerate(self.stages) if stage.has_trained]
@@ -119,12 +120,12 @@ class Matrix:
         return [place for place in trained if place in named or (place in chunks and experts[place] in own)]
 
     def learned_at(self, skill: str) -> int | None:
-        """l(s): the last stage that taught it. A stream may come back to a skill, which is then learned anew."""
+        """The last stage that taught a skill, l(s); a stream may come back to a skill, which is then learned again."""
         taught = self.taught(skill)
         return taught[-1] if taught else None
 
     def change(self, place: int, skill: str) -> float | None:
-        """R[place, s] - R[l(s), s], once the skill has been learned; of an unlearned text R[place, s] - R[base, s]."""
+        """R[place, s] - R[l(s), s] once the skill has been learned; for an unlearned text R[place, s] - R[base, s]."""
         now = self.stages[place].losses.get(skill)
         if skill in self.unlearned:
             return _difference(now, self.base.get(skill))
@@ -134,16 +135,16 @@ class Matrix:
         return _difference(now, self.stages[learned].losses.get(skill))
 
     def losses(self, place: int = -1) -> Figure:
-        """R[place, s] of every skill, learned or not; its mean is the average loss after that stage."""
+        """R[place, s] of every skill, learned or not; the mean is the average loss after that stage."""
         return Figure({skill: self.stages[place].losses.get(skill) for skill in self.skills} if self.stages else {})
 
     def forgetting(self) -> Figure:
-        """R[T, s] - R[l(s), s]: the last loss less that just after learning; positive: worse now.
+        """R[T, s] - R[l(s), s]: the last loss minus that just after learning; a positive value is worse.
 
-        Of the skills that a later stage could have harmed: one that was never learned has nothing to forget, and of
-        one that was learned in the last stage nothing is known yet. Chaudhry et al. 2018 (arXiv:1801.10112, section
-        4.2) compare with the best that a skill ever was, we with what it was when its learning ended, so that it can
-        be negative.
+        The figure applies to skills that a later stage could have harmed: one that was never learned has nothing to
+        forget, and for one that was learned in the last stage nothing is known yet. Chaudhry et al. 2018
+        (arXiv:1801.10112, section 4.2) compare with a skill's best result so far, we with that when its learning
+        ended, so that the figure can be negative.
         """
         learned = {skill: self.learned_at(skill) for skill in self.skills}
         last = len(self.stages) - 1
@@ -152,17 +153,17 @@ class Matrix:
         )
 
     def backward_transfer(self) -> Figure:
-        """R[l(s), s] - R[T, s]; positive: what came later made the skill better.
+        """R[l(s), s] - R[T, s], the negative of forgetting; if it is positive, later stages made the skill better.
 
-        Lopez-Paz and Ranzato 2017 (GEM, arXiv:1706.08840), eq. 3, with the sign turned for losses; forgetting, negated.
+        Lopez-Paz and Ranzato 2017 (GEM, arXiv:1706.08840), eq. 3, with the sign changed for losses.
         """
         return Figure({skill: _negative(value) for skill, value in self.forgetting().values.items()}, True)
 
     def forward_transfer(self) -> Figure:
-        """R[base, s] - R[f(s) - 1, s]; positive: what came earlier made the skill better before it was ever trained.
+        """R[base, s] - R[f(s) - 1, s]; if it is positive, earlier stages made the skill better before it was trained.
 
-        Lopez-Paz and Ranzato 2017 (GEM, arXiv:1706.08840), eq. 4, with the sign turned for losses, and the base where
-        they have an untrained network. Of the learned skills but those of the first stage, as there.
+        Lopez-Paz and Ranzato 2017 (GEM, arXiv:1706.08840), eq. 4, with the sign changed for losses, and the base in
+        place of an untrained network. As there, it applies to the learned skills except those of the first stage.
         """
         first = {skill: taught[0] for skill in self.skills if (taught := self.taught(skill)) and taught[0] > 0}
         return Figure(
@@ -170,11 +171,12 @@ class Matrix:
         )
 
     def gain_kept(self) -> Figure:
-        """(R[base, s] - R[T, s]) / (R[base, s] - alone[l(s), s]): how much of its own expert's gain a skill has now.
+        """(R[base, s] - R[T, s]) / (R[base, s] - alone[l(s), s]): the share of its own expert's gain that a skill has
+        now.
 
-        1: as good as the right expert, chosen by an oracle, was just after learning; 0: as good as the base. The
-        oracle's loss is the first that was measured from l(s) on. Of the learned skills; one whose expert gained
-        nothing over the base has no share.
+        At 1 the skill is as good as the right expert, chosen by an oracle, was just after learning; at 0 it is as good
+        as the base. The oracle's loss is the first that was measured from l(s) on. The figure applies to learned
+        skills; one whose expert gained nothing over the base has no share.
         """
         values: dict[str, float | None] = {}
         for skill in self.skills:
@@ -191,30 +193,31 @@ class Matrix:
         return Figure(values, True)
 
     def routing_accuracy(self) -> Figure:
-        """Share of a learned skill's held-out tokens that the last stage's router sends to the skill's own expert."""
+        """The share of a learned skill's held-out tokens that the router sends to its own expert after the last
+        stage."""
         return Figure({s: self.stages[-1].accuracy.get(s) for s in self.skills if self.taught(s)}, True)
 
     def left_to_base(self) -> Figure:
-        """Share of an unlearned text's held-out tokens that the last stage's router sends to the unchanged base."""
+        """The share of an unlearned text's held-out tokens that the router sends to the base after the last stage."""
         last = self.stages[-1].accuracy if self.stages else {}
         return Figure({text: last.get(text) for text in self.unlearned} if self.stages else {}, True)
 
     def drift(self) -> Figure:
-        """R[T, s] - R[base, s] of the unlearned texts; positive: what was learned harms them."""
+        """R[T, s] - R[base, s] of the unlearned texts; if it is positive, learning harmed them."""
         last = len(self.stages) - 1
         return Figure({text: self.change(last, text) for text in self.unlearned} if self.stages else {})
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure of a matrix, for people."""
+    """A figure of a matrix, with its title and how its numbers are shown."""
 
     title: str
     of: Callable[[Matrix], Figure]
     template: str = "{:.4f}"
 
     def show(self, value: float | None) -> str:
-        """The value in words."""
+        """A value of the figure in words."""
         return shown(value, self.template)
 
 
@@ -228,19 +231,19 @@ FIGURES: dict[str, Kind] = {
     "left_to_base": Kind("unlearned text sent to the base", Matrix.left_to_base, "{:.1%}"),
     "drift": Kind("unlearned text against the base", Matrix.drift, "{:+.4f}"),
 }
-"""In the order in which they are shown."""
+"""The figures by name, in the order in which they are shown."""
 
 OF_UNLEARNED = ("left_to_base", "drift")
-"""Those about text that is never trained."""
+"""The figures about text that is never trained."""
 
 
 def shown(value: float | None, template: str = "{:.4f}") -> str:
-    """A number in words: as `template` has it, "not measured" or "not finite"."""
+    """A number in words: formatted by `template`, or "not measured" or "not finite"."""
     return "not measured" if value is None else template.format(value) if math.isfinite(value) else "not finite"
 
 
 def write_matrix(path: Path, matrix: Matrix) -> None:
-    """Write matrix.json, whole or not at all; what is not finite becomes null.
+    """Write matrix.json atomically; a number that is not finite becomes null.
 
     Raises:
         ValueError: for a matrix that `read_matrix` would refuse.
@@ -261,12 +264,13 @@ def read_matrix(path: Path) -> Matrix:
     """Read and check matrix.json.
 
     Raises:
-        ValueError: naming the file and all that is wrong with it. A file that is not there is an OSError.
+        ValueError: for a file that is not a matrix, with its problems.
+        OSError: for a file that cannot be read.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     _refuse(str(path), _problems(record))
     stages = [
         Stage(**{**stage, **{name: _numbers(stage.get(name, {})) for name in CELLS}}) for stage in record["stages"]
@@ -277,23 +281,23 @@ def read_matrix(path: Path) -> Matrix:
 def _refuse(what: str, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
-        raise ValueError(f"{what} is no continual matrix: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
+        raise ValueError(f"{what} is not a loss matrix: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
 
 
 def _problems(record: Any) -> list[str]:
-    """All that keeps the content of a file from being a matrix."""
+    """The problems that keep the content of a file from being a matrix."""
     problems = _wrong_keys("it", record, {field.name for field in fields(Matrix)}, set())
     if problems:
         return problems
     skills, unlearned = record["skills"], record["unlearned"]
     for title, names in (("skills", skills), ("unlearned", unlearned)):
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            return [f"{title} is no list of names"]
+            return [f"{title} is not a list of names"]
     if len({*skills, *unlearned}) < len(skills) + len(unlearned):
         problems.append("skills and unlearned name something twice")
     problems += _wrong_cells("base", record["base"], {*skills, *unlearned})
     if not isinstance(record["stages"], list):
-        return [*problems, "stages is no list"]
+        return [*problems, "stages is not a list"]
     for place, stage in enumerate(record["stages"], start=1):
         problems += _stage_problems(f"stage {place}", stage, set(skills), {*skills, *unlearned})
     return problems
@@ -310,7 +314,7 @@ def _stage_problems(title: str, stage: Any, skills: set[str], columns: set[str])
     problems += _wrong_cells(f"{title}'s accuracy", stage.get("accuracy", {}), columns, most=1)
     for name in ("seconds", "tokens"):
         if not _is_number(value := stage.get(name, 0)) or not 0 <= value < math.inf:
-            problems.append(f"{title}'s {name} is {value!r}; it must be a number from 0 on")
+            problems.append(f"{title}'s {name} is {value!r}; it must be a finite number of at least 0")
     decision = stage.get("decision", {})
     if not isinstance(decision, dict):
         problems.append(f"{title}'s decision is {decision!r}; it must be an object")

@@ -1,7 +1,7 @@
-"""Held-out losses of each dataset, in nats per token, with intervals, and their difference from the base's.
+"""Measure held-out losses of each dataset, in nats per token, with intervals, and their difference from the base's.
 
-What is measured is kept per row: the summed loss and the number of predicted tokens. Everything that is told follows
-from these by pure functions, so losses of several runs can be compared and pooled long after the runs.
+The summed loss and the number of predicted tokens are kept for every row. All figures follow from these by pure
+functions, so the losses of several runs can be compared and pooled long after the runs.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ class DatasetLosses(NamedTuple):
     """One model's losses on one dataset's held-out rows; the three lists go together."""
 
     documents: list[str]
-    """Which document a row is of."""
+    """The document that each row belongs to."""
     sums: list[float]
-    """Summed loss of the row's predicted tokens, in nats."""
+    """The summed loss of each row's predicted tokens, in nats."""
     tokens: list[int]
-    """Predicted tokens of the row."""
+    """The number of predicted tokens of each row."""
 
 
 Losses = dict[str, DatasetLosses]
-"""By dataset."""
+"""The losses of one model, by dataset."""
 
 
 class Estimate(NamedTuple):
-    """A mean in nats per token, and how sure it is."""
+    """A mean loss, or difference of losses, in nats per token, with its interval."""
 
     value: float
     interval: Interval
     num_units: int
     unit: str
-    """What was resampled: "documents", or "rows" where there are not two documents."""
+    """The units that were resampled: "documents", or "rows" if there are fewer than two documents."""
 
     def as_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The values as JSON has them."""
         return {**self._asdict(), "interval": self.interval.as_json()}
 
 
 class Estimates(NamedTuple):
-    """Of each dataset, and of the mean over datasets, each of which counts alike."""
+    """The estimate for each dataset, and for the mean over datasets, in which each counts the same."""
 
     datasets: dict[str, Estimate]
     mean: Estimate
 
     def as_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The values as JSON has them."""
         return {"datasets": {name: item.as_json() for name, item in self.datasets.items()}, "mean": self.mean.as_json()}
 
 
@@ -85,13 +85,13 @@ def measure(
     batch_size: int,
     console: Console | None = None,
 ) -> Losses:
-    """The loss of every held-out row, routed as the model is now; it is left as it was.
+    """Measure the loss of every held-out row, with the model's current routing. The model is left as it was.
 
     Args:
-        held: the rows.
-        tokenizer: of the model's base.
-        batch_size: rows of one forward; they are sorted by length, so that little is padding.
-        console: where progress is shown; None: nowhere.
+        held: the held-out rows.
+        tokenizer: the tokenizer of the model's base.
+        batch_size: the number of rows in one forward; rows are sorted by length, so that little is padding.
+        console: where progress is shown; None: it is not shown.
 
     Raises:
         ValueError: for a loss that is not finite, naming the dataset.
@@ -115,7 +115,7 @@ def measure(
 
 
 def _row_losses(model: DyLoRAMoE, batch: dict[str, torch.Tensor]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Summed loss and number of predicted tokens of each row."""
+    """The summed loss and the number of predicted tokens of each row of a batch."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "domain"}
     labels = batch["labels"]
     losses = token_losses(model(**batch), labels)
@@ -124,7 +124,7 @@ def _row_losses(model: DyLoRAMoE, batch: dict[str, torch.Tensor]) -> tuple[NDArr
 
 @contextmanager
 def _evaluating(model: DyLoRAMoE) -> Iterator[None]:
-    """Inside, the model is in eval mode, and computes its loss in chunks where its vocabulary is large."""
+    """Put the model in eval mode for a while, and compute its loss in chunks if its vocabulary is large."""
     was_training, chunk_size = model.training, model.loss_chunk_size
     model.eval()
     chunk_loss(model, None)
@@ -135,28 +135,30 @@ def _evaluating(model: DyLoRAMoE) -> Iterator[None]:
         model.loss_chunk_size = chunk_size
 
 
-# What follows from what was measured.
+# Figures that follow from the measured losses.
 
 
 def estimates(runs: Sequence[Losses], minus: Sequence[Losses] | None = None, *, seed: int) -> Estimates:
-    """Mean losses over several runs, or the paired differences from those of other runs on the same rows.
+    """Estimate the mean losses over several runs, or the paired differences from other runs on the same rows.
 
-    Every token counts alike within a dataset, over all runs. Documents are resampled, each run's among themselves;
-    rows where some run has fewer than two documents.
+    Every token of a dataset counts the same, over all runs. Documents are resampled, within each run; rows are
+    resampled instead if some run has fewer than two documents.
 
     Args:
-        runs: one or more, each on rows of its own seed.
-        minus: as many, each on the same rows as the one in its place.
-        seed: of the resampling.
+        runs: the losses of one or more runs, each on rows of its own seed.
+        minus: the losses of as many runs, which are subtracted; each is on the same rows as its partner in `runs`.
+        seed: the seed of the resampling.
 
     Raises:
-        ValueError: for runs on other datasets or other rows than their partner's.
+        ValueError: for runs on different datasets, or on other rows than their partner's.
     """
     if minus is not None:
         runs = [_difference(*pair) for pair in zip(runs, minus, strict=True)]
     names = list(runs[0])
     if any(list(run) != names for run in runs):
-        raise ValueError(f"the runs were judged on other datasets: {', '.join(' and '.join(run) for run in runs)}")
+        raise ValueError(
+            f"the runs were evaluated on different datasets: {', '.join(' and '.join(run) for run in runs)}"
+        )
     found, means, sizes = {}, [], []
     for place, name in enumerate(names):
         units = _units([run[name] for run in runs])
@@ -179,14 +181,14 @@ def mean_loss(losses: Losses) -> float:
 
 
 class _Units(NamedTuple):
-    """What is resampled of one dataset, over all runs; arrays [N]."""
+    """The units of one dataset that are resampled, over all runs, as arrays [N]."""
 
     values: NDArray[np.float64]
-    """Mean loss of each unit, in nats per token."""
+    """The mean loss of each unit, in nats per token."""
     weights: NDArray[np.float64]
-    """Its tokens."""
+    """The number of tokens of each unit."""
     strata: NDArray[np.int64]
-    """Which run it is of."""
+    """The run that each unit comes from."""
     sizes: list[int]
     unit: str
 
@@ -207,12 +209,12 @@ def _units(runs: Sequence[DatasetLosses]) -> _Units:
 
 
 def _difference(run: Losses, minus: Losses) -> Losses:
-    """Row by row."""
+    """The losses of one run minus those of another, row by row."""
     if list(run) != list(minus) or any(
         (one.documents, one.tokens) != (other.documents, other.tokens)
         for one, other in zip(run.values(), minus.values(), strict=True)
     ):
-        raise ValueError("two runs were not judged on the same held-out rows, so their losses cannot be compared")
+        raise ValueError("two runs were not evaluated on the same held-out rows, so their losses cannot be compared")
     return {
         name: one._replace(sums=(np.asarray(one.sums) - np.asarray(minus[name].sums)).tolist())
         for name, one in run.items()
@@ -220,12 +222,12 @@ def _difference(run: Losses, minus: Losses) -> Losses:
 
 
 def to_json(losses: Losses) -> dict[str, Any]:
-    """As plain values, for a file."""
+    """Turn losses into plain values for a file."""
     return {name: item._asdict() for name, item in losses.items()}
 
 
 def from_json(content: Mapping[str, Any]) -> Losses:
-    """What `to_json` made."""
+    """Read losses from the plain values that `to_json` made."""
     return {name: DatasetLosses(**item) for name, item in content.items()}
 
 
@@ -245,18 +247,18 @@ def run_losses(
     seed: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Held-out losses of a model beside those of its base, printed, and as plain values.
+    """Measure the held-out losses of a model and of its base, print them, and return them as plain values.
 
     Args:
-        model: as loaded from `checkpoint`.
-        datasets, data_dir, eval_subset: as for `held_out`.
-        batch_size: rows of one forward.
-        expert: every token goes to this one; "base": to the unchanged base; None: where the router sends it.
-        seed: of the resampling, and of the split where the checkpoint names none.
-        console: where it is printed.
+        model: the model as loaded from `checkpoint`.
+        datasets, data_dir, eval_subset: the arguments of `held_out`.
+        batch_size: the number of rows in one forward.
+        expert: the expert that every token is sent to, or "base" for the unchanged base; None: the router decides.
+        seed: the seed of the resampling, and of the split if the checkpoint has none.
+        console: where the losses are printed.
 
     Raises:
-        ValueError: as `held_out` and `measure`; for an unknown expert.
+        ValueError: for an unknown expert, and as `held_out` and `measure` do.
     """
     held = held_out(checkpoint, tokenizer, datasets=datasets, data_dir=data_dir, eval_subset=eval_subset, seed=seed)
     with nullcontext() if expert is None else model.route_to(None if expert == BASE else expert):
@@ -285,11 +287,11 @@ def run_losses(
 
 
 def show_losses(console: Console, found: Mapping[str, Estimates], *, title: str) -> None:
-    """A table: a line for each dataset, and one for the mean.
+    """Print a table with a line for each dataset, and one for the mean.
 
     Args:
-        found: "model", "base" and their "difference".
-        title: what the model's column is called.
+        found: the estimates of "model", "base" and their "difference".
+        title: the heading of the model's column.
     """
     table = Table(title="held-out loss, nats per token, with 95 % intervals", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("dataset", overflow="fold")
@@ -314,7 +316,7 @@ def shown(item: Estimate, *, sign: bool = False) -> str:
     """A mean and its interval in words: "1.234 [1.100, 1.300]".
 
     Args:
-        sign: with the sign of a difference.
+        sign: whether to show a plus before positive numbers, as for a difference.
     """
     form = "{:+.3f}" if sign else "{:.3f}"
     ends = item.interval.as_json()

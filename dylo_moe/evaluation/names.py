@@ -6,4 +6,4 @@ HUMANEVAL, MBPP = BENCHMARKS = ("humaneval", "mbpp")
 """The benchmarks of generated code."""
 
 COMPLETION, CHAT = STYLES = ("completion", "chat")
-"""A problem as a text that the model continues, or as a question in the chat template of the base."""
+"""How a problem is asked: as a text that the model continues, or as a question in the chat template of the base."""

@@ -10,13 +10,13 @@ from dylo_moe.evaluation.intervals import Interval, bootstrap_interval, wilson_i
 
 
 class PassRate(NamedTuple):
-    """pass@k over some tasks."""
+    """An estimate of pass@k over some tasks."""
 
     k: int
     rate: float
-    """Mean over the tasks, 0 to 1."""
+    """The mean of pass@k over the tasks, from 0 to 1."""
     interval: Interval
-    """Of that mean, at 95 %, over the draw of the tasks."""
+    """The 95 % interval of that mean, if the tasks were drawn again."""
     num_tasks: int
 
 
@@ -28,7 +28,7 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     binomial coefficient grows beyond a float.
 
     Raises:
-        ValueError: where k is not among 1 to n, or c not among 0 to n.
+        ValueError: if k is not from 1 to n, or c not from 0 to n.
     """
     if not 1 <= k <= num_samples:
         raise ValueError(f"k is {k}; with {num_samples} samples of a task it must be 1 to {num_samples}")
@@ -42,15 +42,16 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
 def pass_rate(counts: Sequence[tuple[int, int]], k: int, *, seed: int) -> PassRate:
     """The mean of pass@k over tasks, with an interval.
 
-    With one sample a task it is a proportion, and the interval is Wilson's; else it is a bootstrap over the tasks, but
-    where no sample at all passed, or k of every task's surely hold one that did: resampled, that would be a point.
+    With one sample of each task the mean is a proportion, and the interval is Wilson's. Otherwise it is a bootstrap
+    over the tasks, unless pass@k is 0 for every task or 1 for every task: then all resamples are equal, a bootstrap
+    interval would have no width, and Wilson's is used as well.
 
     Args:
-        counts: (samples, samples that passed) of each task.
-        seed: of the bootstrap.
+        counts: (number of samples, number of those that passed) for each task.
+        seed: the seed of the bootstrap.
 
     Raises:
-        ValueError: as `pass_at_k`, and without tasks.
+        ValueError: if there are no tasks, and as `pass_at_k` does.
     """
     if not counts:
         raise ValueError("counts is empty; pass@k needs at least one task")

@@ -15,56 +15,56 @@ from dylo_moe.data.sources.read import PROMPT, TEST, read_split
 from dylo_moe.evaluation.names import BENCHMARKS, HUMANEVAL, MBPP
 
 FEW_SHOTS = (2, 3, 4)
-"""Tasks of MBPP's split prompt that its paper puts before the question."""
+"""The tasks of MBPP's split `prompt` that its paper shows before the question."""
 
 
 class Problem(NamedTuple):
     """One task of a benchmark."""
 
     task_id: str
-    """As EvalPlus writes it: HumanEval/0, Mbpp/11."""
+    """The task's name as EvalPlus writes it, such as HumanEval/0 or Mbpp/11."""
     prompt: str
-    """HumanEval: the beginning of a program. MBPP: what to write, in words."""
+    """For HumanEval the beginning of a program; for MBPP what to write, in words."""
     tests: tuple[str, ...]
-    """HumanEval: one text that defines `check(candidate)`. MBPP: asserts."""
+    """For HumanEval one text that defines `check(candidate)`; for MBPP asserts."""
     entry_point: str | None
-    """The function that `check` is given; None where the tests say whom they call."""
+    """The function that `check` is given; None if the tests call functions by name."""
     setup: str
-    """Trusted code that the tests rely on. HumanEval: the prompt, for some tests call a function that is given there.
-    MBPP: what is to be made of the program's own classes first; empty for most."""
+    """Trusted code that the tests rely on. For HumanEval the prompt, because some tests call a function that it
+    defines; for MBPP statements that use the program's own classes before the tests do, empty for most tasks."""
     solution: str
-    """The reference: HumanEval: what goes on after the prompt. MBPP: a whole program."""
+    """The reference solution: for HumanEval the code that continues the prompt, for MBPP a whole program."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a solution must define: the entry point, or the functions that the tests call."""
+        """The names that a solution must define: the entry point, or the functions that the tests call."""
         return (self.entry_point,) if self.entry_point is not None else called_names("\n".join(self.tests))
 
     @property
     def builtin_in_question(self) -> str | None:
-        """The builtin, or module of the standard library, whose name the function in question has."""
+        """The name of the tested function, if a builtin or a module of the standard library has it too; else None."""
         known = vars(builtins).keys() | sys.stdlib_module_names
         own = set(re.findall(r"^def (\w+)", self.solution, re.MULTILINE)) & known
         return next((name for name in sorted(own) if re.search(rf"\b{name}\(", "\n".join(self.tests))), None)
 
 
 def load_problems(benchmark: str, data_dir: str | None) -> list[Problem]:
-    """The test split of "humaneval" or "mbpp", in its own order.
+    """Load the test split of "humaneval" or "mbpp", in its own order.
 
     Args:
-        data_dir: a local mirror, which goes before the package and the hub.
+        data_dir: a local mirror, which is preferred to the package and the hub.
 
     Raises:
-        ValueError: for another name, where the dataset is not to be had, or a row lacks a column.
+        ValueError: for another name, if the dataset is not available, or if a row lacks a column.
     """
     return list(_problems(benchmark, data_dir, TEST))
 
 
 def load_examples(benchmark: str, data_dir: str | None) -> list[Problem]:
-    """The problems, with solutions, that a completion prompt shows before its question: MBPP's tasks 2, 3 and 4.
+    """Load the solved problems that a completion prompt shows before its question: MBPP's tasks 2, 3 and 4.
 
     Raises:
-        ValueError: as `load_problems`, and where one of them is missing.
+        ValueError: if one of them is missing, and as `load_problems` does.
     """
     if benchmark == HUMANEVAL:
         return []
@@ -73,19 +73,19 @@ def load_examples(benchmark: str, data_dir: str | None) -> list[Problem]:
     missing = [task_id for task_id in wanted if task_id not in known]
     if missing:
         raise ValueError(
-            f"the split prompt of mbpp has no {', '.join(missing)}, which are shown before each question; look at "
-            "data_dir, which must hold the dataset as it is published"
+            f"the split prompt of mbpp has no {', '.join(missing)}, which are shown before each question; check "
+            "that data_dir holds the dataset as it is published"
         )
     return [known[task_id] for task_id in wanted]
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:
-    """A hash of problems, in order."""
+    """A hash of problems and their order."""
     return hashlib.sha256(repr([tuple(problem) for problem in problems]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def called_names(code: str) -> tuple[str, ...]:
-    """The plain names that code calls, builtins aside, in order; none where it is no Python."""
+    """The plain names that code calls, in order, without builtins; none if it is not valid Python."""
     try:
         tree = ast.parse(code)
     except SyntaxError:

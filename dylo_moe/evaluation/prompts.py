@@ -1,4 +1,4 @@
-"""What a model is asked, where its answer ends, and the program that is in the answer."""
+"""The prompts of a benchmark, where an answer to them ends, and the program that is in the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dylo_moe.evaluation.sandbox.sandbox import Program
 BEGIN, DONE = "[BEGIN]", "[DONE]"
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Chen et al. 2021 (arXiv:2107.03374), section 2.1: where a function's body is over."""
+"""The stop sequences that end a function's body, from Chen et al. 2021 (arXiv:2107.03374), section 2.1."""
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -28,28 +28,28 @@ class Asking(NamedTuple):
     """How the problems of one benchmark are put to a model."""
 
     benchmark: str
-    """"humaneval" or "mbpp"."""
+    """The name of the benchmark, "humaneval" or "mbpp"."""
     style: str
-    """"completion": the model goes on with a text; "chat": it answers a question, in the tokenizer's chat template."""
+    """How it is asked: "completion" lets the model continue a text, "chat" asks a question in the chat template."""
     examples: tuple[Problem, ...] = ()
-    """Shown, with their solutions, before the question; completion only."""
+    """Problems that are shown with their solutions before the question; only for completions."""
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends an answer besides the end tokens; the answer is what is before the first of them."""
+        """The texts that end an answer besides the end tokens; the answer is what precedes the first of them."""
         if self.style == CHAT:
             return ()
         return HUMANEVAL_STOPS if self.benchmark == HUMANEVAL else (DONE,)
 
     def text(self, problem: Problem) -> str:
-        """What the model goes on with, or the question it is asked, before any chat template.
+        """The text that the model continues, or the question it is asked, before any chat template.
 
-        A completion of HumanEval goes on from the prompt's last word: the line break is left to the model, for many
-        tokenizers have one token for it and the indentation behind it. SmolLM2-135M, given the break, takes the
-        function for finished: of the first 48 problems it solves none, else 5.
+        A completion of HumanEval starts after the prompt's last word. The line break is left to the model, because
+        many tokenizers have one token for it and the indentation after it. SmolLM2-135M, given the break, takes the
+        function for finished: it then solves none of the first 48 problems, otherwise 5.
 
-        MBPP's is after Austin et al. 2021 (arXiv:2108.07732), section 3: the task, its tests, and the code between
-        [BEGIN] and [DONE].
+        The prompt of MBPP follows Austin et al. 2021 (arXiv:2108.07732), section 3: the task, its tests, and the code
+        between [BEGIN] and [DONE].
         """
         is_humaneval = self.benchmark == HUMANEVAL
         if self.style == CHAT:
@@ -76,14 +76,15 @@ class Asking(NamedTuple):
         return [*form.start_ids, *tokenizer(self.text(problem), add_special_tokens=False)["input_ids"]]
 
     def program(self, problem: Problem, answer: str) -> str:
-        """The whole program that an answer makes.
+        """The whole program that an answer amounts to.
 
-        A completion is cut at the first stop. Of a chat's answer it is the first block of code that defines what is
-        asked for; else the last block, as a body where the prompt is a function's beginning; else, without a block, the
-        answer from its first line of code on. What HumanEval's prompt has before the function goes before it.
+        A completion is cut at the first stop. From an answer in a chat the first block of code is taken that defines
+        the names asked for, or else the last block, or without any block the answer from its first line of code on. For
+        HumanEval, code that does not define the function becomes its body, and other code is put after the imports and
+        functions that precede the function in the prompt.
 
         Args:
-            answer: as generated, end tokens aside.
+            answer: the generated text without end tokens.
         """
         if self.style == COMPLETION:
             code = cut(answer, self.stops)
@@ -97,14 +98,14 @@ class Asking(NamedTuple):
 
 
 def to_judge(problem: Problem, solution: str) -> Program:
-    """A whole program together with what it is judged by."""
-    if problem.entry_point is None:  # MBPP: its setup calls what the program defines, as its asserts do
+    """Combine a whole program with the test that judges it."""
+    if problem.entry_point is None:  # MBPP: its setup uses the program's names, as its asserts do
         return Program(solution, "\n".join([problem.setup, *problem.tests]), problem.builtin_in_question)
     return Program(solution, "\n".join(problem.tests), problem.entry_point, problem.setup)
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a tokenizer without a chat template."""
+    """Raise ValueError for a tokenizer without a chat template."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"prompt is chat, but the tokenizer of {tokenizer.name_or_path} has no chat template; use --prompt "
@@ -113,16 +114,16 @@ def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """What is before the first of some stops; all of it where there is none."""
+    """The part of a text before the first stop; all of it if there is none."""
     places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
     return text[: min(places)] if places else text
 
 
 def chat_code(answer: str, names: Sequence[str]) -> str:
-    """The code in an answer; empty where it has none.
+    """The code in an answer; empty if it has none.
 
     Args:
-        names: what it should define.
+        names: the names that the code should define.
     """
     blocks = [block.strip("\n") for block in _FENCE.findall(answer)]
     if blocks:
@@ -131,7 +132,7 @@ def chat_code(answer: str, names: Sequence[str]) -> str:
     if start is None:
         return ""
     lines = answer[start.start() :].splitlines()
-    for length in range(len(lines), 0, -1):  # what is said behind the code is left out
+    for length in range(len(lines), 0, -1):  # prose after the code is left out
         code = "\n".join(lines[:length])
         if is_python(code):
             return code
@@ -139,28 +140,30 @@ def chat_code(answer: str, names: Sequence[str]) -> str:
 
 
 def defines(code: str, names: Sequence[str]) -> bool:
-    """Whether code defines one of some names at its top level, as a function, a class or a value; by its lines alone,
-    for it may be cut off."""
+    """Whether code defines one of some names at its top level, as a function, a class or a value.
+
+    Only its lines are looked at, because code that was cut off cannot be parsed.
+    """
     wanted = "|".join(map(re.escape, names))
     found = re.search(rf"^(?:(?:async )?def ({wanted})\s*\(|class ({wanted})\b|({wanted})\s*=)", code, re.MULTILINE)
     return bool(names) and found is not None
 
 
 def preamble(problem: Problem) -> str:
-    """What a prompt has before the function that is asked for: imports, and other functions."""
+    """The part of a prompt before the function that is asked for: imports, and other functions."""
     place = re.search(rf"^def {re.escape(str(problem.entry_point))}\b", problem.prompt, re.MULTILINE)
     return problem.prompt[: place.start()] if place is not None else ""
 
 
 def indented(code: str) -> str:
-    """A function's body as it stands below its head; one that is indented already stays as it is."""
+    """Indent code to be the body of a function; code that is indented already stays as it is."""
     if not code or code[0] in " \t":
         return code
     return "\n".join(f"    {line}" if line.strip() else line for line in code.splitlines())
 
 
 def is_python(code: str) -> bool:
-    """Whether it can be parsed."""
+    """Whether code can be parsed as Python."""
     try:
         ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

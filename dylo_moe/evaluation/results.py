@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it was asked for, so that it goes on with nothing else, and what came of it."""
+"""The folder of an evaluation: its settings, with which alone it can be resumed, and its results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ Settings = dict[str, dict[str, Any]]
 
 
 def evaluation_folder(checkpoint: Path, options: EvalArguments) -> Path:
-    """Where results go: as asked, else evaluation/NAME beside the checkpoint, which may hold no file of others.
+    """The folder for the results: `output_dir`, or else evaluation/NAME beside the checkpoint.
 
-    Several checkpoints of a run, and several experts of a checkpoint, each have their own.
+    It is not inside the checkpoint, which may hold no other files. Several checkpoints of a run, and several experts of
+    a checkpoint, each have a folder of their own.
     """
     if options.output_dir is not None:
         return Path(options.output_dir)
@@ -31,7 +32,7 @@ def evaluation_folder(checkpoint: Path, options: EvalArguments) -> Path:
 
 
 def evaluation_settings(checkpoint: Path, options: EvalArguments, *, bf16: bool, device: str) -> Settings:
-    """What the results follow from, in groups of which a run has those that it needs."""
+    """All settings that the results depend on, in groups; only the groups that the evaluation uses are there."""
 
     def group(*names: str) -> dict[str, Any]:
         return {name: getattr(options, name) for name in names}
@@ -79,13 +80,13 @@ def changes(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[st
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What was found so far."""
+    """The results that the folder holds so far."""
     path = folder / RESULTS_FILE
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def add_result(folder: Path, keys: tuple[str, ...], value: Any) -> None:
-    """Put a value into results.json, at keys within keys; what is there of other tasks stays."""
+    """Put a value into results.json under nested keys, and keep the results of other tasks."""
     results = read_results(folder)
     place = results
     for key in keys[:-1]:
@@ -95,9 +96,9 @@ def add_result(folder: Path, keys: tuple[str, ...], value: Any) -> None:
 
 
 def export_evalplus(samples: SampleFile) -> Path:
-    """Write samples as EvalPlus scores them: lines of task_id and solution, the whole program.
+    """Write samples in the format of EvalPlus: each line holds a task_id and the solution, a whole program.
 
-    Liu et al. 2023, arXiv:2305.01210; the file is for `evalplus.evaluate --samples`.
+    EvalPlus is Liu et al. 2023, arXiv:2305.01210; the file is for `evalplus.evaluate --samples`.
     """
     path = samples.path.with_name(f"{samples.path.stem}-evalplus.jsonl")
     lines = [json.dumps({"task_id": sample.task_id, "solution": sample.solution}) for sample in samples.samples]

@@ -1,4 +1,4 @@
-"""Samples and verdicts on disk: one JSON object a line, appended as they come, so that a killed run goes on."""
+"""Files of samples and verdicts: one JSON object per line, appended at once, so that a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from typing import Any, NamedTuple
 from dylo_moe.evaluation.sandbox.sandbox import Verdict
 
 STOP, END, LENGTH = FINISHES = ("stop", "end", "length")
-"""Why an answer is over: a stop sequence, an end token, or the bound on new tokens."""
+"""Why an answer ended: by a stop sequence, an end token, or the limit on new tokens."""
 
 
 class Completion(NamedTuple):
-    """One answer of a model. All but the time follows from the settings."""
+    """One answer of a model. The settings determine all of it but the time."""
 
     task_id: str
     sample: int
-    """0 to num_samples - 1 of its task."""
+    """The number of the sample among those of its task, from 0 to num_samples - 1."""
     completion: str
-    """As generated, end tokens aside; not cut at a stop."""
+    """The generated text without end tokens, not yet cut at a stop sequence."""
     solution: str
-    """The whole program that is in it."""
+    """The whole program that the answer amounts to."""
     tokens: int
-    """Generated, the end token or the one that completed the stop included."""
+    """The number of generated tokens, up to and including the end token or the one that completed the stop."""
     finish: str
-    """One of FINISHES."""
+    """Why the answer ended, one of FINISHES."""
     experts: dict[str, float]
-    """The share of these tokens that each expert wrote; "base": the base alone."""
+    """The share of these tokens that each expert generated; "base" stands for the base alone."""
     steps: int
-    """Decoding steps of its batch, in which rows that are over wait for the others."""
+    """The number of decoding steps of its batch, in which rows that have ended wait for the others."""
     seconds: float
-    """Of its batch, divided by the batch's rows."""
+    """The time that its batch took, divided by the number of the batch's rows."""
 
 
 class SampleFile:
     """The samples of one benchmark in one decoding, in the fixed order of the run.
 
-    Only whole batches are kept: a batch is generated as one, so that what a run writes does not depend on where it was
+    Only whole batches are kept. A batch is always generated together, so the samples do not depend on where a run was
     interrupted.
 
     Args:
-        path: the file; need not be there.
-        keys: (task_id, sample) of all samples that are to be, in order.
-        batch_size: samples a batch; the last may have fewer.
+        path: the file, which need not exist.
+        keys: (task_id, sample) of all samples that the run generates, in order.
+        batch_size: the number of samples of a batch; the last batch may have fewer.
 
     Raises:
         ValueError: for a file that holds samples of another run.
@@ -70,7 +70,7 @@ class SampleFile:
 
     @property
     def batches(self) -> list[tuple[int, list[tuple[str, int]]]]:
-        """What is still to be generated: (number of the batch in the whole run, its keys)."""
+        """The batches that are still missing: (number of the batch in the whole run, its keys)."""
         starts = range(0, len(self.keys), self.batch_size)
         return [
             (number, self.keys[start : start + self.batch_size])
@@ -79,16 +79,16 @@ class SampleFile:
         ]
 
     def append(self, batch: Sequence[Completion]) -> None:
-        """Keep one batch."""
+        """Append one batch to the file."""
         append_lines(self.path, [sample._asdict() for sample in batch])
         self.samples.extend(batch)
 
 
 class VerdictFile:
-    """The verdicts on samples, in the order in which they came; one counts only for the program that it was about.
+    """The verdicts on samples, in the order in which they came. A verdict counts only for the program that was judged.
 
     Args:
-        path: the file; need not be there. May be appended to from several threads.
+        path: the file, which need not exist. Several threads may append to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,11 +103,11 @@ class VerdictFile:
         }
 
     def of(self, sample: Completion) -> Verdict | None:
-        """The verdict on a sample; None where there is none yet."""
+        """The verdict on a sample; None if there is none yet."""
         return self._verdicts.get((sample.task_id, sample.sample, program_hash(sample)))
 
     def append(self, sample: Completion, verdict: Verdict) -> None:
-        """Keep one verdict."""
+        """Append one verdict to the file."""
         key = (sample.task_id, sample.sample, program_hash(sample))
         line = {"task_id": sample.task_id, "sample": sample.sample, **verdict._asdict(), "program": key[2]}
         with self._lock:
@@ -116,15 +116,15 @@ class VerdictFile:
 
 
 def program_hash(sample: Completion) -> str:
-    """Of a sample's program."""
+    """A short hash of a sample's program."""
     return hashlib.sha256(sample.solution.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
-    """The JSON objects of a file, up to the first line that is not whole.
+    """Read the JSON objects of a file, up to the first line that is incomplete.
 
     Returns:
-        The objects, the bytes of the line of each, and how many lines behind them were dropped.
+        The objects, the length of each one's line in bytes, and the number of lines after them, which are dropped.
     """
     if not path.exists():
         return [], [], 0
@@ -142,7 +142,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
 
 
 def append_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
-    """Write lines in one go, through to the disk."""
+    """Append lines in one write, and flush them to the disk."""
     text = "".join(json.dumps(value) + "\n" for value in objects)
     with open(path, "ab") as file:
         file.write(text.encode())

@@ -1,4 +1,4 @@
-"""The charts of a page: those of `training.charts` as SVG inside the HTML, with each value in a hover title.
+"""Draw the charts of a page: those of `training.charts` as SVG inside the HTML, with each value in a hover title.
 
 Colours become variables of the page's style sheet, so that one page is readable in light and in dark.
 """
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 44
-"""Of a line chart and its margins, in units of its viewBox, which are points of matplotlib."""
+"""The size of a line chart and of its margins, in units of its viewBox, which are points of matplotlib."""
 
 ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 112, 12
-"""Of a heatmap: the height of a row, the width of the names on its left, and how many letters of a name are shown."""
+"""The height of a heatmap's row, the width of the names on its left, and how many letters of a name are shown."""
 
 MAX_POINTS, MAX_COLUMNS = 120, 60
-"""Points of one line and columns of a heatmap; a longer log is drawn as means of neighbouring points."""
+"""The most points of a line and columns of a heatmap; a longer log is drawn as means of neighbouring points."""
 
 VARIABLES = {value: f"var(--c{index})" for index, value in enumerate(COLOURS)} | {
     TEXT: "var(--faint)",
@@ -48,7 +48,7 @@ VARIABLES = {value: f"var(--c{index})" for index, value in enumerate(COLOURS)} |
     HEAT: "var(--heat)",
     "#ffffff": "var(--surface)",
 }
-"""What stands on the page for each colour that matplotlib draws with."""
+"""The variable of the style sheet that replaces each colour that matplotlib draws with."""
 
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 
@@ -58,15 +58,15 @@ class Key(NamedTuple):
 
     name: str
     kind: str
-    """CSS classes: colour, line style, and whether it is drawn as a dot."""
+    """The CSS classes for its colour, its line style, and whether it is drawn as a dot."""
 
 
 class Chart(NamedTuple):
-    """A figure of the page."""
+    """A chart of the page, with its title, caption and legend."""
 
     title: str
     svg: str
-    """Empty where nothing was logged."""
+    """The chart as an SVG element; empty if nothing was logged."""
     caption: str = ""
     legend: Sequence[Key] = ()
 
@@ -77,12 +77,12 @@ def colour_class(index: int) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, without zeros at the end."""
+    """Show a number in four digits, without zeros at the end."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def thinned(points: Sequence[tuple[float, float | None]], limit: int = MAX_POINTS) -> list[tuple[float, float | None]]:
-    """At most `limit` points, each the mean of equally many neighbours."""
+    """Reduce points to at most `limit`, each the mean of equally many neighbours."""
     size = _group_size(len(points), limit)
     if size == 1:
         return list(points)
@@ -100,7 +100,7 @@ def _explained(caption: str, count: int, limit: int) -> str:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are known; None where none is."""
+    """The mean of the known values; None if none is known."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -113,11 +113,11 @@ def line_chart(
     floor: float | None = None,
     marks: Sequence[tuple[float, str]] = (),
 ) -> Chart:
-    """Lines and dots over optimizer steps.
+    """Draw lines and dots over optimizer steps.
 
     Args:
-        floor: the vertical axis begins at this value or lower.
-        marks: horizontal lines, each with its label.
+        floor: a value at or below which the vertical axis begins.
+        marks: (value, label) of each horizontal line.
     """
     shown = [item._replace(points=thinned(item.points)) for item in series]
     caption = _explained(caption, max((len(item.points) for item in series), default=0), MAX_POINTS)
@@ -145,10 +145,10 @@ def _draw_spots(axes: Axes, series: Sequence[Series]) -> dict[str, list[str]]:
 
 
 def heatmap(title: str, rows: Sequence[tuple[str, list[tuple[float, float | None]]]]) -> Chart:
-    """A row for each expert and a column for each logged step; shares from 0 (pale) to 1 (full colour).
+    """Draw a row for each expert and a column for each logged step, with shares from 0 (pale) to 1 (full colour).
 
     Args:
-        rows: (name, [(step, share)]), all with the same steps.
+        rows: (name, [(step, share)]) of each expert, all with the same steps.
     """
     shown = [(name, thinned(points, MAX_COLUMNS)) for name, points in rows]
     if not shown or not shown[0][1]:
@@ -183,7 +183,7 @@ def _draw_names(axes: Axes, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _figure(left: float, top: float, height: float) -> tuple[Figure, Axes]:
-    """A figure and its axes, in the units of the page's charts; both kinds have room for the steps at the bottom."""
+    """Make a figure and its axes, in the units of the page's charts, with room for the steps at the bottom."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
@@ -194,19 +194,19 @@ def _figure(left: float, top: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _inline(figure: Figure, title: str, hover: Mapping[str, list[str]]) -> str:
-    """A figure as an SVG element that can stand inside HTML.
+    """Turn a figure into an SVG element that can stand inside HTML.
 
     Args:
-        hover: by the gid of an artist, a hover title for each of the shapes that it is drawn as.
+        hover: for the gid of an artist, the hover title of each of its shapes.
     """
     figure.patch.set_visible(False)
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     root = ElementTree.fromstring(file.getvalue())
-    root.remove(root[0])  # matplotlib's style sheet, which would apply to the whole page
+    root.remove(root[0])  # this is matplotlib's style sheet, which would apply to the whole page
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
     for group in root.iter(f"{SVG}g"):
-        name = group.attrib.pop("id", "")  # the same ids are in every chart, and a page may have each only once
+        name = group.attrib.pop("id", "")  # all charts have the same ids, but an id may occur only once in a page
         if name:
             group.set("class", re.sub(r"[_ ]?\d*$", "", name))
         if name in hover:
@@ -223,14 +223,14 @@ def _add_titles(group: ElementTree.Element, titles: Sequence[str]) -> None:
     kinds = (group.findall(f".//{SVG}{kind}") for kind in ("use", "path", "text"))
     for shape, text in zip(next(filter(None, kinds)), titles, strict=True):
         if shape.tag == f"{SVG}use":
-            group.set("style", shape.attrib.pop("style"))  # once, not at each of the points
+            group.set("style", shape.attrib.pop("style"))  # once for the group instead of at each point
         title = ElementTree.Element(f"{SVG}title")
         title.text = text
         shape.insert(0, title)
 
 
 def _make_short(element: ElementTree.Element) -> None:
-    """Take out what the page's style sheet says already, and let it choose the colours."""
+    """Remove what the page's style sheet already says, and let it choose the colours."""
     if "style" in element.attrib:
         style = re.sub(r"font[^;]*; |; stroke-linecap: square", "", element.attrib["style"])
         element.set("style", re.sub("#[0-9a-f]{6}", lambda found: VARIABLES[found[0]], style))

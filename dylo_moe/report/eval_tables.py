@@ -1,4 +1,4 @@
-"""What an evaluation shows: one example, how far it is, and tables of what came of it."""
+"""The output of an evaluation on a terminal: one example, the progress, and tables of the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TITLES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 def show_example(
     console: Console, benchmark: Benchmark, sample: Completion, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """What one problem looks like on its way: the prompt with its special tokens, the raw answer, and the program."""
+    """Print one problem as it is processed: the prompt with its special tokens, the raw answer, and the program."""
     asking = benchmark.asking
     problem = benchmark.problems[sample.task_id]
     prompt = str(tokenizer.decode(asking.ids(problem, tokenizer), clean_up_tokenization_spaces=False))
@@ -45,11 +45,11 @@ def show_example(
 
 
 class LiveRate:
-    """Tells how far a benchmark is: one moving line on a terminal, else a line a batch.
+    """Shows the progress of a benchmark: as a live line on a terminal, otherwise as one line per batch.
 
     Args:
-        label: of the line.
-        bar: the moving line; None: plain lines.
+        label: the label of the line.
+        bar: the live line; None: plain lines are printed.
     """
 
     def __init__(self, console: Console, label: str, total: int, bar: Bar | None) -> None:
@@ -58,7 +58,7 @@ class LiveRate:
         self._last = (-1, False)
 
     def __call__(self, progress: Progress) -> None:
-        """To be told to `run_benchmark`."""
+        """Show the progress; `run_benchmark` calls this."""
         note = describe(progress)
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=progress.num_judged, note=note)
@@ -75,7 +75,7 @@ class LiveRate:
 
 @contextmanager
 def live_rate(console: Console, label: str, total: int) -> Iterator[LiveRate]:
-    """A live line while a benchmark runs."""
+    """Show the progress of a benchmark while it runs."""
     if not console.is_terminal:
         yield LiveRate(console, label, total, None)
         return
@@ -85,7 +85,7 @@ def live_rate(console: Console, label: str, total: int) -> Iterator[LiveRate]:
 
 
 def describe(progress: Progress) -> str:
-    """pass@1 so far, what timed out, and how quick it is."""
+    """Describe pass@1 so far, the number of timeouts, and the speed."""
     rate = "nothing judged yet"
     if progress.rate is not None:
         late = f", {progress.num_timed_out} timed out" if progress.num_timed_out else ""
@@ -94,7 +94,7 @@ def describe(progress: Progress) -> str:
 
 
 def show_results(console: Console, results: dict[str, Any]) -> None:
-    """pass@k with intervals, and who wrote the answers, of every benchmark in results.json."""
+    """Print pass@k with intervals, and the experts that generated the answers, for every benchmark in results.json."""
     runs = [
         (TITLES[name], decoding, values)
         for name in BENCHMARKS
@@ -118,7 +118,7 @@ def show_results(console: Console, results: dict[str, Any]) -> None:
                 *(map(str, own) if place == 0 else ("", "", "")),
             )
     console.print(table)
-    shares = Table(title="share of the generated tokens that each expert wrote")
+    shares = Table(title="share of the tokens that each expert generated")
     names = list(dict.fromkeys(name for _, _, values in runs for name in values["experts"]))
     shares.add_column("")
     for place, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""What a page is made from: jinja2 templates that escape every text, tables for them, and numbers as words.
+"""The building blocks of a page: jinja2 templates that escape every text, tables, and numbers in words.
 
 A page is one file. It needs no network and runs no script.
 """
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 REPORT = "report.html"
-"""The page of a folder."""
+"""The name of the page in a folder."""
 
 DARK_COLOURS = ("#56b4e9", "#f0803c", "#2cc295", "#dd8fc0", "#e6b035", "#9aa0f5", "#a9b4bb")
-"""The same hues as `charts.COLOURS`, lighter, to be read on a dark page."""
+"""The hues of `charts.COLOURS` in lighter shades, which are readable on a dark page."""
 
 BORDERS = ("solid", "dashed", "dotted", "double")
-"""The line styles of `charts.DASHES` as CSS has them for borders."""
+"""The line styles of `charts.DASHES`, as CSS names them for borders."""
 
 
 class Cell(NamedTuple):
@@ -33,18 +33,18 @@ class Cell(NamedTuple):
 
     text: str
     kind: str = ""
-    """CSS classes; `n` is a number, which stands on the right."""
+    """The CSS classes; `n` is a number, which is aligned to the right."""
     percent: int | None = None
-    """How strong its tint is, for the classes that have one."""
+    """The strength of its tint in percent, for the classes that have one."""
     hover: str = ""
     key: str = ""
-    """CSS classes of a square of colour in front of the text."""
+    """The CSS classes of a square of colour in front of the text."""
     link: str = ""
 
 
 @dataclass
 class HtmlTable:
-    """Rows of cells below their titles."""
+    """A table: rows of cells, and the titles of its columns."""
 
     titles: Sequence[str]
     rows: list[list[Cell]]
@@ -54,7 +54,7 @@ class HtmlTable:
 
     @property
     def right(self) -> set[int]:
-        """The columns of numbers."""
+        """The indices of the columns that hold numbers."""
         numbers = {"n", "tint", "blank"}
         return {place for row in self.rows for place, cell in enumerate(row) if numbers & set(cell.kind.split())}
 
@@ -75,22 +75,22 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page by one of the templates of this package."""
+    """Render a page with one of the templates of this package."""
     return _environment().get_template(template).render(values)
 
 
 def settings_table(settings: dict[str, Any]) -> HtmlTable:
-    """The flags of a run, without those that are secret by their names."""
+    """The table of a run's flags, without those whose names say that they are secret."""
     rows = [[Cell(name), Cell(value, "long")] for name, value in open_settings(settings).items()]
     return HtmlTable(["flag", "value"], rows)
 
 
 def tinted(value: float, scale: float, text: str, *, hover: str, kind: str = "") -> Cell:
-    """A cell with a tint: bluer the further `value` is below 0 (better, for a loss), more orange above.
+    """Make a cell with a tint: bluer the further `value` is below 0 (better, for a loss), more orange above.
 
     Args:
-        scale: the size of `value` that has the full tint.
-        hover: its hover title.
+        scale: the size of `value` from which on the tint is full.
+        hover: the hover title of the cell.
     """
     percent = round(50 * min(abs(value) / scale, 1)) if math.isfinite(value) else 50
     kinds = filter(None, ("tint", "better" if value < 0 else "worse", kind))
@@ -98,19 +98,19 @@ def tinted(value: float, scale: float, text: str, *, hover: str, kind: str = "")
 
 
 def count(value: Any) -> str:
-    """A number in full."""
+    """Show a number in full."""
     known = finite(value)
     return "not known" if known is None else f"{known:,.0f}"
 
 
 def share(value: Any) -> str:
-    """A part of 1 as a percentage; empty where it is not known."""
+    """Show a share from 0 to 1 as a percentage; empty if it is not known."""
     known = finite(value)
     return "" if known is None else f"{known:.1%}"
 
 
 def in_short(value: Any) -> str:
-    """A large number in three digits and a letter."""
+    """Show a large number in three digits and a letter."""
     known = finite(value)
     if known is None:
         return "not known"

@@ -1,4 +1,4 @@
-"""The continual matrix on a terminal, as wide as that is: a row for each stage, a column for each skill."""
+"""Show the loss matrix on a terminal of any width: a row for each stage, a column for each skill."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from rich.text import Text
 from dylo_moe.evaluation.loss_matrix import FIGURES, OF_UNLEARNED, Matrix, shown
 
 NOTABLE = 0.005
-"""Nats per token; a smaller change has no colour."""
+"""The smallest change that has a colour, in nats per token."""
 
 MIN_WIDTH, MAX_WIDTH, MIN_LABEL_WIDTH, MAX_LABEL_WIDTH = 8, 10, 11, 28
-"""Of a skill's column and of the stages', in letters; longer names go on in the next line."""
+"""The widths of a skill's column and of that of the stages, in letters; longer names continue in the next line."""
 
 GAP = 3
-"""Letters that a column takes beside its own."""
+"""The number of letters that a column takes in addition to its width."""
 
 NARROW = 64
-"""A terminal of fewer letters shows the worst skill below the name of a figure, not beside its value."""
+"""The width in letters below which a terminal shows the worst skill under a figure's name, not beside its value."""
 
 
 class MatrixTable:
     """A rich renderable of a matrix as it is now: print it, or give it to `rich.live.Live` after each stage.
 
-    Where the terminal is too narrow for all skills there are several tables, one below the other: no number is cut.
-    """
+    If the terminal is too narrow for all skills, there are several tables, one below the other, so that no number is
+    cut."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """What rich asks for."""
+        """Yield the tables and notes; rich calls this."""
         matrix = self.matrix
         labels = ["base", *(stage_label(matrix, place) for place in range(len(matrix.stages)))]
         longest = min(max(len(label) for label in labels), MAX_LABEL_WIDTH, options.max_width // 3)
@@ -48,10 +48,10 @@ class MatrixTable:
                 columns = []
             columns.append(column)
         yield self._losses(columns, labels, width)
-        yield Text("*: just after learning, what later changes are measured from; before it faint", style="dim")
+        yield Text("*: just after learning; later changes are measured from here, earlier losses are dim", style="dim")
         yield Text("-: not measured", style="dim")
         if matrix.stages:
-            yield Text("\nWhat it says", style="italic")
+            yield Text("\nFigures", style="italic")
             yield self._figures(options.max_width < NARROW)
 
     def _losses(self, columns: Sequence[str], labels: Sequence[str], width: int) -> Table:
@@ -80,7 +80,7 @@ class MatrixTable:
         for title in ("mean", "worst"):
             table.add_column(title, justify="right", no_wrap=True)
         if not is_narrow:
-            table.add_column("the worst; of how many", overflow="fold")
+            table.add_column("worst skill; skills counted", overflow="fold")
         for row in figure_rows(self.matrix):
             below = [Text(f"{row.title} ({row.which})")] if is_narrow else [row.title]
             numbers = (text.replace(" ", "\n") if is_narrow else text for text in (row.mean, row.worst))
@@ -101,11 +101,11 @@ class FigureRow(NamedTuple):
     mean: str
     worst: str
     which: str
-    """The worst skill, and of how many skills the figure is."""
+    """The worst skill, and the number of skills that the mean is over."""
 
 
 def figure_rows(matrix: Matrix) -> list[FigureRow]:
-    """Each figure of `FIGURES`; that of unlearned text only where there is such."""
+    """A row for each of `FIGURES`; those of unlearned text only if there is such text."""
     rows = []
     for name, kind in FIGURES.items():
         figure, all_of = kind.of(matrix), matrix.unlearned if name in OF_UNLEARNED else matrix.skills
@@ -121,7 +121,7 @@ def figure_rows(matrix: Matrix) -> list[FigureRow]:
 
 
 def stage_label(matrix: Matrix, place: int) -> str:
-    """Number and name of a stage, and its expert and action where they are not what the name says."""
+    """The number and name of a stage, and its expert and action if they differ from what the name implies."""
     stage = matrix.stages[place]
     expert = stage.decision.get("expert")
     taken = "" if stage.has_trained else f" ({stage.decision['action']})"

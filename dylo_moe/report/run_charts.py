@@ -1,4 +1,4 @@
-"""Which charts the page about a run shows, and what each one draws of the record."""
+"""Draw the charts of the page about a run from the run's record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dylo_moe.utils.words import counted
 
 
 def loss_charts(record: Record) -> list[Chart]:
-    """Training and held-out loss of each dataset, and the loss of all training tokens."""
+    """Draw the training and held-out loss of each dataset, and the loss of all training tokens."""
     charts = []
     for index, domain in enumerate(record.domains):
         series = [
@@ -25,7 +25,7 @@ def loss_charts(record: Record) -> list[Chart]:
 
 
 def benchmark_charts(record: Record) -> list[Chart]:
-    """pass@1 of each code benchmark that was run while it trained."""
+    """Draw pass@1 of each code benchmark that was run during training."""
     charts = []
     for index, name in enumerate(record.benchmarks):
         rates = Series("pass@1", record.points(f"eval_{name}_pass_at_1"), index, dots=True)
@@ -36,7 +36,7 @@ def benchmark_charts(record: Record) -> list[Chart]:
 
 
 def share_maps(record: Record) -> list[Chart]:
-    """Which share of each dataset went to which expert; from the evaluations where training did not log it."""
+    """Draw the share of each dataset that went to each expert, from the evaluations if training did not log it."""
     charts = []
     for domain in record.domains:
         keys = [(expert, f"share_{domain}_{expert}") for expert in record.experts]
@@ -52,7 +52,7 @@ def share_maps(record: Record) -> list[Chart]:
 
 
 def entropy_charts(record: Record) -> list[Chart]:
-    """Entropy of the router in training and on held-out tokens, against that of an even use of all experts."""
+    """Draw the entropy of the router in training and on held-out tokens, beside that of an even use of all experts."""
     count = len(record.experts)
     marks = [(math.log(count), f"log({count})")] if count > 1 else []
     training = [
@@ -70,7 +70,7 @@ def entropy_charts(record: Record) -> list[Chart]:
 
 
 def load_charts(record: Record) -> list[Chart]:
-    """How evenly the experts are used."""
+    """Draw how evenly the experts are used."""
     shares = [Series(expert, record.points(f"share_{expert}"), index) for index, expert in enumerate(record.experts)]
     even = [(1 / len(record.experts), "even")] if len(record.experts) > 1 else []
     imbalance = [Series("load imbalance", record.points("load_imbalance"), 0)]
@@ -83,7 +83,7 @@ def load_charts(record: Record) -> list[Chart]:
 
 
 def drift_charts(record: Record) -> list[Chart]:
-    """How far the gate's rows have moved."""
+    """Draw how far the gate's rows have moved."""
     series = [
         Series(expert, record.points(f"gate_drift_{expert}"), index) for index, expert in enumerate(record.experts)
     ]
@@ -91,7 +91,7 @@ def drift_charts(record: Record) -> list[Chart]:
 
 
 def gradient_charts(record: Record) -> list[Chart]:
-    """Norms of gradients, the learning rate and the speed."""
+    """Draw the norms of gradients, the learning rate and the speed."""
     names = [*record.experts, "router"]
     series = [Series(name, record.points(f"grad_norm_{name}"), index) for index, name in enumerate(names)]
     return [

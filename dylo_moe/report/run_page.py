@@ -1,4 +1,4 @@
-"""One page about a run or a stream: what it learned, what it was made of. No network, no script."""
+"""Write the page about a run, or a stream, as one HTML file that needs no network and runs no script."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dylo_moe.utils.redact import short_name, without_secrets
 from dylo_moe.utils.words import counted
 
 MAX_RAW_LINES = 400
-"""Lines of metrics.jsonl that are shown on the page."""
+"""The most lines of metrics.jsonl that are shown on the page."""
 
 
 def write_report(folder: str, output: str | None = None) -> Path:
     """Write the page about the run or stream in `folder`; returns its path, by default report.html in that folder.
 
     Raises:
-        ValueError: for a folder that is no run's and no stream's, or an output that is a folder.
+        ValueError: for a folder that is neither a run's nor a stream's, or an output that is a folder.
     """
     target = Path(folder) / REPORT if output is None else Path(output)
     if target.is_dir():
@@ -39,7 +39,7 @@ def write_report(folder: str, output: str | None = None) -> Path:
 
 
 def run_page(folder: Path) -> str:
-    """The whole page about a run."""
+    """The page about a run as HTML."""
     record = read_record(folder)
     facts = record.facts
     evaluated = [step for points in record.losses.values() for step, _ in points]
@@ -125,11 +125,11 @@ def _last_shares(record: Record) -> HtmlTable:
 
 
 class ColouredToken(NamedTuple):
-    """A token of a sample, in the colour of the expert that it was routed to."""
+    """A token of a sample, with the colour of the expert that it was routed to."""
 
     text: str
     kind: str
-    """CSS classes."""
+    """The CSS classes that give the token its colour."""
     expert: str
 
 
@@ -139,8 +139,8 @@ def _coloured(sample: dict[str, Any], names: list[str]) -> list[ColouredToken]:
     for position, token in enumerate(tokens):
         expert = experts[position] if position < len(experts) else None
         kind = colour_class(names.index(expert)) if expert in names else "base"
-        faint = " prompt" if position < (sample.get("prompt_length") or 0) else ""
-        found.append(ColouredToken(str(token), kind + faint, str(expert or "the base alone")))
+        prompt = " prompt" if position < (sample.get("prompt_length") or 0) else ""
+        found.append(ColouredToken(str(token), kind + prompt, str(expert or "the base alone")))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, also of a run that was killed or is still running."""
+"""Read what the folder of a run holds, even if the run was killed or is still running."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import yaml
 from dylo_moe.utils.words import counted
 
 FILES = ("config.yaml", "metrics.jsonl", "run.json")
-"""A folder that holds none of these is no run."""
+"""The files of a run; a folder that holds none of them is not a run's."""
 
 Points = list[tuple[float, float | None]]
-"""(step, value) of each log; None where the value is not finite."""
+"""The (step, value) of each logged line; the value is None if it is not finite."""
 
 
 class Record(NamedTuple):
     """A run as its files describe it; what they do not hold is empty."""
 
     name: str
-    """Of the folder."""
+    """The name of the run's folder."""
     facts: dict[str, Any]
     settings: dict[str, Any]
     lines: list[dict[str, Any]]
-    """Of metrics.jsonl."""
+    """The lines of metrics.jsonl."""
     samples: list[dict[str, Any]]
     domains: list[str]
-    """The datasets, as the metrics call them."""
+    """The datasets, by their names in the metrics."""
     experts: list[str]
     is_finished: bool
     missing: list[str]
@@ -38,11 +38,11 @@ class Record(NamedTuple):
 
     @property
     def has_training_log(self) -> bool:
-        """Whether a loss of training was logged, not only evaluations."""
+        """Whether a training loss was logged, not only evaluations."""
         return any("lm_loss" in line for line in self.lines)
 
     def points(self, key: str) -> Points:
-        """(step, value) of each line that has this key; None where its value is not a finite number."""
+        """The (step, value) of each line that has this key; the value is None if it is not a finite number."""
         return [(line["step"], finite(line[key])) for line in self.lines if key in line]
 
     def last(self, key: str) -> float | None:
@@ -57,25 +57,25 @@ class Record(NamedTuple):
 
     @property
     def benchmarks(self) -> list[str]:
-        """The code benchmarks that were run while it trained."""
+        """The code benchmarks that were run during training."""
         return _named(self.lines, r"eval_(.+)_pass_at_1")
 
     @property
     def alarms(self) -> list[tuple[int, str]]:
-        """(step, sentence)."""
+        """The alarms as (step, sentence)."""
         return [(line["step"], str(text)) for line in self.lines for text in _list(line.get("alarms"))]
 
 
 def read_record(folder: Path) -> Record:
-    """Read what there is.
+    """Read the files of a run that are there; `missing` tells about the others.
 
     Raises:
-        ValueError: for a folder that is no run's.
+        ValueError: for a folder that is not a run's.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no run folder {folder}")
     if not any((folder / name).is_file() for name in FILES):
-        raise ValueError(f"{folder} is no run: it holds none of {', '.join(FILES)}")
+        raise ValueError(f"{folder} is not a run: it holds none of {', '.join(FILES)}")
     missing: list[str] = []
     facts = read_mapping(folder / "run.json", missing, "base, experts, data, versions and hardware are not known")
     settings = read_mapping(folder / "config.yaml", missing, "the configuration is not known")
@@ -97,17 +97,17 @@ def read_record(folder: Path) -> Record:
 
 
 def finite(value: Any) -> float | None:
-    """A number, or None for anything else."""
+    """The value as a float if it is a finite number; else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if is_number else None
 
 
 def read_mapping(path: Path, missing: list[str], consequence: str) -> dict[str, Any]:
-    """The content of a file of JSON or YAML, empty where it cannot be had.
+    """Read a mapping from a JSON or YAML file; empty if that is not possible.
 
     Args:
-        missing: gets a sentence where the file is not there, cannot be read, or holds something else.
-        consequence: what that sentence ends with.
+        missing: a sentence is appended if the file is missing, cannot be read, or holds something else.
+        consequence: the end of that sentence.
     """
     found = _read(path, missing, consequence)
     if isinstance(found, dict):
@@ -141,14 +141,14 @@ def _read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
             broken += 1
     if broken:
         verb = "is" if broken == 1 else "are"
-        missing.append(f"{counted(broken, 'line')} of metrics.jsonl {verb} cut off or no JSON, and left out")
+        missing.append(f"{counted(broken, 'line')} of metrics.jsonl {verb} cut off or not JSON, and left out")
     if not lines:
         missing.append("metrics.jsonl is empty: nothing was logged")
     return lines
 
 
 def _named(lines: list[dict[str, Any]], pattern: str) -> list[str]:
-    """The names that stand in the metrics' keys, for where run.json does not hold them."""
+    """The names in the keys of the metrics, for a run whose run.json does not hold them."""
     found = [match[1] for line in lines for key in line if (match := re.fullmatch(pattern, key))]
     return list(dict.fromkeys(found))
 

@@ -1,4 +1,4 @@
-"""One page about a stream: what was learned stage after stage, what was forgotten, what was decided and why."""
+"""The page about a stream: what was learned and forgotten stage after stage, and what was decided and why."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from dylo_moe.report.stream_record import StreamRecord
 from dylo_moe.utils.redact import short_name, without_secrets
 
 MIN_SCALE = 0.05
-"""Nats per token that have the full tint at least, so that noise is not painted like harm."""
+"""The smallest change with the full tint, in nats per token, so that noise does not look like harm."""
 
 MEANINGS = {
     "loss": "nats per token, of every skill, learned or not",
     "forgetting": "the last loss minus the loss just after the skill was learned; above 0 is worse",
-    "backward_transfer": "the same with its sign turned; above 0: what came later made it better",
+    "backward_transfer": "the same with its sign changed; above 0: later stages made the skill better",
     "forward_transfer": "the base's loss minus that just before the skill was learned; above 0: earlier skills helped",
     "gain_kept": "the gain over the base now, as a share of the gain of the skill's own expert just after learning",
     "routing_accuracy": "share of a learned skill's held-out tokens that go to its own expert",
     "left_to_base": "share of the tokens of text that is never trained which go to the unchanged base",
     "drift": "the last loss minus the base's, of text that is never trained; above 0 is worse",
 }
-"""What each figure is, in a sentence."""
+"""The meaning of each figure in a sentence."""
 
 UNMEASURED = "Nothing was measured yet."
 
 
 class ChangeMap(NamedTuple):
-    """Changes of the loss as numbers on tints."""
+    """Changes of the loss as numbers in tinted cells."""
 
     table: HtmlTable
     scale: str
-    """The change that has the full tint."""
+    """The change from which on the tint is full."""
 
 
 def stream_page(record: StreamRecord, home: Path) -> str:
-    """The whole page.
+    """The page about a stream as HTML.
 
     Args:
         home: the folder that the page will be written to; links to the stages' pages are relative to it.
@@ -95,7 +95,7 @@ def _figures(matrix: Matrix) -> HtmlTable:
         [Cell(row.title), Cell(row.mean, "n"), Cell(row.worst, "n"), Cell(row.which), Cell(MEANINGS[row.name], "long")]
         for row in (figure_rows(matrix) if matrix.stages else [])
     ]
-    return HtmlTable(["", "mean", "worst", "the worst; of how many", "what it is"], rows)
+    return HtmlTable(["", "mean", "worst", "worst skill; skills counted", "meaning"], rows)
 
 
 def _each_skill(matrix: Matrix) -> HtmlTable:
@@ -129,7 +129,7 @@ def _is_learned(matrix: Matrix, place: int, column: str) -> bool:
 def _change_map(
     matrix: Matrix, change: Callable[[int, str], float | None], applies: Callable[[int, str], bool]
 ) -> ChangeMap | None:
-    """Stages down, skills to the right; each cell is the change of the loss as a number on its tint."""
+    """Make a table with a row for each stage and a column for each skill; each cell is a change of the loss, tinted."""
     if not matrix.stages:
         return None
     columns = [*matrix.skills, *matrix.unlearned]
@@ -161,7 +161,7 @@ DECISION = {
     "expert": ("expert", ""),
     "skill": ("learned as", ""),
 }
-"""Entries of a decision that have a column: its title and its CSS class."""
+"""The entries of a decision that have a column of their own, with its title and its CSS class."""
 
 
 def _decisions(record: StreamRecord, home: Path) -> HtmlTable:
@@ -205,7 +205,7 @@ def _losses(matrix: Matrix) -> HtmlTable:
 
 
 def _expert_cells(matrix: Matrix, which: str, template: str) -> HtmlTable:
-    """One of the other numbers of each stage and skill; a cell is empty where the skill had no expert yet."""
+    """A table of `alone` or `accuracy` by stage and skill; a cell is empty if the skill had no expert yet."""
     found = [getattr(stage, which) for stage in matrix.stages]
     columns = matrix.skills
     if any(text in cells for cells in found for text in matrix.unlearned):

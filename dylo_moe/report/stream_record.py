@@ -1,4 +1,4 @@
-"""What the folder of a stream holds, also of a stream that was killed or is still running."""
+"""Read what the folder of a stream holds, even if the stream was killed or is still running."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from dylo_moe.report.run_record import read_mapping
 from dylo_moe.utils.words import counted
 
 STREAM = "stream.json"
-"""The file that a stream's folder has and a run's has not."""
+"""A file that a stream's folder has, but a run's does not."""
 
 
 class StreamRecord(NamedTuple):
     """A stream as its files describe it; what they do not hold is empty."""
 
     name: str
-    """Of the folder."""
+    """The name of the stream's folder."""
     matrix: Matrix
     settings: dict[str, Any]
     is_finished: bool | None
-    """None: not known."""
+    """Whether the stream has ended; None if that is not known."""
     pages: list[Path | None]
-    """Of each stage of the matrix: the page about its run, where there is one."""
+    """For each stage of the matrix the page about its run, if there is one."""
     missing: list[str]
     """Sentences about files that are not there or cannot be read."""
 
 
 def is_stream(folder: Path) -> bool:
-    """Whether a folder is a stream's, not a single run's."""
+    """Whether a folder is that of a stream, rather than of a single run."""
     return any((folder / name).is_file() for name in (STREAM, MATRIX))
 
 
 def read_stream(folder: Path) -> StreamRecord:
-    """Read what there is."""
+    """Read the files of a stream that are there; `missing` tells about the others."""
     missing: list[str] = []
     state = read_mapping(folder / STREAM, missing, "whether the stream has ended is not known")
     settings = read_mapping(folder / "config.yaml", missing, "the configuration is not known")
@@ -58,7 +58,7 @@ def read_stream(folder: Path) -> StreamRecord:
 
 
 def _page(folder: Path, place: int, listed: Any) -> Path | None:
-    """The page about a stage's run, only if it is inside the stream's folder."""
+    """The page about a stage's run, if there is one inside the stream's folder."""
     entry = listed[place] if place < len(listed) else None
     named = entry.get("folder") if isinstance(entry, dict) else None
     found = [folder / named] if isinstance(named, str) and "\0" not in named else []

@@ -1,4 +1,4 @@
-"""What a run shows when it is done: tables, samples coloured by expert, plots."""
+"""The output of a run on a terminal: tables of the data and the results, and samples coloured by expert."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ COUNT_TITLES = {
 }
 
 MAX_REASONS = 8
-"""Kinds of problem shown of one dataset; the rest is summed up."""
+"""The most reasons shown for one dataset; the others are counted."""
 
 
 def show_data(console: Console, data: LoadedData) -> None:
-    """What became of every row, why, and what an epoch is made of."""
+    """Print how every row was used or why it was left out, and what an epoch consists of."""
     show_counts(console, data.counts)
     for name, origin in data.origins.items():
         console.print(Text(f"{name}: {origin}", style="dim"), soft_wrap=True)
@@ -56,8 +56,8 @@ def show_data(console: Console, data: LoadedData) -> None:
 
 
 def show_counts(console: Console, counts: Sequence[DatasetCounts]) -> None:
-    """What happened to every row, a column for each dataset; a line that is zero everywhere is left out."""
-    table = Table(title="rows read, and what became of them", box=SIMPLE_HEAD)
+    """Print the counts of rows with a column for each dataset; a line that is zero everywhere is left out."""
+    table = Table(title="rows read, and how they were used", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for count in counts:
         table.add_column(count.name, justify="right", overflow="fold")
@@ -69,7 +69,7 @@ def show_counts(console: Console, counts: Sequence[DatasetCounts]) -> None:
 
 
 def show_reasons(console: Console, name: str, reasons: Sequence[Reason]) -> None:
-    """Why rows of a dataset were not taken, or not as they are."""
+    """Print why rows of a dataset were left out or changed."""
     for reason in reasons[:MAX_REASONS]:
         console.print(Text(f"{name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})"), soft_wrap=True)
     if len(reasons) > MAX_REASONS:
@@ -78,7 +78,7 @@ def show_reasons(console: Console, name: str, reasons: Sequence[Reason]) -> None
 
 
 def show_mixture(console: Console, shares: Sequence[Share]) -> None:
-    """What each dataset is of an epoch."""
+    """Print the share that each dataset has in an epoch."""
     table = Table(title="one epoch, in rows and in trained tokens")
     for column in ("dataset", "rows", "share", "tokens", "share", "passes"):
         table.add_column(column, justify="left" if column == "dataset" else "right", overflow="fold")
@@ -89,7 +89,7 @@ def show_mixture(console: Console, shares: Sequence[Share]) -> None:
 
 
 def show_losses(console: Console, before: dict[str, float], after: dict[str, MeterReading]) -> None:
-    """Held-out loss of each dataset before and after."""
+    """Print the held-out loss of each dataset before and after training."""
     table = Table(title="held-out loss, nats per token")
     for column in ("dataset", "before", "after", "change"):
         table.add_column(column, justify="left" if column == "dataset" else "right")
@@ -101,7 +101,7 @@ def show_losses(console: Console, before: dict[str, float], after: dict[str, Met
 
 
 def show_shares(console: Console, readings: dict[str, MeterReading]) -> None:
-    """Experts x datasets: which share of a dataset's held-out tokens went to which expert."""
+    """Print the share of each dataset's held-out tokens that went to each expert."""
     table = Table(title="share of the held-out tokens sent to each expert")
     table.add_column("expert")
     for domain in readings:
@@ -134,32 +134,33 @@ def show_shares(console: Console, readings: dict[str, MeterReading]) -> None:
 def show_sample(
     console: Console, sample: RoutedText, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]
 ) -> None:
-    """One text, each token in the colour of its expert; without colours, each change of expert is written out."""
+    """Print a text with each token in the colour of its expert; without colours, each change of expert is written
+    out."""
     styles: dict[str | None, str] = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(experts)}
-    text, last = Text(), "nobody"
+    text, last = Text(), ""
     for position, (token, expert) in enumerate(zip(sample.ids, sample.experts, strict=True)):
         if position == sample.prompt_length:
             text.append(" » ", style="bold")
         if not console.is_terminal and not console.record and expert != last:
             text.append(f"⟨{expert or 'base'}⟩")
         last = expert or "base"
-        faint = " dim" if position < sample.prompt_length else ""
-        text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + faint)
+        dim = " dim" if position < sample.prompt_length else ""
+        text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + dim)
     console.rule(sample.domain, align="left", style="dim")
     console.print(text, highlight=False)
 
 
 def show_legend(console: Console, experts: Sequence[str]) -> None:
-    """Which colour is whose."""
+    """Print which colour stands for which expert."""
     legend = Text("tokens by expert: ")
     for index, name in enumerate(experts):
         legend.append(f"{name}  ", style=COLOURS[index % len(COLOURS)])
-    legend.append("(the prompt is faint; » is where the model goes on)", style="dim")
+    legend.append("(the prompt is dim; the model continues after »)", style="dim")
     console.print(legend)
 
 
 def show_loss(console: Console, model: DyLoRAMoE, wanted: int | None) -> None:
-    """Choose how the loss is computed, and say so."""
+    """Choose how the loss is computed, and print it."""
     text = chunk_loss(model, wanted)
     if text:
         console.print(text, highlight=False, markup=False)

@@ -185,7 +185,7 @@ def test_every_answer_is_trained_behind_exactly_what_a_model_is_given_for_it(tok
             if place == 0 or row.labels[place - 1] == -100:
                 spans.append([place, place])
             spans[-1][1] = place + 1
-    if row.note:  # an answer that melts into the header before it cannot be had both ways: the last one is exact
+    if row.note:  # a token may span the header and the answer: then only the last answer is exact
         assert len(spans) == 1
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"] + [len(messages)]
     texts = [*(messages[place]["content"] for place in answers[:-1]), example.response]

@@ -85,7 +85,7 @@ def test_a_message_without_an_answer_is_left_out_and_noted():
         (turns((USER, "q"), (USER, "q")), Fate.MALFORMED, "a message of the user where the assistant's turn is"),
         (turns((USER, "q"), (SYSTEM, "q")), Fate.MALFORMED, "a message of the system where the assistant's"),
         (turns((USER, "q"), ("tool", "x")), Fate.MALFORMED, "role is 'tool', none of user, human"),
-        (turns((USER, "q"), (3, "x")), Fate.MALFORMED, "role is missing or no string"),
+        (turns((USER, "q"), (3, "x")), Fate.MALFORMED, "role is missing or not a string"),
         (turns((USER, "q"), (ASSISTANT, " ")), Fate.EMPTY, "a message's content is empty"),
         (turns((USER, [{"type": "text"}]), (ASSISTANT, "a")), Fate.MALFORMED, "a message's content is not a string"),
     ],
@@ -110,7 +110,7 @@ def test_columns_of_ones_own():
     with pytest.raises(RowError, match="no a"):
         read_row({"q": "x"}, Columns(prompt="q", response="a"))
     assert Columns(prompt="q", response="a", tests="t").problem() is None
-    assert "prompt make no format" in Columns(prompt="q").problem()
+    assert "prompt do not form a format" in Columns(prompt="q").problem()
     assert "prompt, text" in Columns(prompt="q", text="t").problem()
     assert all(columns.problem() is None for columns in FORMATS.values())
 

@@ -205,8 +205,8 @@ ROWS = [json.dumps({"text": f"text {i}"}).encode() for i in range(6)]
         (array_of(*ROWS[:3], b'{"text": "\xff"}', *ROWS[3:]), 6, "not UTF-8"),
         (array_of(*ROWS)[:-1], 6, "the array has no end; the file is not read any further"),
         (array_of(*ROWS)[:-9], 5, "not JSON; the file is not read any further"),
-        (array_of(*ROWS[:3]) + b" [1]", 3, "more behind the array's end; the file is not read any further"),
-        (b"[" + ROWS[0] + b"," + ROWS[1] + b" " + ROWS[2] + b"]", 2, "no comma behind the element before"),
+        (array_of(*ROWS[:3]) + b" [1]", 3, "text after the end of the array; the file is not read any further"),
+        (b"[" + ROWS[0] + b"," + ROWS[1] + b" " + ROWS[2] + b"]", 2, "no comma after the previous element"),
         (array_of(*ROWS[:3], b"[" * 20_000, *ROWS[3:]), 3, "not JSON"),
     ],
 )
@@ -288,7 +288,7 @@ def test_broken_data_on_the_command_line_is_one_line_and_status_2(tmp_path, caps
     for name, message in (
         ("none.jsonl", "has no usable row"),
         ("zero.jsonl", "has no row in"),
-        ("broken.parquet", "is no whole parquet file"),
+        ("broken.parquet", "is not a complete parquet file"),
         ("missing.jsonl", "there is no file or folder"),
     ):
         for command in (["data", "check"], ["data", "show"], ["train", "--datasets"]):

@@ -75,4 +75,4 @@ def test_the_hub_s_rows_are_those_of_the_mirror_and_stay_when_the_hub_is_gone(mi
 
 def test_a_hub_that_does_not_answer_is_told_from_one_that_has_no_such_dataset(home):
     failed = load(home, offline=True, datasets=["nobody/nothing"])
-    assert "the dataset 'nothing' cannot be read" in failed["error"] and "(2) lay its files into" in failed["error"]
+    assert "the dataset 'nothing' cannot be read" in failed["error"] and "(2) put its files into" in failed["error"]

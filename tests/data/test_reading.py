@@ -136,7 +136,7 @@ def test_without_hub_and_mirror_one_message_says_the_three_ways(name, tmp_path):
         for part in (
             "cannot be read: the hub cannot be reached",
             "(1) reach the hub",
-            "(2) lay its files into",
+            "(2) put its files into",
             "(3) give",
         ):
             assert part in message
@@ -243,8 +243,8 @@ def test_columns_of_one_dataset_win_over_those_of_all(tmp_path):
     ("columns", "message"),
     [
         (["prompt=question,response=solution,input=typo"], "has no column typo; it has question, solution"),
-        (["prompt=question,prompt=solution,response=solution"], "columns tells prompt twice"),
-        (["prompt=question"], "columns of 'mine': the roles prompt make no format"),
+        (["prompt=question,prompt=solution,response=solution"], "columns gives prompt twice"),
+        (["prompt=question"], "columns of 'mine': the roles prompt do not form a format"),
         (["other.prompt=question"], "columns is for 'other', which is not among the datasets (mine, cmake)"),
         (["cmake.text=x"], "columns cannot apply to 'cmake'"),
         (["prompt=nowhere,response=solution"], "has no column nowhere; it has question, solution"),
@@ -324,7 +324,7 @@ def test_a_single_text_is_split_by_its_pieces_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1 broken"), "is no whole parquet file"),
+        (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1 broken"), "is not a complete parquet file"),
         (lambda folder: (folder / "a.jsonl").write_bytes(b""), "'mine' has no row in"),
         (lambda folder: (folder / "a.jsonl").write_bytes(b"\n\n"), "'mine' has no row in"),
         (lambda folder: (folder / "a.json").write_text("[]"), "'mine' has no row in"),

@@ -130,7 +130,7 @@ def test_every_logged_value_is_on_the_page(finished):
 
 
 def test_code_benchmarks_that_were_run_while_it_trained_are_on_the_page(finished, tmp_path):
-    assert "No code benchmark was run while it trained." in read(
+    assert "No code benchmark was run during training." in read(
         write_report(str(finished), str(tmp_path / "plain.html"))
     )
     folder = write_run(tmp_path / "out")
@@ -210,7 +210,10 @@ def test_a_point_without_a_neighbour_is_a_dot(values):
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
-    for argument, said in ((tmp_path / "nothing", "there is no run folder"), (tmp_path, "is no run: it holds none of")):
+    for argument, said in (
+        (tmp_path / "nothing", "there is no run folder"),
+        (tmp_path, "is not a run: it holds none of"),
+    ):
         assert main(["report", str(argument)]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1

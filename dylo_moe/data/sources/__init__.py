@@ -1,1 +1,1 @@
-"""Where data comes from: the catalog, local files, the hub, and text of this machine."""
+"""The sources of data: the catalog, local files, the hub, and text of this machine."""

@@ -1,7 +1,7 @@
-"""The datasets that have a name: one table for the code, `dylora data list` and docs/datasets.md.
+"""The catalog of named datasets: one table for the code, `dylora data list` and docs/datasets.md.
 
-Hub revisions are pinned, so that a name means the same rows everywhere. Figures marked with `~` are as
-the dataset's page on the hub states them.
+Hub revisions are pinned, so that a name means the same rows everywhere. Figures marked with `~` are those
+that the dataset's page on the hub states.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from dylo_moe.data.sources.formats import FORMATS, Columns
 class Source:
     """One named dataset.
 
-    A source with a `hub_id` is read from a local mirror or the hub, one without from what every machine has.
-    """
+    A source with a `hub_id` is read from a local mirror or the hub, one without from packages that are installed
+    anyway."""
 
     name: str
     description: str
     licence: str
     size: str
-    """Rows of each split, and bytes to fetch."""
+    """The number of rows of each split, and of bytes to fetch."""
     format: str
     columns: Columns
     hub_id: str | None = None
     config: str | None = None
     revision: str | None = None
-    """Commit on the hub."""
+    """The pinned commit on the hub."""
     file: str | None = None
     """The one data file to read, where the hub's folder holds the same rows twice."""
     package: tuple[str, str] | None = None
     """An installed package that carries the data, and the file within."""
     splits: tuple[str, ...] = ("train",)
-    """Splits that the source has. `validation`, where there is one, is held out; others are never read in training."""
+    """The source's splits. `validation`, if there is one, is held out; others than `train` are never read in
+    training."""
     for_training: bool = True
     non_commercial: bool = False
 
     @property
     def origin(self) -> str:
-        """Where it comes from, in words."""
+        """The place that the dataset comes from, in words."""
         return self.hub_id or "this machine"
 
 
@@ -132,7 +133,7 @@ _MACHINE = (
 )
 
 CATALOG: dict[str, Source] = {source.name: source for source in (*_HUB, *_MACHINE)}
-"""By name, in the order that lists show."""
+"""The named datasets by name, in the order in which lists show them."""
 
 MACHINE_TEXT = tuple(source.name for source in _MACHINE)
 """The names that need neither hub nor mirror."""

@@ -1,6 +1,6 @@
-"""Local files as raw rows: one at a time, whatever is in them, and a reason for each that is no row.
+"""Read local files as raw rows, one at a time, with a reason for each that is broken.
 
-A raw row is still the bytes of a JSON object; what it says is read later, on all cores. So a broken row costs
+A raw row still holds the bytes of a JSON object, which are parsed later, on all cores. So a broken row costs only
 itself, not its file, and rows of one file need not have the same columns.
 """
 
@@ -22,16 +22,16 @@ from datasets import Features, Value
 from dylo_moe.data.sources.formats import printable
 
 MAX_ROW_BYTES = 8 * 2**20
-"""A longer line or element is no row: it would be millions of tokens."""
+"""The longest line or element that is read as a row; a longer one would be millions of tokens."""
 
 CHUNK_BYTES = 2**20
-"""Read at once."""
+"""The number of bytes read at once."""
 
 TEXT_BYTES = 2**16
-"""A text's raw rows are about so long."""
+"""The approximate length of the raw rows into which a text file is split."""
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-"""Files of rows that are read here, also with `.gz` behind; parquet is read by the `datasets` library."""
+"""The endings of files of rows that are read here, also followed by `.gz`; the `datasets` library reads parquet."""
 
 RAW = Features(
     {
@@ -42,8 +42,9 @@ RAW = Features(
         "problem": Value("string"),
     }
 )
-"""`raw`: a JSON object. `place`: FILE:LINE, for messages. `document`: what must stay on one side of a split; empty: the
-row's own question or text. `pieces`: `raw` is a text, to be cut into rows. `problem`: why this is no row, or empty."""
+"""The columns of a raw row. `raw`: a JSON object. `place`: FILE:LINE, for messages. `document`: rows with the same one
+stay on one side of a split; if it is empty, the row's question or text counts. `pieces`: whether `raw` is a text to be
+cut into rows. `problem`: why this is not a row, or empty."""
 
 
 class LocalFile(NamedTuple):
@@ -54,19 +55,20 @@ class LocalFile(NamedTuple):
 
     @classmethod
     def at(cls, path: Path, name: str) -> LocalFile:
-        """The file there; its name may hold bytes that are no text."""
+        """The file at `path`; its name may hold bytes that are not text."""
         return cls(printable(name), str(path))
 
 
 def raw_row(raw: bytes, place: str, *, document: str = "", pieces: bool = False, problem: str = "") -> dict:
-    """One row of RAW."""
+    """A raw row, with the columns of RAW."""
     return {"raw": raw, "place": place, "document": document, "pieces": pieces, "problem": problem}
 
 
 def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]:
-    """The raw rows of files (name, path); a file that breaks off gives those before, and a problem.
+    """Yield the raw rows of files, given as (name, path).
 
-    A file that is none of ROW_SUFFIXES is a text, and with `as_texts` all are.
+    A file that breaks off gives the rows up to there, and one with the problem. A file whose ending is not in
+    ROW_SUFFIXES is read as a text, and with `as_texts` every file is.
     """
     for name, path in files:
         try:
@@ -77,7 +79,7 @@ def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]
 
 
 def content_key(files: Sequence[LocalFile]) -> str:
-    """A hash of the files' names and bytes, and of how they are read here.
+    """A hash of the files' names and bytes, and of this module, which decides how they are read.
 
     Raises ValueError for a file that cannot be read.
     """
@@ -94,7 +96,7 @@ def content_key(files: Sequence[LocalFile]) -> str:
 
 
 def is_row_file(name: str) -> bool:
-    """Whether a file of this name holds rows, not a text."""
+    """Whether a file of this name holds rows, rather than a text."""
     return name.lower().removesuffix(".gz").endswith((*ROW_SUFFIXES, ".parquet"))
 
 
@@ -113,7 +115,7 @@ def _rows_of(file: BinaryIO, name: str) -> Iterator[dict]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Lines without their end; None for one that is too long."""
+    """Yield the lines of a file without their end; None for a line that is too long."""
     while line := file.readline(MAX_ROW_BYTES + 1):
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
             while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
@@ -139,14 +141,14 @@ def _line_rows(file: BinaryIO, name: str) -> Iterator[dict]:
 
 
 def _first_text(file: BinaryIO) -> bytes:
-    """How a file begins, from its first byte that is no space on."""
+    """The beginning of a file, from its first byte that is not a space."""
     start = file.read(CHUNK_BYTES)
     file.seek(0)
     return start.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def _array_rows(file: BinaryIO, name: str) -> Iterator[dict]:
-    """The elements of one JSON array, which may be larger than memory. Nothing can be read behind a broken one."""
+    """Yield the elements of one JSON array, which may be larger than memory. Nothing after a broken one can be read."""
     for index, element in enumerate(_elements(file)):
         place = f"{name}[{index}]"
         if isinstance(element, _Broken):
@@ -156,12 +158,14 @@ def _array_rows(file: BinaryIO, name: str) -> Iterator[dict]:
 
 
 class _Broken(NamedTuple):
+    """The reason why an array cannot be read any further."""
+
     reason: str
 
 
 def _elements(file: BinaryIO) -> Iterator[str | _Broken]:
     decoder = json.JSONDecoder()
-    # A byte that is no UTF-8 comes back as it was when its element is encoded, and costs only that.
+    # A byte that is not UTF-8 is restored when its element is encoded, so that only this element is broken.
     utf8 = getincrementaldecoder("utf-8")("surrogateescape")
     buffer, position, is_over = "", 0, False
 
@@ -172,7 +176,7 @@ def _elements(file: BinaryIO) -> Iterator[str | _Broken]:
         buffer, position = buffer[position:] + utf8.decode(part, final=is_over), 0
 
     def skip_space() -> str:
-        """The next character that is no space; nothing at the end."""
+        """Move on to the next character that is not a space and return it; an empty string at the end."""
         nonlocal position
         while True:
             while position < len(buffer) and buffer[position] in " \t\r\n\ufeff":
@@ -206,16 +210,16 @@ def _elements(file: BinaryIO) -> Iterator[str | _Broken]:
             if follows == "]":
                 break
             if follows != ",":
-                yield _Broken("no comma behind the element before" if follows else "the array has no end")
+                yield _Broken("no comma after the previous element" if follows else "the array has no end")
                 return
     if skip_space():
-        yield _Broken("more behind the array's end")
+        yield _Broken("text after the end of the array")
 
 
 def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
     csv.field_size_limit(MAX_ROW_BYTES)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    # Tabs need no quotes, and a stray one would swallow the rows up to the next.
+    # Values between tabs need no quotes, and a stray quote would swallow the rows up to the next one.
     reader = (
         csv.DictReader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
         if delimiter == "\t"
@@ -233,11 +237,13 @@ def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
             else:
                 yield raw_row(json.dumps(row).encode(), place)
     except csv.Error as error:
-        yield raw_row(b"", f"{name}:{reader.line_num}", problem=f"no table: {error}; the file is not read any further")
+        yield raw_row(
+            b"", f"{name}:{reader.line_num}", problem=f"not a table: {error}; the file is not read any further"
+        )
 
 
 def _text_rows(file: BinaryIO, name: str) -> Iterator[dict]:
-    """A text in parts of about TEXT_BYTES, each of whole lines."""
+    """Yield a text in parts of about TEXT_BYTES, each of whole lines."""
     part: list[bytes] = []
     size = 0
     for line in _lines(file):

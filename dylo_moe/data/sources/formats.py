@@ -1,6 +1,6 @@
-"""What a row of a dataset says: the formats people publish, each read into an `Example`.
+"""The published formats of datasets, and how a row of each is read into an `Example`.
 
-A format is nothing but which column plays which role, so one of your own is a `Columns` too.
+A format only says which column plays which role, so a format of one's own is a `Columns` too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SPEAKERS = {
     "bot": ASSISTANT,
     "system": SYSTEM,
 }
-"""Who speaks, under the names that chat and ShareGPT data use."""
+"""The role of a message's speaker, by the names that chat and ShareGPT data use for it."""
 
 
 class Fate(IntEnum):
-    """What became of a row."""
+    """Whether a row was kept, or the kind of reason why it was left out."""
 
     KEPT = 0
     EMPTY = 1
@@ -39,7 +39,7 @@ class RowError(ValueError):
     """A row that cannot be trained on: its fate, and the reason in a few words.
 
     Args:
-        length: in tokens, where that is the reason.
+        length: the row's length in tokens, if that is the reason.
     """
 
     def __init__(self, fate: Fate, reason: str, length: int = 0) -> None:
@@ -50,7 +50,7 @@ class RowError(ValueError):
 
 
 def printable(text: str) -> str:
-    """One line that can be shown and stored, whatever was in the text."""
+    """Turn any text into one line that can be shown and stored."""
     whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(character if character.isprintable() else "?" for character in whole)
 
@@ -63,7 +63,7 @@ class Message(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One text to learn: `response`, after `context`. Without context it is plain text, all of it trained.
+    """One text to learn: a `response` to a `context`. Without context it is plain text, all of which is trained.
 
     The context ends with a user's turn, and may begin with a system message. Earlier answers in it are trained as well.
     """
@@ -71,28 +71,28 @@ class Example(NamedTuple):
     context: tuple[Message, ...]
     response: str
     note: str = ""
-    """What was left out on reading, if anything was."""
+    """A remark about parts that were left out when the row was read; empty if none were."""
 
     @property
     def question(self) -> str:
-        """What was asked first; nothing for plain text. Rows with the same question stay on one side of a split."""
+        """The first question; empty for plain text. Rows with the same question stay on one side of a split."""
         return next((message.content for message in self.context if message.role == USER), "")
 
     @property
     def text(self) -> str:
-        """Everything it says."""
+        """The context and the response as one text."""
         return "\n".join([*(message.content for message in self.context), self.response])
 
 
 def ask(prompt: str, response: str) -> Example:
-    """One question and its answer."""
+    """The example of one question and its answer."""
     return Example((Message(USER, prompt),), response)
 
 
 class Columns(NamedTuple):
-    """The column that plays each role, None where there is none.
+    """The name of the column that plays each role, or None.
 
-    Either `messages`, or `prompt` and `response` (with `input`, `tests` and `system` where there are any), or `text`.
+    A format has either `messages`, or `text`, or `prompt` and `response` and optionally `input`, `tests` and `system`.
     """
 
     system: str | None = None
@@ -105,19 +105,19 @@ class Columns(NamedTuple):
 
     @property
     def needed(self) -> list[str]:
-        """The columns without which there is no example."""
+        """The columns without which a row gives no example."""
         return [column for column in (self.prompt, self.response, self.messages, self.text) if column is not None]
 
     def problem(self) -> str | None:
-        """Why these roles make no format; None where they do."""
+        """The reason why these roles do not form a format; None if they do."""
         given = {role for role in self._fields if getattr(self, role) is not None}
         for main in ({"messages"}, {"text"}, {"prompt", "response"}):
             allowed = main | ({"system", "input", "tests"} if "prompt" in main else set())
             if main <= given <= allowed:
                 return None
         return (
-            f"the roles {', '.join(sorted(given))} make no format; give text, or messages, or prompt and response "
-            "(with input, tests or system)"
+            f"the roles {', '.join(sorted(given))} do not form a format; give text, or messages, or prompt and "
+            "response (with input, tests or system)"
         )
 
 
@@ -135,13 +135,13 @@ FORMATS = {
     "plain text": Columns(text="text"),
     "plain text (content)": Columns(text="content"),
 }
-"""Recognised by their columns, in this order; a column `context` is read as `input`."""
+"""The formats that are recognised by their columns, tried in this order; a column `context` is read as `input`."""
 
 _ASKS = ("prompt", "instruction", "query", "question", "response", "completion", "output", "answer")
 
 
 def recognise(columns: Iterable[str]) -> Columns | None:
-    """The format of a row with these columns; None where it is none of FORMATS, or might be two of them."""
+    """The format of a row with these columns; None if it is none of FORMATS, or might be two of them."""
     found = set(columns)
     for candidate in FORMATS.values():
         if found.issuperset(candidate.needed):
@@ -153,7 +153,7 @@ def recognise(columns: Iterable[str]) -> Columns | None:
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-    """One JSON object. Raises RowError for anything else."""
+    """Parse one JSON object. Raises RowError for anything else."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -166,13 +166,13 @@ def parse_json(line: bytes) -> dict[str, Any]:
 
 
 def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
-    """The example that a row holds.
+    """Read the example that a row holds.
 
     Args:
-        columns: None: recognised by the row's own columns.
+        columns: which columns to read; None: the row is recognised by its own columns.
 
     Raises:
-        RowError: for a row without a text to learn, or of another form.
+        RowError: for a row without a text to learn, or in another format.
     """
     chosen = columns or recognise(row)
     if chosen is None:
@@ -195,7 +195,8 @@ def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
 
 
 def clean_text(value: Any, name: str) -> str:
-    r"""A string that can be tokenised, line ends as \n. Raises RowError, naming the field, for anything else."""
+    r"""Check that a value can be tokenised, and make its line ends \n. Raises RowError, naming the field, if it
+    cannot."""
     if value is None:
         raise RowError(Fate.EMPTY, f"{name} is null")
     if not isinstance(value, str):
@@ -216,7 +217,7 @@ def _text(row: dict[str, Any], column: str) -> str:
 
 
 def _optional(row: dict[str, Any], column: str | None) -> str:
-    """The column's text, or nothing where it is missing, null or blank."""
+    """The column's text; an empty string if it is missing, null or blank."""
     value = None if column is None else row.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
@@ -233,7 +234,8 @@ def _tests(row: dict[str, Any], column: str | None) -> str:
 
 
 def _conversation(row: dict[str, Any], column: str) -> Example:
-    """Turns as {role, content} or {from, value}; what follows the last answer has none and is left out."""
+    """Read turns {role, content} or {from, value}. A question after the last answer is left out, since nothing answers
+    it."""
     turns = row.get(column)
     if turns is None or turns == []:
         raise RowError(Fate.EMPTY, f"{column} is {'empty' if turns == [] else 'null' if column in row else 'missing'}")
@@ -259,12 +261,12 @@ def _conversation(row: dict[str, Any], column: str) -> Example:
 
 
 def _spoken(turn: Any) -> tuple[str, Any, str]:
-    """Role, content, and what to call the content in a message."""
+    """The role and the content of a turn, and how an error calls the content."""
     if not isinstance(turn, dict):
         raise RowError(Fate.MALFORMED, "a message is not an object")
     speaker, content = ("role", "content") if "role" in turn else ("from", "value")
     name = turn.get(speaker)
     if not isinstance(name, str) or name.lower() not in SPEAKERS:
-        shown = repr(name[:20]) if isinstance(name, str) else "missing or no string"
+        shown = repr(name[:20]) if isinstance(name, str) else "missing or not a string"
         raise RowError(Fate.MALFORMED, f"a message's role is {shown}, none of {', '.join(SPEAKERS)}")
     return SPEAKERS[name.lower()], turn.get(content), f"a message's {content}"

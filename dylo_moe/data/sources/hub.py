@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, or of the copies that its client keeps; and the ways out where there is neither."""
+"""Read datasets from the Hugging Face hub or its client's cache, and say what to do where neither has them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class HubRows(NamedTuple):
-    """What the hub gave: its splits, or the one file that was asked for."""
+    """A dataset as the hub has it: its splits, or the one file that was asked for."""
 
     commit: str
     splits: dict[str, Dataset]
@@ -31,10 +31,10 @@ class HubRows(NamedTuple):
 
 
 def fetch(place: DatasetSource, config: DataConfig) -> HubRows:
-    """A dataset from the hub, or from the cache where the hub cannot be reached.
+    """Fetch a dataset from the hub, or from the cache if the hub cannot be reached.
 
     Raises:
-        ValueError: where it is in neither, with the ways out, or at another commit than asked for.
+        ValueError: if neither has it, with what to do, or if only another commit than the asked one is there.
     """
     assert place.hub_id is not None
     unreachable = no_way_to_hub()
@@ -52,7 +52,7 @@ def fetch(place: DatasetSource, config: DataConfig) -> HubRows:
 
 
 def _checked_commit(place: DatasetSource, splits: dict[str, Dataset]) -> str:
-    """The commit that was loaded: where the hub does not answer, `datasets` takes whichever its cache has."""
+    """The commit that was loaded, if it is the asked one: without the hub, `datasets` loads any that is cached."""
     (commit,) = {Path(rows.cache_files[0]["filename"]).parent.name for rows in splits.values()}
     if place.revision is not None and _COMMIT.fullmatch(place.revision) and commit != place.revision:
         raise ValueError(
@@ -64,7 +64,7 @@ def _checked_commit(place: DatasetSource, splits: dict[str, Dataset]) -> str:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """Inside, copies of the cache are used at once, instead of after half a minute of retries."""
+    """Use cached copies at once while the context lasts, instead of after half a minute of retries."""
     modules = (huggingface_hub.constants, datasets.config)  # where the libraries look; the environment is read once
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module, value in zip(modules, before, strict=True):
@@ -77,12 +77,12 @@ def _offline(wanted: bool) -> Iterator[None]:
 
 
 def _no_way(place: DatasetSource, config: DataConfig, reason: str) -> str:
-    """That a dataset cannot be had, and the three ways that there are."""
+    """The message that a dataset cannot be read, with three ways to provide it."""
     mirror = "MIRROR" if config.data_dir is None else config.data_dir
     lacking = "" if config.data_dir is None else f", and the mirror {config.data_dir} has no folder {place.mirror_name}"
     ways = [
         f"reach the hub ({place.hub_id}; a proxy, HF_ENDPOINT, or HF_TOKEN if it is gated)",
-        f"lay its files into {mirror}/{place.mirror_name} as parquet, json or jsonl and give --data_dir {mirror}",
+        f"put its files into {mirror}/{place.mirror_name} as parquet, json or jsonl and give --data_dir {mirror}",
         "give the path of a local file or folder as the dataset",
     ]
     if place.source is not None and place.source.package is not None:

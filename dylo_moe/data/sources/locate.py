@@ -1,4 +1,4 @@
-"""What the arguments of a run stand for: names of the catalog, paths, hub ids, and the columns told for them."""
+"""Resolve the datasets of a run: names of the catalog, paths and hub ids, and the columns chosen for them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revis
 
 
 class DatasetSource(NamedTuple):
-    """What a dataset's argument stands for."""
+    """The source that the argument for a dataset stands for."""
 
     name: str
-    """What the dataset is called from here on."""
+    """The name of the dataset in messages, files and shares."""
     source: Source | None = None
     path: Path | None = None
     hub_id: str | None = None
     config: str | None = None
     revision: str | None = None
     is_revision_asked: bool = False
-    """Whether the revision was typed, so that only the hub can have it."""
+    """Whether the user asked for the revision, so that only the hub can have it."""
 
     @property
     def mirror_name(self) -> Path:
-        """Its folder in a mirror: its own name, or OWNER/NAME of a hub id."""
+        """The dataset's folder in a mirror: its name, or OWNER/NAME of a hub id."""
         return Path(self.name if self.source is not None or self.hub_id is None else self.hub_id)
 
 
 def locate(argument: str) -> DatasetSource:
-    """What `argument` stands for: a name of the catalog, a path, or a hub id.
+    """Resolve the argument for one dataset: a name of the catalog, a path, or a hub id.
 
     Raises:
-        ValueError: for none of these, with the nearest known name.
+        ValueError: if it is none of these, with the nearest known name.
     """
     name, at, revision = argument.partition("@")
     if name in CATALOG and bool(at) == bool(revision):
@@ -75,7 +75,11 @@ def locate(argument: str) -> DatasetSource:
 
 
 def locate_all(config: DataConfig) -> list[DatasetSource]:
-    """Every dataset of a config; ValueError holds all that is wrong with their names, columns and shares."""
+    """Resolve every dataset of a config.
+
+    Raises:
+        ValueError: for wrong names, columns or shares; one message holds all problems.
+    """
     problems, places = [], []
     for argument in config.datasets:
         try:
@@ -104,7 +108,7 @@ def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) ->
     problems = []
     roles = [(choice.dataset, choice.role) for choice in config.column_choices]
     problems += [
-        f"columns tells {role} twice"
+        f"columns gives {role} twice"
         for role in dict.fromkeys(role for own, role in roles if roles.count((own, role)) > 1)
     ]
     for choice in config.column_choices:
@@ -122,8 +126,8 @@ def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) ->
 
 
 def chosen_columns(config: DataConfig, name: str) -> Columns | None:
-    """The columns that a config tells for a dataset; None: its rows are recognised."""
+    """The columns that a config chooses for a dataset; None: each row is recognised by its own columns."""
     roles: dict[str, str] = {}
-    for dataset in (None, name):  # what is told for one dataset wins
+    for dataset in (None, name):  # a choice for one dataset overrides that for all
         roles |= {choice.role: choice.column for choice in config.column_choices if choice.dataset == dataset}
     return Columns(**roles) if roles else None

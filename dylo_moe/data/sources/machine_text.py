@@ -1,7 +1,7 @@
-"""Text that every machine already has, several kinds of it.
+"""Several kinds of text that every machine with this library already has.
 
-It is read where the installed packages keep it; nothing is copied. The kinds differ enough for a router to
-tell apart and are large enough to train on, so a first run needs neither a download nor data of one's own.
+The text is read from the installed packages; nothing is copied. The kinds differ enough for a router to
+distinguish them and are large enough to train on, so a first run needs neither a download nor data of one's own.
 Passages come in an order that follows from file names alone.
 """
 
@@ -21,21 +21,21 @@ from typing import NamedTuple
 from dylo_moe.data.sources.pieces import cut_pieces, paragraphs
 
 MAX_PASSAGES = 480
-"""Passages taken from one kind, so that all weigh about the same."""
+"""The most passages taken from one kind, so that all kinds weigh about the same."""
 
 PIECE_CHARACTERS = 400
-"""Upper size of one piece of plain text: 80 tokens of English, 130 of CMake."""
+"""The most characters of a piece of plain text: 80 tokens of English, 130 of CMake."""
 
 FUNCTION_CHARACTERS = 480
-"""Upper size of one function of `python_functions` together with its request: 140 tokens."""
+"""The most characters of a function of `python_functions` together with its request: 140 tokens."""
 
 MIN_PIECE_CHARACTERS = 120
-"""A shorter piece takes in the next part, or joins the one before it; a shorter document is no example."""
+"""The fewest characters of a piece. A shorter one is joined with a neighbour, a shorter document is left out."""
 
 FUNCTION_LINES = range(3, 41)
-"""Lines a function of `python_functions` may have, its docstring not counted."""
+"""The number of lines that a function of `python_functions` may have without its docstring."""
 
-_HEAD_LINES = 10  # where generators put their marker
+_HEAD_LINES = 10  # generators of code put their marker there
 
 _GENERATED = re.compile(r"@generated\b|auto-?generated|automatically generated|generated (by|cmake)", re.IGNORECASE)
 
@@ -56,9 +56,10 @@ _TORCH_ONLY = "!defined(TORCH_STABLE_ONLY) && !defined(TORCH_TARGET_VERSION)"
 
 
 class Passage(NamedTuple):
-    """One text, and the file it came from, such as `torch/include/c10/util/Half.h`. `prompt` None: plain text."""
+    """One text, and the file it came from, such as `torch/include/c10/util/Half.h`."""
 
     prompt: str | None
+    """What is asked; None for plain text."""
     response: str
     document: str
 
@@ -66,7 +67,7 @@ class Passage(NamedTuple):
 def _files(root: Path, folder: str, suffix: str, left_out: Set[str] = frozenset()) -> list[tuple[str, Path]]:
     """Files under `root/folder` as (name relative to root, path), sorted by the name's parts.
 
-    Folders named in `left_out` are not entered: site-packages may lie inside the standard library.
+    Folders named in `left_out` are not entered: site-packages may be inside the standard library.
     """
     found: dict[tuple[str, ...], Path] = {}
     for parent, folders, files in os.walk(root / folder):
@@ -97,10 +98,10 @@ def _functions(path: Path, document: str) -> Iterator[Passage]:
     try:
         with tokenize.open(path) as file:
             text = file.read()
-        if "def " not in text or '"""' not in text:  # saves parsing tables and constants
+        if "def " not in text or '"""' not in text:  # parsing modules of tables and constants takes long
             return
         tree = ast.parse(text)
-    except (SyntaxError, UnicodeDecodeError):  # a few library files are wrong on purpose
+    except (SyntaxError, UnicodeDecodeError):  # a few library files are invalid on purpose
         return
     lines = text.split("\n")
     for node in _definitions(tree.body):
@@ -123,7 +124,8 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[ast.FunctionDef | ast.Asy
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str | None:
-    """The function's text, comments included, less its docstring's lines; None where other code shares them."""
+    """The source of a function without its docstring, comments included; None if other code shares the docstring's
+    lines."""
     docstring, rest = node.body[0], node.body[1:]
     if not rest or docstring.end_lineno is None or node.end_lineno is None:
         return None
@@ -160,7 +162,7 @@ def read_cmake() -> Iterator[Passage]:
 def read_english_reference() -> Iterator[Passage]:
     """The Python language reference in English, as `help()` shows it; one topic is one document.
 
-    Some topics are chapters that hold others whole. A topic that repeats a longer one is left out, so that
+    Some topics are chapters that contain other topics. A topic that repeats a longer one is left out, so that
     held-out topics were not read in training under another name. Tables are left out too.
     """
     from pydoc_data.topics import topics
@@ -185,7 +187,7 @@ def _file_pieces(path: Path, document: str) -> Iterator[Passage]:
 
 
 def _without_guard(text: str) -> str:
-    """Less the lines that torch's build wraps around every header: all documents would share them."""
+    """Remove the lines that torch's build wraps around every header, which all documents would share."""
     lines = text.strip().split("\n")
     if _TORCH_ONLY in lines[0]:
         lines = lines[1:]
@@ -195,7 +197,7 @@ def _without_guard(text: str) -> str:
 
 
 def _without_notices(text: str) -> str:
-    """Less the paragraphs that are a licence notice in a comment."""
+    """Remove the paragraphs that are a licence notice in a comment."""
     kept = (
         part for part in paragraphs(text) if not (part.lstrip().startswith(("#", "/", "*")) and _LICENCE.search(part))
     )
@@ -216,9 +218,9 @@ READERS: dict[str, Callable[[], Iterator[Passage]]] = {
 
 
 def read_machine_text(name: str) -> tuple[list[Passage], int]:
-    """An even choice of at most MAX_PASSAGES passages of one kind, and how many were left out.
+    """Read an even choice of at most MAX_PASSAGES passages of one kind, and count those that were left out.
 
-    Raises ValueError where this machine has no such text.
+    Raises ValueError if this machine has no such text.
     """
     found = list(READERS[name]())
     if not found:
@@ -228,10 +230,10 @@ def read_machine_text(name: str) -> tuple[list[Passage], int]:
 
 
 def choose_evenly(passages: Sequence[Passage], limit: int) -> list[Passage]:
-    """At most `limit` passages, as even over the documents as their sizes allow, and in the order given.
+    """Choose at most `limit` passages as evenly over the documents as their sizes allow, in the order given.
 
     With more documents than `limit`, evenly spaced documents give one passage each. Otherwise every document
-    gives the same number, less where it has fewer. Within a document the choice is evenly spaced as well.
+    gives the same number, or all it has. Within a document the choice is evenly spaced as well.
     """
     documents: dict[str, list[int]] = {}
     for index, passage in enumerate(passages):
@@ -239,7 +241,7 @@ def choose_evenly(passages: Sequence[Passage], limit: int) -> list[Passage]:
     groups = _spaced(list(documents.values()), limit)
     chosen: list[int] = []
     room = limit
-    for done, group in enumerate(sorted(groups, key=len)):  # small ones first: what they leave goes to the others
+    for done, group in enumerate(sorted(groups, key=len)):  # small ones first, to give what they leave to the others
         share = min(len(group), room // (len(groups) - done))
         chosen += _spaced(group, share)
         room -= share
@@ -247,7 +249,7 @@ def choose_evenly(passages: Sequence[Passage], limit: int) -> list[Passage]:
 
 
 def _spaced(items: list, count: int) -> list:
-    """`count` items from the middles of equal stretches; all of them where there are no more."""
+    """Choose `count` evenly spaced items, from the middles of equal stretches; all items if there are no more."""
     if len(items) <= count:
         return items
     return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]

@@ -1,4 +1,4 @@
-"""Long texts cut into pieces at paragraph borders."""
+"""Cut long texts into pieces at paragraph borders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _BORDER = re.compile(r"\s*(#+|//+|\*+)?\s*")  # an empty line, or an empty line 
 def cut_pieces(text: str, size: int, *, minimum: int = 1) -> list[str]:
     """Cut a text at paragraph borders into pieces of `size` characters or less.
 
-    A paragraph longer than `size` is cut at a line's end, a line longer than `size` inside. So that no piece
-    is under `minimum` characters, a piece may exceed `size` by that much at either end; a text shorter than
-    `minimum` gives none. Nothing but white space at the pieces' ends is lost otherwise.
+    A paragraph longer than `size` is cut at the end of a line, and a line longer than `size` within the line. So that
+    no piece has fewer than `minimum` characters, a piece may exceed `size` by that much at either end; a text shorter
+    than `minimum` gives no piece. Otherwise only white space at the ends of pieces is lost.
     """
     pieces: list[str] = []
     current = ""
@@ -31,7 +31,7 @@ def cut_pieces(text: str, size: int, *, minimum: int = 1) -> list[str]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Runs of lines up to and including an empty one; together they are the text."""
+    """Split a text into runs of lines, each up to and including an empty line; together they are the whole text."""
     paragraph: list[str] = []
     for line in [*text.split("\n"), ""]:
         paragraph.append(line)

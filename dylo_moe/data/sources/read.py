@@ -1,8 +1,8 @@
-"""From a dataset's name to its rows as they are published, whatever way it is given.
+"""Read the rows of a dataset as they are published, whether it is given by name, path or hub id.
 
-A name of the catalog is read from the local mirror (`data_dir`) where it is there, else from the hub, or from what
-every machine has; anything else is a path or a hub id. All of it goes through the `datasets` library, so
-rows lie in memory-mapped files and a dataset may be larger than memory.
+A dataset of the catalog is read from the local mirror (`data_dir`) if it has it, else from an installed package or
+the hub. All rows pass through the `datasets` library, so they are in memory-mapped files and a dataset may be larger
+than memory.
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ _DOCUMENTATION = re.compile(r"(readme|licen[cs]e|changelog|citation)(\..*)?|.*\.
 _NO_ROWS = re.compile(r"dataset_infos?\.json|state\.json")
 
 ROWS_LOOKED_AT = 1000
-"""Where rows need not have the same columns."""
+"""The number of rows whose columns are looked at, where rows need not have the same columns."""
 
 
 class SourceRows(NamedTuple):
-    """A dataset's rows as they were found, not yet understood."""
+    """A dataset's rows as they were found, not yet read into examples."""
 
     name: str
     source: Source | None
     origin: str
-    """Where it was found, in words."""
+    """The place where the dataset was found, in words."""
     columns: Columns | None
     """None: each row is recognised by its own columns."""
     train: Dataset
     validation: Dataset | None
     left_out: int
-    """Rows of other splits, or beyond the bound on the machine's own text."""
+    """The number of rows of other splits, or beyond the bound on the machine's own text."""
     key: str
-    """A hash of the content."""
+    """A hash of the rows' content."""
 
 
 def read(place: DatasetSource, config: DataConfig) -> SourceRows:
-    """The rows of one dataset.
+    """Read the rows of one dataset.
 
     Raises:
-        ValueError: where there are none to be had, with the ways out.
+        ValueError: if the dataset is not available, with what to do.
     """
     source = place.source
     if source is not None and place.hub_id is None:
@@ -85,12 +85,12 @@ def read(place: DatasetSource, config: DataConfig) -> SourceRows:
 
 
 def read_test(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
-    """The rows of a named dataset's test split, as they are published. Raises ValueError where it is not to be had."""
+    """Yield the rows of a named dataset's test split as published. Raises ValueError if it is not available."""
     return read_split(name, TEST, config)
 
 
 def read_split(name: str, split: str, config: DataConfig) -> Iterator[dict[str, Any]]:
-    """The rows of one split of a named dataset, as they are published. Raises ValueError where it is not to be had."""
+    """Yield the rows of one split of a named dataset as published. Raises ValueError if it is not available."""
     found = _find(locate(name), config)
     if split not in found.splits:
         raise ValueError(
@@ -101,13 +101,15 @@ def read_split(name: str, split: str, config: DataConfig) -> Iterator[dict[str, 
 
 
 class _Found(NamedTuple):
+    """All splits of a dataset, where they were found, and a hash of their content."""
+
     origin: str
     splits: dict[str, Dataset]
     key: str
 
 
 def _find(place: DatasetSource, config: DataConfig) -> _Found:
-    """All splits of a dataset that is not of this machine, from the first way that has it."""
+    """Read all splits of a dataset from the first place that has it: its path, the mirror, a package, or the hub."""
     if place.path is not None:
         return _Found(
             f"{'folder' if place.path.is_dir() else 'file'} {place.path}", *_read_path(place.path, place.name)
@@ -130,17 +132,20 @@ def _find(place: DatasetSource, config: DataConfig) -> _Found:
 
 
 def _check_columns(place: DatasetSource, origin: str, train: Dataset, columns: Columns | None) -> None:
-    """Raises ValueError for a column that no row has, of the first ones where rows differ.
+    """Check that the chosen columns exist; where rows may have different columns, the first rows are looked at.
 
-    Of a named dataset those that are needed, where rows do not differ; of others all that were told.
+    For a dataset of the catalog only the columns that are needed are checked, for any other all that were chosen.
+
+    Raises:
+        ValueError: for a column that no row has.
     """
     if columns is None or (place.source is not None and train.features == RAW):
         return
     found = train.column_names
     if train.features == RAW:
         found = sorted({name for row in train.select(range(min(len(train), ROWS_LOOKED_AT))) for name in _names(row)})
-    told = [column for column in columns if column is not None]
-    wanted = told if place.source is None else columns.needed
+    chosen = [column for column in columns if column is not None]
+    wanted = chosen if place.source is None else columns.needed
     absent = [column for column in wanted if column not in found]
     if absent and found:
         raise ValueError(
@@ -161,11 +166,11 @@ def _check_splits(place: DatasetSource, found: _Found) -> None:
     if missing or (TRAIN not in found.splits and not wanted):
         raise ValueError(
             f"the dataset {place.name!r} ({found.origin}) has no split {', '.join(missing or [TRAIN])}; it has "
-            f"{', '.join(found.splits)}. A file's split is told by its name: train, validation, test"
+            f"{', '.join(found.splits)}. The name of a file says its split: train, validation, test"
         )
 
 
-# This machine
+# Text of this machine
 
 
 def _read_machine(source: Source) -> SourceRows:
@@ -182,7 +187,7 @@ def _read_machine(source: Source) -> SourceRows:
 
 
 def _packaged(source: Source | None) -> LocalFile | None:
-    """The source's file in an installed package; the package's code is not run."""
+    """The source's file in an installed package, if there is one; the package's code is not run."""
     if source is None or source.package is None:
         return None
     package, inner = source.package
@@ -210,19 +215,20 @@ def _read_path(path: Path, name: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _files_below(folder: Path) -> list[LocalFile]:
-    """Its files, those in hidden folders and caches left out, in the order of their names; links are followed.
+    """The files of a folder, sorted by name; hidden files, hidden folders and caches are left out, links followed.
 
-    Raises ValueError for a link to nothing, and for one that leads in a circle.
+    Raises:
+        ValueError: for a link to nothing, and for one that leads in a circle.
     """
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         if os.path.realpath(parent) in {os.path.realpath(above) for above in Path(parent).parents}:
-            raise ValueError(f"the link {parent!r} leads in a circle; take it out")
+            raise ValueError(f"the link {parent!r} leads in a circle; remove it")
         for name in names:
             path = Path(parent, name)
             if path.is_symlink() and not path.exists():
-                raise ValueError(f"the link {str(path)!r} leads to nothing; take it out")
+                raise ValueError(f"the link {str(path)!r} leads to nothing; remove it")
             if path.is_file() and not name.startswith("."):
                 parts = path.relative_to(folder).parts
                 found.append((parts, LocalFile.at(path, "/".join(parts))))
@@ -234,7 +240,8 @@ def _data_files(files: Sequence[LocalFile]) -> list[LocalFile]:
 
 
 def _mirror_files(folder: Path, place: DatasetSource) -> list[LocalFile]:
-    """The data files of a mirrored dataset, as the hub's folder holds them, or as anyone would lay them down."""
+    """The data files of a dataset's folder in a mirror, whose files may be arranged as on the hub or in any other
+    way."""
     if place.config is not None and (folder / place.config).is_dir():
         folder = folder / place.config
     elif place.config is not None and place.source is None:
@@ -259,7 +266,7 @@ def _split_of(name: str) -> str:
 
 
 def _read_files(files: Sequence[LocalFile], name: str, *, split: str | None = None) -> tuple[dict[str, Dataset], str]:
-    """Files of rows by their split, and a hash of all."""
+    """Read files of rows into their splits, and hash their content."""
     groups: dict[str, list[LocalFile]] = {}
     for file in files:
         groups.setdefault(split or _split_of(file.name), []).append(file)
@@ -278,7 +285,7 @@ def _read_files(files: Sequence[LocalFile], name: str, *, split: str | None = No
 
 
 def _generated(files: Sequence[LocalFile], name: str, *, as_texts: bool = False) -> tuple[Dataset, str]:
-    """Raw rows, kept in the cache of `datasets` under the files' content."""
+    """Read files into raw rows, which `datasets` caches under a hash of the files' content."""
     key = f"{content_key(files)}{'t' if as_texts else 'r'}"
     plain = [(file.name, file.path) for file in files]
     if next(raw_rows(plain, as_texts), None) is None:
@@ -302,10 +309,10 @@ def _parquet(files: Sequence[LocalFile], name: str) -> tuple[Dataset, str]:
                 if opened.metadata.num_rows:
                     paths.append(glob.escape(file.path))
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{file.path!r} is no whole parquet file: {first_line(error)}") from error
+            raise ValueError(f"{file.path!r} is not a complete parquet file: {first_line(error)}") from error
     if not paths:
         raise ValueError(f"the dataset {name!r} has no row in {', '.join(file.path for file in files[:3])}")
-    # `datasets` goes by a file's time; ours is by its content.
+    # The cache of `datasets` would recognise a file by its time; a folder of our own recognises it by its content.
     cache = Path(datasets.config.HF_DATASETS_CACHE, "dylora-parquet", key)
     try:
         rows = load_dataset("parquet", data_files=paths, split="train", cache_dir=str(cache))

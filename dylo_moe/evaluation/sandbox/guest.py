@@ -1,10 +1,10 @@
 """The two programs inside a sandbox: `candidate`, which runs what a model wrote, and `judge`, which runs its test.
 
-They are processes of their own, each in its own sandbox, and share nothing but lines of JSON. The judge calls the
-candidate's functions from afar and compares plain values in its own memory, so whatever the candidate does to its own
-interpreter, its own process and its end of the line, it passes only by answering what the test expects.
+They are separate processes, each in its own sandbox, and exchange nothing but lines of JSON. The judge calls the
+candidate's functions remotely and compares plain values in its own memory. So whatever the candidate does to its own
+interpreter, its own process and its end of the line, it passes only if it answers what the test expects.
 
-This file is run as a script, with the standard library alone.
+This file is run as a script, and uses the standard library alone.
 
     judge: python -s -S guest.py judge        candidate: python -s -S guest.py candidate
     first line in: {"limits": {...}, ...}      then questions in, answers out
@@ -28,10 +28,10 @@ from types import CodeType
 from typing import Any, BinaryIO
 
 MAX_REASON = 300
-"""Characters kept of why a program failed."""
+"""The most characters kept of the reason why a program failed."""
 
 MAX_DEPTH = 200
-"""Of values within values, on their way from one process to the other."""
+"""The deepest nesting of a value that is passed from one process to the other."""
 
 Hold = Callable[[Any], int]
 
@@ -39,9 +39,9 @@ Held = Callable[[int, str], Any]
 
 
 def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
-    """A value as JSON; what is not plain stays where it is, and goes by the number that `hold` gives it.
+    """Encode a value as JSON. A value that is not plain stays in its process; the number that `hold` gives it is sent.
 
-    Subclasses of plain types become the plain type, and numbers of other libraries Python's own.
+    Instances of subclasses of plain types become the plain type, and numbers of other libraries Python's own.
     """
     if depth > MAX_DEPTH:
         raise RecursionError(f"a value is nested deeper than {MAX_DEPTH}")
@@ -50,7 +50,7 @@ def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
     if isinstance(value, Remote):
         return {"is": "held", "of": hold(value)}
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
-        value = value.item()  # numpy's scalars
+        value = value.item()  # a scalar of numpy
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, float):
@@ -79,7 +79,7 @@ def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
 
 
 def decode(message: Any, held: Held, depth: int = 0) -> Any:
-    """What `encode` made; a number that stands for a held value becomes what `held` says.
+    """Decode what `encode` made; a number that stands for a held value becomes what `held` returns for it.
 
     Raises:
         ValueError: for anything else.
@@ -97,7 +97,7 @@ def decode(message: Any, held: Held, depth: int = 0) -> Any:
     if kind == "type":
         known = vars(builtins)[of]
         if not isinstance(known, type):
-            raise ValueError(f"{of} is no type")
+            raise ValueError(f"{of} is not a type")
         return known
     if kind == "held":
         return held(int(of), str(message.get("type", "")))
@@ -114,7 +114,7 @@ def decode(message: Any, held: Held, depth: int = 0) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Why a program failed, in one short text, without what a terminal would obey."""
+    """The reason why a program failed, as one short text without control characters."""
     try:
         return "".join(letter if letter.isprintable() else "?" for letter in str(error)[:MAX_REASON])
     except BaseException:  # its own __str__ fails
@@ -127,7 +127,7 @@ def raised(error: BaseException) -> dict[str, Any]:
 
 
 class Line:
-    """The lines to and from the parent, on descriptors that nothing printed can reach."""
+    """The lines to and from the parent, on descriptors that the program's own printing cannot reach."""
 
     def __init__(self) -> None:
         self._input: BinaryIO = os.fdopen(os.dup(0), "rb")
@@ -137,7 +137,7 @@ class Line:
             os.dup2(nothing, number)
 
     def read(self) -> Any:
-        """The next message; leaves the process when there is none."""
+        """Read the next message; exit if there is none."""
         line = self._input.readline()
         if not line:
             os._exit(1)
@@ -150,10 +150,10 @@ class Line:
 
 
 def limit(limits: dict[str, int]) -> None:
-    """Hold this process within its limits, by the kernel; they cannot be raised again.
+    """Let the kernel enforce limits on this process, which cannot be raised again.
 
     Args:
-        limits: by the names of `resource`, without RLIMIT_.
+        limits: the limits by their names in `resource`, without RLIMIT_.
     """
     for name, value in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
@@ -166,7 +166,7 @@ def limit(limits: dict[str, int]) -> None:
 
 
 def candidate(line: Line, source: str) -> None:
-    """Run a program, then answer what the judge asks of it, until nobody asks any more."""
+    """Run a program, then answer the judge's questions about it until the judge ends."""
     held: list[Any] = []
     numbers_of: dict[int, int] = {}
 
@@ -195,7 +195,7 @@ BUILTINS: dict[str, Callable[[Any], Any]] = {"str": str, "repr": repr, "bool": b
 
 
 def answer(question: dict[str, Any], namespace: dict[str, Any], held: Held) -> Any:
-    """What one question asks for: a name, a call, an attribute, an operation, or the items of something."""
+    """The answer to one question: a name, a call, an attribute, an operation, or the items of a value."""
     do = question["do"]
     if do == "name":
         return namespace[question["name"]]
@@ -218,14 +218,14 @@ def answer(question: dict[str, Any], namespace: dict[str, Any], held: Held) -> A
 
 
 class Failed(Exception):
-    """An error that the candidate raised, of a kind that Python itself does not know."""
+    """An error that the candidate raised, of a class that is not among Python's builtins."""
 
 
 class Remote:
-    """Something that the candidate holds: it can be called, asked for attributes, gone through, and handed back.
+    """A value that the candidate holds: it can be called, read, iterated over, and passed back as an argument.
 
-    What it is asked, its own methods answer. But it is equal to nothing that the judge has of its own, whatever its
-    __eq__ would say, and no attribute with a special name is asked for: libraries in the judge act on those.
+    The value's own methods answer in the candidate. But it never equals a value of the judge, whatever its __eq__ would
+    say, and no attribute with a special name is read from it, because libraries in the judge act on those.
     """
 
     _dylora: tuple[Callable[..., Any], int, str]
@@ -252,11 +252,11 @@ class Remote:
         return iter(ask("items", of=number))
 
     def _as(self, name: str, kind: type) -> Any:
-        """What str, repr, bool or len make of it, of the type that they promise."""
+        """The result of str, repr, bool or len on the value, which must have the type that Python requires."""
         ask, number, _ = self._dylora
         value = ask("builtin", of=number, name=name)
         if type(value) is not kind:
-            raise TypeError(f"{name} of a value of the program is no {kind.__name__}")
+            raise TypeError(f"{name} of a value of the program is not a {kind.__name__}")
         return value
 
     def __str__(self) -> str:
@@ -286,7 +286,7 @@ class Remote:
 
 
 def _operation(name: str, *, own_kind: bool = True) -> Callable[..., Any]:
-    """An operator that the candidate carries out; where it compares, only between two things that it holds."""
+    """An operator that the candidate carries out; with `own_kind` only between values that it holds."""
 
     def operate(self: Remote, *others: Any) -> Any:
         if own_kind and not all(isinstance(other, Remote) for other in others):
@@ -305,7 +305,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "getitem
 
 
 def judge(line: Line, test: str, setup: str, entry_point: str | None) -> None:
-    """Run the test against the candidate, and say whether it passed."""
+    """Run the test against the candidate, and send the verdict."""
     remotes: dict[int, Remote] = {}
 
     def held(number: int, kind: str) -> Remote:
@@ -347,7 +347,7 @@ def judge(line: Line, test: str, setup: str, entry_point: str | None) -> None:
 
 
 def received(message: Any, held: Held) -> Any:
-    """The value of an answer; raises what the candidate raised, as the nearest of its classes that Python has."""
+    """The value of an answer. An error of the candidate is raised as the nearest of its classes that Python has."""
     if "raised" not in message:
         return decode(message["value"], held)
     names, text = message["raised"]
@@ -356,14 +356,14 @@ def received(message: Any, held: Held) -> Any:
         if isinstance(known, type) and issubclass(known, Exception):
             try:
                 error = known(str(text)[:MAX_REASON])
-            except TypeError:  # some want more than a text
+            except TypeError:  # some classes need more than a text
                 continue
             raise error
     raise Failed(str(text)[:MAX_REASON])
 
 
 def names_in(code: CodeType) -> set[str]:
-    """Every name that a piece of code looks up, in its functions too."""
+    """Every name that a piece of code looks up, including those in its functions."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -372,7 +372,7 @@ def names_in(code: CodeType) -> set[str]:
 
 
 def main() -> None:
-    """Say that it is ready, take the first message, and play the role."""
+    """Report readiness, read the first message, and run as the judge or the candidate."""
     role, line = sys.argv[1], Line()
     sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))] + sys.argv[2:]
     if hasattr(sys, "set_int_max_str_digits"):

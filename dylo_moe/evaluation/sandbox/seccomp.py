@@ -1,4 +1,4 @@
-"""A filter of system calls, made by libseccomp: what code under judgement needs no kernel for is refused to it."""
+"""A filter of system calls, built with libseccomp: it refuses calls that a judged program has no need of."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import errno
 import os
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
-"""Actions of libseccomp."""
+"""The actions of libseccomp."""
 
 MASKED_EQUAL = 7
-"""Its comparison (argument & mask) == value."""
+"""The comparison (argument & mask) == value of libseccomp."""
 
 EVERY_BIT = 0xFFFFFFFF
 
@@ -19,21 +19,21 @@ MAP_SHARED = 1
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
 REFUSED = (  # noqa: SIM905
-    "fork vfork clone "  # one process and one thread: nothing else bounds how many there are
+    "fork vfork clone "  # a program has one process and one thread, because nothing else bounds their number
     "socket socketpair "
-    # Memory that is not counted as the process's own.
+    # These give memory that is not counted as the process's own.
     "memfd_create memfd_secret vmsplice io_setup shmget shmat mq_open msgget semget "
-    "inotify_init inotify_init1 inotify_add_watch fanotify_init "  # which tell what others do with files
+    "inotify_init inotify_init1 inotify_add_watch fanotify_init "  # these show what other processes do with files
     "ptrace process_vm_readv process_vm_writev kcmp pidfd_open pidfd_getfd pidfd_send_signal "
     "mount umount2 pivot_root chroot unshare setns open_tree move_mount fsopen fsmount "
     "add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register "
     "name_to_handle_at open_by_handle_at kexec_load init_module finit_module delete_module "
     "reboot swapon swapoff acct quotactl syslog personality settimeofday clock_settime sethostname setdomainname"
 ).split()
-"""System calls that fail with EPERM."""
+"""The system calls that fail with EPERM."""
 
 SINCE = {"memfd_secret": 447}
-"""Numbers, the same on every processor, of calls that an older libseccomp has no name for."""
+"""The numbers, equal on every processor, of calls whose names an older libseccomp does not know."""
 
 
 class Unavailable(OSError):
@@ -50,7 +50,7 @@ class _Comparison(ctypes.Structure):
 
 
 def program() -> bytes:
-    """The filter for this machine's processor, as the kernel takes it (classic BPF).
+    """Build the filter for this machine's processor, in the form that the kernel takes (classic BPF).
 
     Raises:
         Unavailable: without libseccomp 2.5 or newer.
@@ -71,9 +71,11 @@ def program() -> bytes:
 def _fill(library: ctypes.CDLL, context: ctypes.c_void_p) -> None:
     for name in REFUSED:
         _refuse(library, context, name, errno.EPERM)
-    _refuse(library, context, "clone3", errno.ENOSYS)  # its flags lie in memory; the C library then takes clone
-    # A limit on a process's memory counts what is mapped: shared pages stay where most of a mapping is given back, and
-    # so do huge ones.
+    _refuse(
+        library, context, "clone3", errno.ENOSYS
+    )  # a filter cannot see its flags; the C library falls back to clone
+    # The limit on a process's memory counts mappings, but shared pages and huge pages stay in memory when most of
+    # their mapping is given back.
     _refuse(library, context, "mmap", errno.EPERM, _Comparison(3, MASKED_EQUAL, MAP_SHARED, MAP_SHARED))
     for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
         _refuse(library, context, "madvise", errno.EPERM, _Comparison(2, MASKED_EQUAL, EVERY_BIT, advice))
