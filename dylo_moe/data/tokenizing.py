@@ -102,7 +102,7 @@ class Tokenise:
         self.is_raw = is_raw
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Tokenise a batch: the columns of ROWS, in the order of the raw rows."""
+        """Columns of ROWS, in the order of the raw rows."""
         texts: list[_Text] = []
         for row, index in zip(_as_rows(batch), indices, strict=True):
             texts += self._raw_texts(row) if self.is_raw else [self._read(row, place=f"row {index}")]
@@ -197,7 +197,7 @@ def tokenise(
         name: the dataset's name.
 
     Returns:
-        Rows with the columns of ROWS; at least one for each raw row.
+        Columns as in ROWS; at least one row for each raw one.
     """
     settings = _settings_key(text_format, config, columns, benchmarks)
     fingerprint = hashlib.sha256(f"{key}\0{name}\0{settings}".encode()).hexdigest()[:32]
@@ -248,7 +248,7 @@ def _as_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:
-    """A tokenised row, with the columns of ROWS."""
+    """One row of ROWS."""
     document = hash64(text.document.encode("utf-8", "surrogateescape"))
     if isinstance(encoded, RowError):
         return {

@@ -287,7 +287,7 @@ def run_losses(
 
 
 def show_losses(console: Console, found: Mapping[str, Estimates], *, title: str) -> None:
-    """Print a table with a line for each dataset, and one for the mean.
+    """A table: a line for each dataset, and one for the mean.
 
     Args:
         found: the estimates of "model", "base" and their "difference".

@@ -1,10 +1,10 @@
 """The mathematics of one routed linear: result + sum_e w_e s_e B_e A_e x, densely or grouped by expert.
 
 Shapes: T tokens of all rows, N assignments (tokens x selected experts), D in, O out, W either of them, r rank of one
-        expert, G experts at hand, R sum of their ranks; where they are grouped, the largest of them.
+        expert, G experts that are used, R sum of their ranks, or in the grouped form the largest of them.
 
-Both forms add into `result`, the fresh output of a frozen linear. They have a backward of their own, because autograd's
-would keep and move more, record operations for every group, and make gradients of frozen experts.
+Both forms add into `result`, the fresh output of a frozen linear. They define their own backward, because autograd
+would keep and move more data, record operations for every group, and compute gradients of frozen experts.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dylo_moe.experts.memory_layout import stacked
 from dylo_moe.routing.dispatch import Dense, Grouped
 
 ALIGNMENT_BYTES = 16
-"""PyTorch's grouped product wants rows of a multiple of this."""
+"""PyTorch's grouped product needs rows whose length in bytes is a multiple of this."""
 
 
 def mix(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tensor], ups: list[Tensor]) -> Tensor:
-    """Add the experts' share to what the base's linear gave.
+    """Add the output of the experts to that of the base's linear.
 
     Args:
-        x_TD: what the experts read, in the dtype that they are computed in.
-        result: [..., O], the base's output; added into, unless it is being compiled.
-        part: which experts, and their tokens and weights.
-        downs: A of each of `part.names`, [r, D].
-        ups: B of each, transposed, [r, O].
+        x_TD: the input of the experts, in the dtype that they are computed in.
+        result: [..., O], the base's output; it is changed in place, except under torch.compile.
+        part: the experts that are used, with their tokens and weights.
+        downs: the matrix A of each of `part.names`, [r, D].
+        ups: the transposed matrix B of each, [r, O].
     """
     if len(downs) == 1 and not torch.is_grad_enabled() and _is_plain(x_TD, result, part, downs[0]):
         result.view(-1, result.shape[-1]).addmm_(torch.mm(x_TD, downs[0].t()), ups[0], alpha=part.scaling)
@@ -45,19 +45,19 @@ def mix(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tens
     if not torch.is_grad_enabled():
         operation.add(x_TD, result, weights, part, downs, ups)
         return result
-    if result._is_view():  # of Conv1D; autograd would copy the gradient of a view that is written into
+    if result._is_view():  # Conv1D's is a view; autograd would copy the gradient of a view that is written to
         result = result.clone()
     return operation.apply(x_TD, result, weights, part, *downs, *ups)
 
 
 def _is_plain(x_TD: Tensor, result: Tensor, part: Dense | Grouped, down: Tensor) -> bool:
-    """Whether it is one expert for all tokens and one dtype for all, as in most steps of decoding."""
+    """Whether one expert is used for all tokens and all tensors have one dtype, as in most steps of decoding."""
     alone = isinstance(part, Dense) and part.weights_TR is None
     return alone and x_TD.dtype == result.dtype == down.dtype
 
 
 def _traced(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tensor], ups: list[Tensor]) -> Tensor:
-    """The dense form in operations that a compiler sees through."""
+    """The dense form in operations that torch.compile can trace."""
     assert isinstance(part, Dense)
     dtype = x_TD.dtype
     hidden_TR = F.linear(x_TD, stacked(downs).to(dtype)) * (1.0 if part.weights_TR is None else part.weights_TR)
@@ -68,13 +68,13 @@ def _traced(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[
 
 
 class _DenseMix(torch.autograd.Function):
-    """hidden = x A^T; y = result + (hidden * weights) B, over the stacked experts."""
+    """Dense form: hidden = x A^T; y = result + (hidden * weights) B, over the stacked experts."""
 
     @staticmethod
     def add(
         x_TD: Tensor, result: Tensor, weights_TR: Tensor | None, part: Dense, downs: list[Tensor], ups: list[Tensor]
     ) -> Tensor:
-        """Returns the hidden, [T, R], unweighted."""
+        """Add into `result`, and return the hidden activations x A^T without weights, [T, R]."""
         hidden_TR = torch.mm(x_TD, stacked(downs).to(x_TD.dtype).t())
         weighted_TR = hidden_TR if weights_TR is None else hidden_TR * weights_TR
         b_RO = stacked(ups).to(x_TD.dtype)
@@ -109,7 +109,7 @@ class _DenseMix(torch.autograd.Function):
             ranks = [down.shape[0] for down in downs]
             weighted_TR = hidden_TR * (scaling if weights_TR is None else weights_TR)
             pairs = ((grad_TR, x_TD), (weighted_TR, grad_TO))
-            if all(learns):  # one product for all
+            if all(learns):  # one product for all experts
                 grads = [part for left_TR, right_TW in pairs for part in torch.mm(left_TR.t(), right_TW).split(ranks)]
             else:
                 columns = [(left_Tr, right_TW) for left_TR, right_TW in pairs for left_Tr in left_TR.split(ranks, 1)]
@@ -118,13 +118,13 @@ class _DenseMix(torch.autograd.Function):
 
 
 class _GroupedMix(torch.autograd.Function):
-    """The same, with each expert's tokens gathered first and added back after: no arithmetic but what was selected."""
+    """Grouped form: gather the tokens of each expert, compute only the selected products, and add the results back."""
 
     @staticmethod
     def add(
         x_TD: Tensor, result: Tensor, weights_N1: Tensor | None, part: Grouped, downs: list[Tensor], ups: list[Tensor]
     ) -> Tensor:
-        """Returns the hidden, [N, R], unweighted."""
+        """Add into `result`, and return the hidden activations x A^T without weights, [N, R]."""
         hidden_NR = _grouped_product(_gathered(x_TD, part), downs, part, transposed=True)
         weighted_NR = hidden_NR * (part.scaling if weights_N1 is None else weights_N1)
         delta_NO = _grouped_product(weighted_NR, ups, part)
@@ -174,7 +174,7 @@ class _GroupedMix(torch.autograd.Function):
 
 
 def _halves(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """A of all experts, and B of all."""
+    """Split the matrices of all experts into the As and the Bs."""
     half = len(matrices) // 2
     return list(matrices[:half]), list(matrices[half:])
 
@@ -182,19 +182,19 @@ def _halves(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def _keep(
     ctx: Any, part: Dense | Grouped, x_TD: Tensor, hidden: Tensor, weights: Tensor | None, matrices: Sequence[Tensor]
 ) -> None:
-    """What backward needs; the input only where some expert at hand learns."""
+    """Save what backward needs; the input is needed only if some expert learns."""
     ctx.part = part
     learns = any(ctx.needs_input_grad[4:])
     ctx.save_for_backward(x_TD if learns else None, hidden, weights, *matrices)
 
 
 def _outer(left_nr: Tensor, right_nW: Tensor) -> Tensor:
-    """The gradient of one matrix, [r, W]."""
+    """The gradient of one expert's matrix, [r, W]."""
     return torch.mm(left_nr.t(), right_nW)
 
 
 def _span(part: Grouped, index: int) -> slice:
-    """Where the assignments of one group lie."""
+    """The range of the assignments of one group."""
     start = sum(part.lengths[:index])
     return slice(start, start + part.lengths[index])
 
@@ -204,14 +204,14 @@ def _gathered(x_TW: Tensor, part: Grouped) -> Tensor:
 
 
 def _add_rows(total_TW: Tensor, part_NW: Tensor, part: Grouped) -> Tensor:
-    """Add each assignment to its token, in place."""
+    """Add the row of each assignment to that of its token, in place."""
     return total_TW.add_(part_NW) if part.rows_N is None else total_TW.index_add_(0, part.rows_N, part_NW)
 
 
 def _grouped_product(x_NV: Tensor, matrices: list[Tensor], part: Grouped, *, transposed: bool = False) -> Tensor:
-    """Each group's rows times its matrix, [v, w], or [w, v] where transposed: [N, W].
+    """Multiply the rows of each group by the group's matrix [v, w], or [w, v] if `transposed`, into [N, W].
 
-    Of unequal ranks, what a smaller one leaves over of V is not read, and of W is zero.
+    If ranks differ, the columns of V beyond a smaller rank are not read, and those of W are zero.
     """
     if x_NV.dtype != matrices[0].dtype:
         matrices = [matrix.to(x_NV.dtype) for matrix in matrices]
@@ -228,7 +228,7 @@ def _grouped_product(x_NV: Tensor, matrices: list[Tensor], part: Grouped, *, tra
 
 
 def has_grouped_kernel(x_NV: Tensor, matrix: Tensor) -> bool:
-    """Whether PyTorch multiplies all groups in one call: not in fp64 or odd widths, and on a GPU in bf16 only."""
+    """Whether PyTorch can multiply all groups in one call: not in fp64 or odd widths, and on a GPU only in bf16."""
     dtypes = (torch.bfloat16,) if x_NV.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = all(width * x_NV.itemsize % ALIGNMENT_BYTES == 0 for width in matrix.shape)
     return aligned and x_NV.dtype in dtypes and not isinstance(x_NV, FakeTensor) and hasattr(F, "grouped_mm")

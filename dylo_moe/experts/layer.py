@@ -3,7 +3,7 @@
 Shapes: T tokens of all rows, D in, O out, r rank of one expert.
 
 A routed linear is PEFT's own LoRA layer with another forward. How the tokens of a forward are sent to
-experts is worked out once, in a `Dispatch`; every routed linear of that forward reads the same one.
+experts is computed once, in a `Dispatch`; every routed linear of that forward reads the same one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dylo_moe.routing.forward_context import ContextSlot
 PEFT_HOME = "peft.tuners.lora.bnb"
 
 QUANTIZED = {"RoutedLinear4bit": "Linear4bit", "RoutedLinear8bitLt": "Linear8bitLt"}
-"""Our classes, and PEFT's that each one routes."""
+"""Our routed classes, and the class of PEFT that each one replaces."""
 
 
 class Adapter(NamedTuple):
@@ -37,7 +37,7 @@ class Adapter(NamedTuple):
 
 
 class RoutedLayer:
-    """Mixin placed before a PEFT LoRA class: its forward mixes all experts by the routing at hand.
+    """Mixin placed before a PEFT LoRA class: its forward mixes all experts by the routing of the forward.
 
     Disabled or merged it is PEFT, unchanged. LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. We differ
     in one thing: the experts of a layer share one dropout mask.
@@ -47,7 +47,7 @@ class RoutedLayer:
     adapters: dict[str, Adapter]
     """The experts of this layer, in gate order."""
     layout: Layout
-    """Their shapes; one object for all layers that have the same."""
+    """The shapes of the experts; layers with equal shapes share one object."""
     expert_dropout: float
     base_layer: nn.Module
     merged_adapters: list[str]
@@ -57,7 +57,7 @@ class RoutedLayer:
         """Note which of the pool's experts this layer has.
 
         Raises:
-            ValueError: when they differ in dropout.
+            ValueError: if they differ in dropout.
         """
         self.context_slot = context_slot
         down, up, dropout = self.lora_A, self.lora_B, self.lora_dropout  # type: ignore[attr-defined]
@@ -73,12 +73,12 @@ class RoutedLayer:
                 "give all the same"
             )
         self.expert_dropout = next(iter(probabilities.values()), 0.0)
-        for name in names[1:]:  # one module for all: less memory for each expert
+        for name in names[1:]:  # one module for all takes less memory for each expert
             if dropout[name] is not dropout[names[0]]:
                 dropout[name] = dropout[names[0]]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., D] -> [..., O], in the dtype of the base's linear."""
+        """Map x [..., D] to [..., O], in the dtype of the base's linear."""
         if self.disable_adapters or self.merged:  # type: ignore[attr-defined]
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         result = self.base_layer(x, *args, **kwargs)
@@ -92,7 +92,7 @@ class RoutedLayer:
             x_TD = self._cast_input_dtype(x_TD, dispatch.dtype)  # type: ignore[attr-defined]
         if self.training and self.expert_dropout > 0:
             x_TD = F.dropout(x_TD, self.expert_dropout)
-        # Past nn.Module's look-up of attributes, which takes longer than a product with one token.
+        # `_parameters` avoids nn.Module's look-up of attributes, which takes longer than a product with one token.
         adapters = [self.adapters[name] for name in part.names]
         downs: list[Any] = [adapter.down._parameters["weight"] for adapter in adapters]
         ups: list[Any] = [adapter.up._parameters["weight"] for adapter in adapters]
@@ -104,17 +104,17 @@ class RoutedLinear(RoutedLayer, lora.Linear):
 
 
 ROUTED_CLASSES: dict[type, type] = {lora.Linear: RoutedLinear}
-"""The routed class of each PEFT layer class. At module level, so that models pickle."""
+"""The routed class of each PEFT layer class. It is at module level so that models can be pickled."""
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """What the products with this adapter matrix are computed in: its own dtype, or autocast's."""
+    """The dtype in which products with this adapter matrix are computed: its own, or autocast's."""
     kind = parameter.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
 
 
 def routed_class(kind: type) -> type | None:
-    """The routed class of a PEFT layer class, or `kind` itself where it is one; None where it cannot be routed."""
+    """The routed class of a PEFT layer class, or `kind` itself if it is one; None if it cannot be routed."""
     if issubclass(kind, RoutedLayer):
         return kind
     if kind.__module__ == PEFT_HOME:
@@ -123,7 +123,7 @@ def routed_class(kind: type) -> type | None:
 
 
 def _made(name: str) -> type:
-    """One class for one name, kept as an attribute of this module, where pickle looks for it."""
+    """The routed class of a name, made once and kept as an attribute of this module, where pickle looks for it."""
     if name not in globals():
         from peft.tuners.lora import bnb
 

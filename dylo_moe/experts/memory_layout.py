@@ -1,4 +1,4 @@
-"""How a routed linear's experts lie in memory: behind one another, so that products over all of them need no copy.
+"""Keep the matrices of a routed linear's experts contiguous in memory, so that products over all need no copy.
 
 Shapes: D in, O out, r rank of one expert, R sum of the ranks.
 """
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 MOVED_EXPERTS = 16
-"""Up to so many experts move together when one more comes. Moving more would make growth dearer the larger the pool is,
-and so large a pool is hardly ever computed densely."""
+"""The most experts whose matrices move to a new block when an expert is added. Moving more would make growth more
+expensive the larger the pool is, and so large a pool is hardly ever computed densely."""
 
 
 def stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """Matrices of one width as one: [r_e, W] each -> [R, W].
+    """Stack matrices of one width: [r_e, W] each -> [R, W].
 
-    Free of copies when `pack` has laid them behind one another; otherwise (sharded, moved one by one, some in between
-    left out, or being compiled) `torch.cat`, so that correctness never rests on the layout. No gradient flows through
-    the one without copies.
+    If `pack` made them contiguous, the result is a view without a copy, and no gradient flows through it. Otherwise (if
+    they are sharded, moved one by one, not neighbours, or being compiled) it is `torch.cat`, so that correctness never
+    depends on the layout.
     """
     first = matrices[0]
     if len(matrices) == 1:
@@ -34,7 +34,7 @@ def stacked(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _adjacent(matrices: Sequence[Tensor]) -> bool:
-    """Whether the matrices are, row behind row, one block of the first one's storage."""
+    """Whether the matrices follow one another, row by row, as one block of the first one's storage."""
     first = matrices[0]
     if isinstance(first, FakeTensor):  # of a simulated step: no address, but the storage that `pack` gave
         return len({matrix.untyped_storage()._cdata for matrix in matrices}) == 1
@@ -52,15 +52,15 @@ def _adjacent(matrices: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def pack(layer: Any) -> list[str]:
-    """Lay the experts of one `RoutedLayer` behind one another in memory, each matrix a view of one block.
+    """Make the matrices of all experts of one `RoutedLayer` views of one contiguous block of memory.
 
-    A's rows and B's columns: both products of the dense path then need no copy, and an expert costs no
-    more memory than its own matrices. Values, names and identities of the parameters stay as they are; those
-    still on the meta device get their memory here: in the dtype of the others, or where there are none in their own.
-    Where more than `MOVED_EXPERTS` have theirs, those that come get blocks of their own.
+    The rows of A and the columns of B are contiguous: both products of the dense path then need no copy, and an expert
+    needs no more memory than its own matrices. Values, names and identities of the parameters stay as they are. Those
+    that are still on the meta device get their memory here, in the dtype of the others, or in their own if all are.
+    If more than `MOVED_EXPERTS` experts have memory already, they stay, and new experts get a block of their own.
 
     Returns:
-        The experts that were on the meta device: their values are still to be set.
+        The experts that were on the meta device, whose values the caller must still set.
     """
     fresh = [name for name, adapter in layer.adapters.items() if adapter.down.weight.is_meta]
     for transposed in (False, True):

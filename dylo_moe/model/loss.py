@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from dylo_moe.routing.router import Router
 
 LARGE_VOCABULARY = 100_000
-"""From here on the logits and their copies are most of a training step's memory for any base that trains on one card:
-of 4,096 tokens, 1.6 GB for each of them in fp32."""
+"""The size of a vocabulary from which on logits and their copies take most of a training step's memory, for any base
+that trains on one GPU: each takes 1.6 GB in fp32 for 4,096 tokens."""
 
 CHUNK_BYTES = 256 << 20
-"""What the fp32 logits of a chunk may take where the user does not say: 256 tokens of 256,000 entries. Smaller chunks
-read the head's weights more often, larger ones gain little (benchmarks/memory/loss_memory.py)."""
+"""The default memory of a chunk's fp32 logits: 256 tokens of 256,000 entries. Smaller chunks read the head's weights
+more often, larger ones gain little (benchmarks/memory/loss_memory.py)."""
 
 
 class FullLogitsNeeded(ValueError):
@@ -29,31 +29,31 @@ class FullLogitsNeeded(ValueError):
 
 
 class TokenLosses(NamedTuple):
-    """fp32 [batch, seq] each: of every label, given the tokens before it; 0 where there is none."""
+    """The loss of every label given the tokens before it, fp32 [batch, seq] each; 0 where there is no label."""
 
     trained: Tensor
-    """With label smoothing; its gradient is that of the hidden states."""
+    """The loss with label smoothing, through which gradients reach the hidden states."""
     plain: Tensor
-    """Without, detached."""
+    """The loss without label smoothing, detached."""
 
 
 def default_chunk_size(vocab_size: int) -> int:
-    """Tokens per chunk, a power of two."""
+    """The default number of tokens per chunk, a power of two."""
     return 1 << max((CHUNK_BYTES // (4 * vocab_size)).bit_length() - 1, 0)
 
 
 def chunk_loss(model: Any, wanted: int | None) -> str:
-    """Compute the loss of a model in chunks of tokens, or not, as --loss_chunk_size says.
+    """Choose whether a model computes its loss in chunks of tokens, as --loss_chunk_size says.
 
     Args:
         model: a `DyLoRAMoE`.
-        wanted: None: where the vocabulary is large, if the base allows it; 0: not.
+        wanted: the tokens of a chunk; 0: no chunks; None: chunks if the vocabulary is large and the base allows them.
 
     Returns:
-        What there is to tell; empty where the vocabulary is small, or nothing is wanted.
+        A sentence about the choice; empty without chunks, unless a base with a large vocabulary forbids them.
 
     Raises:
-        ValueError: for a chunk that is asked for and out of range, or with a base that needs its full logits.
+        ValueError: if `wanted` is out of range, or the base needs its full logits.
     """
     vocab_size, model.loss_chunk_size = model.base.config.get_text_config().vocab_size, None
     if wanted == 0 or (wanted is None and vocab_size < LARGE_VOCABULARY):
@@ -64,31 +64,31 @@ def chunk_loss(model: Any, wanted: int | None) -> str:
         if wanted:
             raise
         return f"the vocabulary has {vocab_size:,} entries, but full logits are kept: {error}"
-    return f"loss in chunks of {model.loss_chunk_size} tokens: no more have their {vocab_size:,} logits at once"
+    return f"loss in chunks of {model.loss_chunk_size} tokens: at most so many have their {vocab_size:,} logits at once"
 
 
 def chunked_loss(
     hidden: Tensor, head: nn.Linear, labels: Tensor, *, chunk_size: int, label_smoothing: float = 0.0
 ) -> TokenLosses:
-    """The loss of every label, as the cross-entropy of `head(hidden)` in fp32 gives it.
+    """Compute the loss of every label, which equals the cross-entropy of `head(hidden)` in fp32.
 
         loss = (1 - a) (log sum_v exp z_v - z_label) + a (log sum_v exp z_v - mean_v z_v),    z = head(hidden)
 
-    Logits live for one chunk of tokens. Where a gradient is wanted, that of the hidden states is taken while they do,
-    as in Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989); Cut Cross-Entropy (Wijmans et al. 2024,
+    Logits exist for one chunk of tokens at a time. If a gradient is wanted, that of the hidden states is computed with
+    them, as in Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989); Cut Cross-Entropy (Wijmans et al. 2024,
     arXiv:2411.09009) computes the logits twice instead. We differ from both: the head is frozen, each token keeps a
     loss and a gradient of its own (so that any weighting of tokens is right), and the products are PyTorch's. Tokens
     without a label are left out.
 
     Args:
-        hidden: what enters the head, [batch, seq, hidden].
-        head: a frozen linear; computed in its own dtype, or in autocast's.
-        labels: int64 [batch, seq], -100 where nothing is predicted; the label of a token is the next one's.
-        chunk_size: tokens whose logits exist at once.
+        hidden: the input of the head, [batch, seq, hidden].
+        head: a frozen linear, which is computed in its own dtype, or in autocast's.
+        labels: int64 [batch, seq], -100 where nothing is predicted; each is predicted from the tokens before it.
+        chunk_size: the number of tokens whose logits exist at once.
         label_smoothing: a, from 0 to below 1.
 
     Raises:
-        ValueError: where the head is trained, for which no gradient is computed, or the shapes do not fit.
+        ValueError: if the head is trained, for which no gradient is computed, or the shapes do not fit.
     """
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise ValueError("the output head is trained, but a loss in chunks has no gradient for it; freeze the head")
@@ -108,7 +108,7 @@ def chunked_loss(
         dtype = torch.get_autocast_dtype(hidden.device.type)
     trained, plain = _HeadLoss.apply(
         hidden.flatten(0, 1)[rows_N].to(dtype),
-        head.weight.to(dtype),  # once for all chunks
+        head.weight.to(dtype),  # cast once for all chunks
         None if head.bias is None else head.bias.to(dtype),
         targets[rows_N],
         chunk_size,
@@ -119,7 +119,7 @@ def chunked_loss(
 
 
 def _at_their_labels(losses_N: Tensor, rows_N: Tensor, labels: Tensor) -> Tensor:
-    """Each loss at the place of the label that it is of, [batch, seq]."""
+    """Put each loss at the position of its label, [batch, seq]."""
     losses = losses_N.new_zeros(labels.numel()).index_copy(0, rows_N, losses_N)
     return F.pad(losses.view(labels.shape)[:, :-1], (1, 0))
 
@@ -170,7 +170,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def losses_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The plain losses of `TokenLosses`, from all logits.
+    """Compute the plain losses of `TokenLosses` from all logits.
 
     Args:
         logits: [batch, seq, vocabulary].
@@ -185,18 +185,20 @@ def losses_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_plain_head(base: PreTrainedModel) -> None:
-    """Try whether a base's logits are what its head gives, and its loss their shifted cross-entropy, on three tokens.
+    """Check, on three tokens, that a base's logits are its head's output, and its loss their shifted cross-entropy.
 
     Args:
         base: called with `input_ids` and `labels`. On fake tensors, where no two losses can be compared, the loss is
             taken on trust.
 
     Raises:
-        FullLogitsNeeded: where they are not, with what is otherwise.
+        FullLogitsNeeded: if they are not, with the difference.
     """
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise FullLogitsNeeded(f"the output head of {type(base).__name__} is a {type(head).__name__}, no plain linear")
+        raise FullLogitsNeeded(
+            f"the output head of {type(base).__name__} is a {type(head).__name__}, not a plain linear"
+        )
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise FullLogitsNeeded(f"the output head of {type(base).__name__} is trained")
     seen: list[tuple[Tensor, Tensor, int]] = []
@@ -228,16 +230,16 @@ def check_plain_head(base: PreTrainedModel) -> None:
 
 
 def smoothed_loss(out: Any, labels: Tensor, count: Tensor, *, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The loss of a base that computed all logits, with label smoothing and without.
+    """Compute the loss of a base that computed all logits, with label smoothing and without.
 
     Args:
         out: the base's output; its `loss` is the plain one.
         labels: int64 [batch, seq], -100 where nothing is predicted.
-        count: what the loss is divided by.
+        count: the number that the loss is divided by.
         label_smoothing: from 0 to below 1.
 
     Raises:
-        ValueError: where smoothing needs logits that the base does not give.
+        ValueError: if smoothing needs logits that the base does not return.
     """
     if label_smoothing == 0:
         return out.loss, out.loss
@@ -246,11 +248,13 @@ def smoothed_loss(out: Any, labels: Tensor, count: Tensor, *, label_smoothing: f
 
 
 def _uniform_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
-    """Sum over the predicted tokens of the cross-entropy with a uniform distribution over the vocabulary."""
+    """The sum over the predicted tokens of the cross-entropy with a uniform distribution over the vocabulary."""
     if logits is None:
         raise ValueError("label_smoothing needs logits, but the base fuses its head with its loss; set loss_chunk_size")
     counts = labels[:, 1:] != -100
-    logits = logits[:, :-1].float().masked_fill(~counts[..., None], 0.0)  # there may be anything, also nan
+    logits = (
+        logits[:, :-1].float().masked_fill(~counts[..., None], 0.0)
+    )  # unlabelled tokens may have any logits, even NaN
     return ((logits.logsumexp(-1) - logits.mean(-1)) * counts).sum()
 
 
@@ -266,12 +270,12 @@ def add_router_losses(
     """Add the router's losses to an output that has a `loss` and a `routing`, and their weighted sum to its `loss`.
 
     Args:
-        result: gets `balance_loss`, `z_loss`, `entropy_loss` and `aux_loss`.
+        result: the output, which gets `balance_loss`, `z_loss`, `entropy_loss` and `aux_loss`.
         labels: int64 [batch, seq], -100 where nothing is predicted.
-        balance_coefficient: weight of the balance loss; the other two weights are the router's own.
-        num_items: predicted tokens of the whole optimizer step.
-        num_tokens: real tokens of the whole optimizer step, which the losses are divided by. Where only `num_items` is
-            known, the losses are taken over the predicted tokens; where neither is, over the real tokens at hand.
+        balance_coefficient: the weight of the balance loss; the router's configuration has the other two weights.
+        num_items: the number of predicted tokens of the whole optimizer step.
+        num_tokens: the number of real tokens of the whole optimizer step, by which the losses are divided. If only
+            `num_items` is known, the losses are over the predicted tokens; if neither is, over this call's real tokens.
     """
     tokens = None
     if num_tokens is None and num_items is not None:

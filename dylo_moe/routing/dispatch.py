@@ -1,7 +1,7 @@
-"""One forward's tokens laid out for the experts: which are at hand, which products, which weights.
+"""Arrange the tokens of one forward for the experts: which experts are used, with which products and weights.
 
 Shapes: T = batch x sequence tokens, K top-k, N assignments (tokens x selected experts, padding left out), E members of
-        the pool, G experts at hand, R sum of their ranks.
+        the pool, G experts that are used, R sum of their ranks.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 GROUPING_TOKENS = 96
-"""Gathering tokens by expert and adding them back costs about as much as so many tokens of one expert's products."""
+"""The cost of gathering tokens by expert and adding them back, in tokens of one expert's products."""
 
 GROUP_TOKENS = 8
-"""And each group in it about as much as this many more."""
+"""The further cost of each group, in tokens of one expert's products."""
 
 
 class ExpertShape(NamedTuple):
-    """One expert as one routed linear holds it."""
+    """The shape of one expert in one routed linear."""
 
     name: str
     rank: int
@@ -30,13 +30,13 @@ class ExpertShape(NamedTuple):
 
 
 class Layout:
-    """The experts that one or more routed linears hold alike.
+    """The experts of one or more routed linears that have the same experts in the same shapes.
 
     A layout is compared by identity: every routed linear looks its own up in every forward, and that must not take
     longer the more experts there are.
 
     Args:
-        shapes: in gate order.
+        shapes: the shapes of the experts, in the gate's order.
     """
 
     def __init__(self, shapes: Iterable[ExpertShape]) -> None:
@@ -44,7 +44,7 @@ class Layout:
 
 
 class Dense(NamedTuple):
-    """Every token times every one of these experts, weighted: two products for any number of experts."""
+    """The dense form: every token is multiplied with every expert and weighted, by two products for all experts."""
 
     names: tuple[str, ...]
     weights_TR: Tensor | None
@@ -54,30 +54,30 @@ class Dense(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """Each token times the experts it selected and no other: tokens grouped by expert, two grouped products."""
+    """The grouped form: tokens are grouped by expert, and each is multiplied only with the experts it selected."""
 
     names: tuple[str, ...]
     lengths: tuple[int, ...]
-    """Assignments of each."""
+    """The number of assignments of each expert."""
     ends_G: Tensor
-    """int32: where each one's assignments end."""
+    """The end of each expert's assignments, int32."""
     rows_N: Tensor | None
-    """int64: the token of each assignment; None where they are the tokens in order."""
+    """The token of each assignment, int64; None if they are all tokens in order."""
     weights_N1: Tensor | None
-    """w_e s_e of each assignment; None: all weights are exactly 1, and the scalings alike."""
+    """w_e s_e of each assignment; None: all weights are exactly 1, and the scalings are equal."""
     scaling: float
-    """s_e where they are alike."""
+    """s_e, if all scalings are equal."""
 
 
 class Dispatch:
-    """Which experts the tokens of one forward go to; made once, read by every routed linear.
+    """The experts that the tokens of one forward are sent to. It is made once and read by every routed linear.
 
     What depends on the routing weights is computed here and not in the layers: a layer that is
     recomputed under gradient checkpointing must record the same operations as the first time.
 
     Args:
-        parts: what the linears of each layout compute; None: nothing beside their base.
-        dtype: what they compute it in.
+        parts: what the linears of each layout compute; None: nothing besides their base.
+        dtype: the dtype in which they compute it.
     """
 
     def __init__(self, parts: dict[Layout, Dense | Grouped | None], *, dtype: torch.dtype) -> None:
@@ -88,13 +88,13 @@ class Dispatch:
 def dispatch_to_all(
     names: Sequence[str], weights_TE: Tensor, *, layouts: Iterable[Layout], dtype: torch.dtype
 ) -> Dispatch:
-    """All experts for every token.
+    """Send every token to all experts.
 
     Args:
         names: the members of the pool, in gate order.
         weights_TE: routing weights, fp32, zero where an expert is not selected.
-        layouts: of the model's routed linears.
-        dtype: what the adapters are computed in.
+        layouts: the layouts of the model's routed linears.
+        dtype: the dtype in which the adapters are computed.
     """
     position = {name: index for index, name in enumerate(names)}
     return Dispatch(
@@ -110,15 +110,15 @@ def dispatch_to_selected(
     layouts: Iterable[Layout],
     dtype: torch.dtype,
 ) -> Dispatch:
-    """The selected experts of each token, and of the others no arithmetic unless it is cheaper than leaving it out.
+    """Send each token to its selected experts; others are computed, with weight 0, only if that is cheaper.
 
     Args:
         names: the members of the pool, in gate order.
         weights_TE: as for `dispatch_to_all`; None: all are exactly 1, no gradient is wanted, and no token may meet an
             expert that it did not select, not even with weight 0.
         selected_TK: int64, each token's experts as positions in `names`; -1 for none, as for padding.
-        layouts: of the model's routed linears.
-        dtype: what the adapters are computed in.
+        layouts: the layouts of the model's routed linears.
+        dtype: the dtype in which the adapters are computed.
     """
     selection = _Selection(names, selected_TK)
     parts: dict[Layout, Dense | Grouped | None] = {}
@@ -143,11 +143,11 @@ class _Selection:
         self._order_N: Tensor | None = None
 
     def count(self, name: str) -> int:
-        """How many tokens selected an expert."""
+        """The number of tokens that selected an expert."""
         return self._counts[self.position[name] + 1]
 
     def rows(self, names: Sequence[str]) -> Tensor:
-        """The tokens that selected these experts, expert by expert, int64."""
+        """The tokens that selected these experts, one expert after the other, int64."""
         if self._order_N is None:
             self._order_N = self._expert_N.argsort(stable=True)
         ends = list(accumulate(self._counts))
@@ -219,10 +219,11 @@ def _grouped(
 
 
 def dense_is_quicker(*, num_tokens: int, num_experts: int, top_k: int) -> bool:
-    """Whether the products with all experts at hand beat those with the selected ones alone, by shapes only.
+    """Whether products with all used experts take less time than those with the selected ones, judged by shapes alone.
 
-    Dense wastes (G - K) / K of the adapter arithmetic on every token; grouping moves tokens, and starts a product for
-    each group. Fitted by benchmarks/speed/dispatch.py; docs/performance.md says how well.
+    The dense form wastes (G - K) / K of the adapter arithmetic on every token; the grouped form moves tokens, and
+    starts a product for each group. The constants are fitted by benchmarks/speed/dispatch.py; docs/performance.md says
+    how well they fit.
     """
     wasted = num_tokens * (num_experts - top_k)
     return wasted <= GROUPING_TOKENS + GROUP_TOKENS * num_experts

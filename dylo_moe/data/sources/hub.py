@@ -31,7 +31,7 @@ class HubRows(NamedTuple):
 
 
 def fetch(place: DatasetSource, config: DataConfig) -> HubRows:
-    """Fetch a dataset from the hub, or from the cache if the hub cannot be reached.
+    """A dataset from the hub, or from the cache where the hub cannot be reached.
 
     Raises:
         ValueError: if neither has it, with what to do, or if only another commit than the asked one is there.

@@ -66,7 +66,7 @@ class SourceRows(NamedTuple):
 
 
 def read(place: DatasetSource, config: DataConfig) -> SourceRows:
-    """Read the rows of one dataset.
+    """The rows of one dataset.
 
     Raises:
         ValueError: if the dataset is not available, with what to do.
