@@ -252,7 +252,7 @@ def test_no_link_leads_out_of_the_stream_or_nowhere(tmp_path):
     (tmp_path / "secret" / "report.html").write_text("x")
     folders = ["../secret", str(tmp_path / "secret"), "javascript:alert(1)", "stages/../../secret"]
     page = read(write_report(str(write_stream(tmp_path / "out", a_matrix(), folders=folders))))
-    assert "<a " not in page and "A stage's run has a page once" in page
+    assert "<a " not in page and "makes a page for a stage's run" in page
 
 
 # What it must not do.
