@@ -1,1 +1,1 @@
-"""The frozen base model: found, loaded, checked, and recognised by its fingerprint."""
+"""The frozen base model: how it is found, loaded, checked, and identified by its fingerprint."""

@@ -20,7 +20,7 @@ def base_identity(base: PreTrainedModel) -> tuple[str, str | None]:
 
 
 def fingerprint(base: PreTrainedModel) -> dict[str, Any]:
-    """What a base is recognised by: each tensor's name and shape, and bf16-rounded samples of it.
+    """The identity of a base: each tensor's name and shape, and bf16-rounded samples of it.
 
     The samples (16 per tensor, evenly spaced) are the same for one base in fp32 and in bf16, and differ
     for another fine-tune of it.
@@ -44,7 +44,7 @@ def fingerprint(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def _base_tensors(base: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's own parameters under their own names, also when adapters are injected; tied ones once."""
+    """The base's own parameters by their own names, even if adapters are injected; tied ones occur once."""
     return {
         name.replace(".base_layer.", "."): parameter.detach()
         for name, parameter in base.named_parameters()

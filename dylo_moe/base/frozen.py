@@ -1,4 +1,4 @@
-"""What a base must be, how it is kept frozen, and how it is recognised again."""
+"""The requirements on a base, and how it is kept frozen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPACKED = "packing_format_for_cpu"
 
 
 def check_base(base: object) -> None:
-    """Raises ValueError for what cannot be a base."""
+    """Raise ValueError for a model that cannot be a base."""
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"base is a {type(base).__name__}; pass a hub id, a folder or a loaded causal language model")
     if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
@@ -37,7 +37,7 @@ def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The base's stack of decoder layers and its module name.
 
     Raises:
-        ValueError: when the architecture has none that can be told.
+        ValueError: if no stack of layers can be found in the architecture.
     """
     num_layers = base.config.get_text_config().num_hidden_layers
     found = [
@@ -54,8 +54,10 @@ def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
-    """How its weights were quantised when it was loaded, as `load_base` takes it; None where they were not, or where
-    they are stored quantised in the base's own files."""
+    """The `quantization_config` with which the base's weights were quantised on loading.
+
+    None if they were not quantised, or are stored quantised in the base's own files.
+    """
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return None
@@ -79,6 +81,6 @@ def switch_off_dropout(base: PreTrainedModel) -> None:
 
 
 def count_parameters(parameters: Iterable[Tensor]) -> int:
-    """How many numbers these stand for; an element of 4-bit weights holds two or more."""
+    """The number of values that parameters hold; an element of 4-bit weights holds two or more."""
     states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in parameters]
     return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)

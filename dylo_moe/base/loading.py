@@ -1,4 +1,4 @@
-"""The base model: found by name, loaded, never changed.
+"""Find the base model by its name, and load it.
 
 A name is a model on the Hugging Face hub, a local folder, or `smollm2-135m`: a real small model that comes
 from the Python package index, for machines that reach no hub and for trying things out.
@@ -56,12 +56,12 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
 
 
 def four_bit(compute_dtype: torch.dtype) -> dict[str, Any]:
-    """How `load_base` takes it that the linears of a base are held in 4 bits, as its `quantization_config`.
+    """The `quantization_config` with which `load_base` keeps the linears of a base in 4 bits.
 
     NormalFloat with double quantisation: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, section 3.
 
     Args:
-        compute_dtype: of the products with the weights, which are unpacked for each.
+        compute_dtype: the dtype of the products with the weights, which are unpacked for each product.
     """
     return {
         "quant_method": "bitsandbytes",
@@ -85,7 +85,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def _load(auto_class: Any, name: str, revision: str | None, kwargs: dict[str, Any]) -> Any:
-    """`auto_class.from_pretrained`, with every way it fails for want of files told as one clear error."""
+    """Call `auto_class.from_pretrained`, and turn every failure for lack of files into one clear error."""
     on_hub = name != EMBEDDED_BASE and not _is_local(name)
     if on_hub:
         if no_way_to_hub():
@@ -115,7 +115,7 @@ def _load(auto_class: Any, name: str, revision: str | None, kwargs: dict[str, An
 
 
 def _is_local(name: str) -> bool:
-    """Whether `name` is a folder here; raises if it is one that holds no model, or a path to nothing."""
+    """Whether `name` is a folder here. Raises if that folder holds no model, or if it is a path to nothing."""
     folder = Path(name)
     ways_out = f"Give the folder that save_pretrained wrote, a hub id, or {EMBEDDED_BASE}."
     if folder.is_dir():
@@ -137,7 +137,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _hub_reason(name: str, revision: str | None, error: BaseException) -> str:
-    """Why the hub gave no model, and the ways out."""
+    """The message why the hub gave no model, and what to do."""
     causes = list(_causes(error))
 
     def due_to(kind: type[BaseException]) -> bool:

@@ -1,4 +1,4 @@
-"""Texts that the base writes itself, from which the base's own row of the skill library is estimated."""
+"""Generate texts with the base itself, from which the base's own entry of the skill library is estimated."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ WRITTEN_TEXTS, WRITTEN_TOKENS = 64, 96
 
 @torch.no_grad()
 def write_texts(model: Any, *, seed: int) -> Tensor:
-    """Texts that a model writes when nothing is asked: sampled as they come, each from a random first token.
+    """Sample texts from a model without a prompt, each from a random first token.
 
     Half of the first tokens are drawn by rank, for the ids of most vocabularies go by frequency (probability
     1 / (id + 50)), half evenly.
 
     Args:
         model: any causal language model; random state and mode stay as they were.
-        seed: of the first tokens and of the sampling.
+        seed: the seed of the first tokens and of the sampling.
 
     Returns:
         int64 [64, 96].

@@ -1,4 +1,4 @@
-"""A gate row for an expert, from the library's statistics alone.
+"""Fit the gate row of an expert from the library's statistics alone.
 
 Shapes: D hidden, E the other rows, N draws. "Whitened": in coordinates where the library's covariance is the identity.
 """
@@ -16,10 +16,10 @@ from dylo_moe.routing.config import BASE
 from dylo_moe.routing.router import Router
 
 NEARNESS = 5.0
-"""How quickly a known row's part in the start of a new one falls off with its skill's squared distance."""
+"""How quickly the weight of a known row in a new one's start falls with the squared distance of its skill."""
 
 NUM_DRAWS = 2048
-"""Imagined tokens of the skill, of all others together, and of the base: so many of each, however many skills."""
+"""The number of sampled tokens of the skill, of all other skills together, and of the base, each."""
 
 PRIOR = 0.1
 """Weight of the squared distance of a fitted row from its start, whitened."""
@@ -28,12 +28,12 @@ ITERATIONS = 30
 
 
 class _Other(NamedTuple):
-    """Something a row is fitted against, whitened, fp64."""
+    """A skill that a row is fitted against, whitened, in fp64."""
 
     mean: Tensor
-    """[D]: of its tokens."""
+    """The mean of its tokens, [D]."""
     row: Tensor
-    """[D]: its gate row."""
+    """Its gate row, [D]."""
     bias: Tensor
 
 
@@ -90,7 +90,7 @@ def refit_rows(router: Router, library: SkillLibrary, *, seed: int) -> dict[str,
         As `fit_row`, for each expert.
 
     Raises:
-        ValueError: where the library knows no skill.
+        ValueError: if the library knows no skill.
     """
     root_DD = library.root
     origin_D = _background(router, library)
@@ -106,7 +106,10 @@ def refit_rows(router: Router, library: SkillLibrary, *, seed: int) -> dict[str,
 
 
 def _start(mean_D: Tensor, others: list[_Other]) -> tuple[Tensor, Tensor]:
-    """The others' rows, each moved to a new mean by the discriminant between the two; the nearest weigh most."""
+    """The start of a row: the mean of the other rows, each moved to the new skill by the discriminant between the two.
+
+    Rows of near skills weigh more.
+    """
     if not others:
         return mean_D, -0.5 * mean_D @ mean_D
     means_ED = torch.stack([other.mean for other in others])
@@ -120,7 +123,8 @@ def _start(mean_D: Tensor, others: list[_Other]) -> tuple[Tensor, Tensor]:
 def _descend(
     start_D: Tensor, start_bias: Tensor, means: list[Tensor], others: list[_Other], base: list[_Other], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Logistic loss of the new row against the others' logsumexp, over whitened draws, with a pull to the start."""
+    """Minimise the logistic loss of the new row against the others' logsumexp, over whitened draws, with a penalty on
+    leaving the start."""
     generator = torch.Generator().manual_seed(seed)
     groups = [_draw(means, generator)]
     groups += [_draw([other.mean for other in group], generator) for group in (others, base) if group]

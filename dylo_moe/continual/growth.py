@@ -1,4 +1,4 @@
-"""How a model grows: whether data is new, who is to learn it, and the gate row that sends tokens there."""
+"""Let a model grow: decide whether data is new and which expert learns it, and fit the gate row that routes to it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ GateRows = dict[str, tuple[Tensor, Tensor]]
 
 
 class SkillDecision(NamedTuple):
-    """What `add_skill` made of some data, and why."""
+    """The decision of `add_skill` on some data, and the reasons for it."""
 
     skill: str
-    """Its name in the library; of data that is not new, the known skill's."""
+    """The name of the skill in the library; for data that is not new, that of the known skill."""
     novel: bool
     score: float | None
     """The distance of the data from the nearest known skill; None where nothing is known."""
     threshold: float | None
-    """What a score must exceed to be new; of a similarity, what it must fall below. None where nothing is known."""
+    """The value that a score must exceed, or a similarity fall below, to be new; None if nothing is known."""
     nearest: str | None
-    """The known skill it is most like; None where nothing is known."""
+    """The known skill that the data is most like; None if nothing is known."""
     entropy: float
     """Mean entropy of the router's probabilities over the data's tokens, in nats; shown beside, it decides nothing."""
     action: str
@@ -112,7 +112,7 @@ class Growth:
     # Judgement.
 
     def judge(self, texts: Sequence[Tensor]) -> Novelty:
-        """How new a sample is.
+        """Judge how new a sample is.
 
         Args:
             texts: router features of each text, fp32 [tokens, hidden].
@@ -182,7 +182,7 @@ class Growth:
         return SkillDecision(skill, novelty.novel, score, threshold, novelty.nearest, entropy, action, learner)
 
     def _action(self, name: str, novelty: Novelty, expert: str | None) -> tuple[str, str, str | None]:
-        """What is done with data, under which skill's name, and which expert learns it."""
+        """Decide what is done with data, under which skill's name, and which expert learns it."""
         nearest, known = novelty.nearest, self.config.known_skill
         if expert is not None:
             return CONSOLIDATED, name if novelty.novel or nearest is None else nearest, expert

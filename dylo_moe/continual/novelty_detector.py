@@ -1,4 +1,4 @@
-"""Is this data a kind that the library knows?"""
+"""Judge whether data is of a kind that the library knows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from dylo_moe.continual.skill_library import BATCH_SIZES, SkillLibrary
 
 LOWEST_LEVEL = 0.7
-"""How far the level falls for batches larger than those that it was calibrated on. The documents of new data differ
-from those of the sample, and that does not average out."""
+"""The lowest level, as a share of the calibrated one, for batches larger than those it was calibrated on. The
+documents of new data differ from those of the sample, and larger batches do not average this difference out."""
 
 METHODS = ("mahalanobis", "cosine")
 
 
 class Novelty(NamedTuple):
-    """What `judge` says of a batch of texts."""
+    """The judgement of `judge` on a batch of texts."""
 
     novel: bool
     score: float
     """The distance from the nearest skill (`SkillLibrary.distances`), or with "cosine" the similarity with it. 0 where
     no skill is known."""
     threshold: float
-    """What the score of new data exceeds or, by "cosine", falls below. 0 where no skill is known."""
+    """The value that the score of new data exceeds or, by "cosine", falls below; 0 if no skill is known."""
     nearest: str | None
-    """The skill it is most like; None where none is known."""
+    """The skill that the batch is most like; None if none is known."""
 
 
 def judge(
@@ -39,7 +39,7 @@ def judge(
     false_alarm_rate: float = 0.01,
     similarity_threshold: float = 0.75,
 ) -> Novelty:
-    """Whether a batch of texts is of no known skill. Where no skill is known it is.
+    """Judge whether a batch of texts is new, that is of no known skill; without known skills every batch is.
 
     "mahalanobis": the distance of the batch from the nearest skill (`SkillLibrary.distances`; after Lee et al. 2018,
     arXiv:1807.03888, who score single samples), against the level that held-out batches of that skill exceed with
@@ -74,14 +74,14 @@ def judge(
 
 
 def level(scores: Tensor, num_texts: int, rate: float) -> float:
-    """What a batch of known text exceeds with a small probability.
+    """The score that a batch of known text exceeds with a small probability.
 
-    The level of the largest calibrated size that is not larger than the batch; for a larger batch less, as a mean's
-    spread falls with the square root of its size, but not below `LOWEST_LEVEL` times that.
+    It is the level of the largest calibrated size that is not larger than the batch. For a larger batch it is less, as
+    a mean's spread falls with the square root of its size, but at least `LOWEST_LEVEL` times as much.
 
     Args:
         scores: fp32 [sizes, scores], see `Skill.scores`.
-        num_texts: of the batch.
+        num_texts: the number of texts of the batch.
         rate: the probability.
     """
     usable = [
@@ -90,7 +90,9 @@ def level(scores: Tensor, num_texts: int, rate: float) -> float:
         if size <= num_texts and not row.isnan().any()
     ]
     size, row = usable[-1]
-    shrinks = 1.0 if size == 1 else max((size / num_texts) ** 0.5, LOWEST_LEVEL)  # one text's is another statistic
+    shrinks = (
+        1.0 if size == 1 else max((size / num_texts) ** 0.5, LOWEST_LEVEL)
+    )  # the score of one text is another statistic
     return float(row.double().quantile(1 - rate)) * shrinks
 
 

@@ -1,4 +1,4 @@
-"""The statistics of each skill's router features, which are all that is kept when its text is gone.
+"""The statistics of each skill's router features, which are all that is kept of its text.
 
 Shapes: N tokens, D hidden.
 """
@@ -37,7 +37,7 @@ class Skill:
 
     name: str
     expert: str
-    """Who learns it, and where its tokens should go."""
+    """The expert that learns the skill, to which its tokens should be routed."""
     mean: Tensor
     """fp32 [hidden]: of the features of all its tokens."""
     num_texts: int
@@ -274,7 +274,7 @@ class SkillLibrary:
         """The library that `tensors` and `record` were taken from, bit for bit.
 
         Raises:
-            ValueError: where the two do not belong together.
+            ValueError: if the two do not belong together.
         """
         library = cls(record["hidden_size"])
         names = [entry["name"] for entry in record["skills"]]
@@ -296,7 +296,7 @@ class SkillLibrary:
 
 
 def _batch_scores(whitened_ND: Tensor, count: int, seed: int) -> Tensor:
-    """What random batches of some texts score, for each size: fp32 [sizes, count]; NaN where there are too few."""
+    """Score random batches of some texts, for each size: fp32 [sizes, count]; NaN if there are too few texts."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.full((len(BATCH_SIZES), count), torch.nan)
     for row, size in enumerate(BATCH_SIZES):
@@ -314,7 +314,7 @@ def _scatter(texts: Sequence[Tensor], mean_D: Tensor) -> Tensor:
 
 
 def _whitening(scatter_DD: Tensor, count: int) -> Tensor:
-    """What makes the covariance of a scatter, shrunk, the identity when differences are multiplied by it; fp32."""
+    """The matrix by which differences are multiplied to whiten them, from a scatter's shrunk covariance; fp32."""
     inverse_DD = torch.linalg.inv(_shrunk(scatter_DD, count, METRIC_SHRINKAGE))
     return torch.linalg.cholesky(inverse_DD).float().contiguous()
 

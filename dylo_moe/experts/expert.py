@@ -59,7 +59,7 @@ class ExpertPool:
         self._model = model
         self._slot = slot
         self.lora = lora
-        """What the next expert is made of."""
+        """The config of the next expert."""
         self._experts: dict[str, Expert] = {}
         self.layers: tuple[RoutedLayer, ...] = ()
         """The routed linears, in the model's order."""
@@ -326,7 +326,7 @@ def routed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_name(name: object, *, taken: Any = (), modules: Iterable[str] = ()) -> None:
-    """Raises ValueError unless `name` can be an expert: a folder, a module and a part of state-dict keys.
+    """Raise ValueError unless `name` can be an expert: a folder, a module and a part of state-dict keys.
 
     Args:
         taken: names of other experts.

@@ -48,7 +48,7 @@ Trainer, whose own files may be beside ours."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not whole, or not for this base; the message names every problem found."""
+    """A checkpoint is incomplete, or not for this base; the message names every problem found."""
 
 
 def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:

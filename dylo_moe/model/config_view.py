@@ -1,4 +1,4 @@
-"""The base's config as trainers see it, who ask a model's config what to do with its outputs."""
+"""The base's config as trainers see it: they read from a model's config what to do with its outputs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ConfigView:
     """
 
     output_router_logits = False
-    """That it is there tells TRL to ask for `aux_loss` and to add it. TRL writes it; nothing of ours reads it."""
+    """An attribute that makes TRL add `aux_loss` to the loss. TRL sets it, and no code of ours reads it."""
     router_aux_loss_coef = 1.0
-    """What TRL multiplies `aux_loss` with, in which our coefficients already are."""
+    """The factor of `aux_loss` in TRL's loss; `aux_loss` already contains our coefficients."""
 
     def __init__(self, config: PreTrainedConfig, *, not_predictions: Sequence[str]) -> None:
         object.__setattr__(self, "_config", config)

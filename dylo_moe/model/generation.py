@@ -1,4 +1,4 @@
-"""One call of `generate`: what it was asked for, what its rows are decided on, and the routing of what came out."""
+"""One call of `generate`: its arguments, the features by which its rows are routed, and the routing of its output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GenerateCall:
         self.cache: Cache | None = kwargs.get("past_key_values")
         self.ends = as_list(self.value("eos_token_id"))
         self.mask = self._mask()
-        """[prompts, prompt tokens], 0 on padding; None where there is no prompt at all."""
+        """[prompts, prompt tokens], 0 on padding; None if there is no prompt at all."""
         if self.mask is not None:
             self.keywords["attention_mask"] = self.mask
 
@@ -53,7 +53,7 @@ class GenerateCall:
         return mask
 
     def check(self, hooks: RoutingHooks) -> None:
-        """Raises ValueError for what cannot be decoded with this router."""
+        """Raise ValueError for a kind of decoding that this router does not allow."""
         config, forced = hooks.router.config, hooks.decider()
         if config.reads_final and not config.per_sequence and forced is NotForced:
             raise ValueError(
@@ -66,7 +66,7 @@ class GenerateCall:
             one_per_row(forced, self.mask.shape[0], expandable=False)
 
     def prompt(self, hooks: RoutingHooks) -> Prompt | None:
-        """What the forwards of this call have to know; None where there is no prompt."""
+        """The facts that the forwards of this call need; None if there is no prompt."""
         if self.mask is None:
             return None
         config = hooks.router.config
@@ -77,7 +77,8 @@ class GenerateCall:
         return Prompt(self.mask, decided, drafts=bool(drafts))
 
     def _decide(self, hooks: RoutingHooks, mask: Tensor) -> Tensor:
-        """What each prompt's row is decided on, fp32 [prompts, hidden]: as its cache has it, or of all its tokens."""
+        """The features by which each prompt's row is routed, fp32 [prompts, hidden]: from its cache, or from all its
+        tokens."""
         memory = None if self.cache is None else find_router_layer(self.cache)
         if memory is not None and memory.decided is not None:
             return memory.decided

@@ -12,7 +12,7 @@ from dylo_moe.utils.words import listed
 
 
 def broken_weights(pool: ExpertPool, router: Router) -> list[str]:
-    """What holds NaN or infinity, in words: adapters, gate rows, what features are scaled by."""
+    """The parts that hold NaN or infinity, in words: adapters, gate rows, the scale of the features."""
     broken = [f"the weights of expert {name!r} ({parameter})" for name, parameter in pool.non_finite()]
     broken += [f"the gate row of expert {name!r}" for name in router.non_finite()]
     buffers = ("feature_mean", "feature_scale", "shares")
@@ -25,7 +25,7 @@ def blame_nan(routing: Routing, lost: Tensor, *, base: PreTrainedModel, pool: Ex
     While a graph is compiled nothing is checked.
 
     Args:
-        routing: of the forward whose output it is.
+        routing: the routing of the forward that gave the output.
         lost: bool [batch, seq], true where the output is NaN.
 
     Raises:

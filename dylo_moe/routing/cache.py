@@ -15,7 +15,7 @@ from transformers import Cache, cache_utils
 from dylo_moe.routing.features import RouterState
 
 HISTORY = 128
-"""How many tokens before the last call can be taken back; the last call itself always can."""
+"""The number of tokens before the last call that can be removed again; those of the last call always can."""
 
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
 """Transformers' own layer that holds no keys and values; it has one since 5.23."""
@@ -117,11 +117,11 @@ class RouterCacheLayer(DummyLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep only some rows."""
         self._change_rows(lambda part: part.index_select(0, indices.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
+        """Repeat every row several times."""
         self._change_rows(lambda part: part.repeat_interleave(repeats, 0))
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -129,14 +129,14 @@ class RouterCacheLayer(DummyLayer):
         self.decided = None if self.decided is None else change(self.decided)
 
     def get_max_length(self) -> int:
-        """-1: unbounded."""
+        """The most tokens that the layer can hold; -1 is unbounded."""
         return -1
 
     def offload(self) -> None:
-        """Nothing: it is small, and stays where it is."""
+        """Do nothing: the memory is small, and stays on its device."""
 
     def prefetch(self) -> None:
-        """Nothing: see `offload`."""
+        """Do nothing; see `offload`."""
 
     def reset(self) -> None:
         """Forget everything."""

@@ -1,4 +1,4 @@
-"""k-means, for the start of a gate: which kinds of text are there, before anything is learned?"""
+"""Find kinds of text by k-means, from which a gate starts before anything is learned."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ITERATIONS = 25
 
 
 def kmeans(points: Tensor, num_clusters: int, *, seed: int) -> Tensor:
-    """Centres of the best of several runs, each from a k-means++ start.
+    """The centres of the best of several runs of k-means, each from a k-means++ start.
 
     Lloyd 1982; Arthur and Vassilvitskii 2007 (k-means++). Deterministic for one seed.
 
     Args:
         points: fp32 [points, dimensions], at least `num_clusters` of them.
-        num_clusters: how many centres.
-        seed: of the starts.
+        num_clusters: the number of centres.
+        seed: the seed of the starts.
 
     Returns:
         fp32 [num_clusters, dimensions].

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are text: padding, packed texts, and where a prompt ends.
+"""Find out which tokens of a batch are padding, where packed texts begin, and where a prompt ends.
 
 Shapes: B batch, S sequence.
 """
@@ -67,7 +67,7 @@ def prompt_ends(
     text_BS = torch.zeros_like(mask, dtype=torch.int64) if starts is None else starts.cumsum(1)
 
     def of_text(values_BS: Tensor, reduce: str) -> Tensor:
-        """A reduction over each token's own text, at each of its tokens."""
+        """Reduce over each token's own text, with the result at each of its tokens."""
         reduced_BS = torch.zeros_like(values_BS).scatter_reduce(1, text_BS, values_BS, reduce, include_self=False)
         return reduced_BS.gather(1, text_BS)
 

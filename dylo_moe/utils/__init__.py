@@ -1,1 +1,1 @@
-"""What has nothing to do with models: files, processes, errors, words."""
+"""Helpers that have nothing to do with models: files, processes, errors, words."""

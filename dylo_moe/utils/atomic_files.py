@@ -70,14 +70,14 @@ def replace_folder(aside: Path, target: Path) -> None:
 
 
 def check_free(target: Path) -> None:
-    """Raises ValueError where an export would replace something."""
+    """Raise ValueError if an export would replace something."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output {target} exists and is not an empty folder; name a new one")
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write into, put in its place when all went well, and removed when not."""
+    """Yield a folder beside `target` to write into; it becomes `target` if the body succeeds, and is removed if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

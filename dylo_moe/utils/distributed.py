@@ -18,16 +18,16 @@ from rich.console import Console
 from torch import distributed
 
 STORE_TIMEOUT = timedelta(seconds=10)
-"""How long a rank tries to reach what the launcher keeps."""
+"""How long a rank tries to reach the launcher's store."""
 
 WORK_TIMEOUT = timedelta(hours=1)
-"""How long ranks wait for what the first one makes, such as a download."""
+"""How long ranks wait for a result of rank 0, such as a download."""
 
 _CALLS = itertools.count()
 
 
 def num_ranks() -> int:
-    """How many processes the run has; before they are joined, as the launcher says."""
+    """The number of processes of the run; before they are joined, it is the one that the launcher states."""
     return distributed.get_world_size() if _is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -37,7 +37,7 @@ def is_first() -> bool:
 
 
 def are_joined() -> bool:
-    """Whether there are others, and they can be talked to."""
+    """Whether there are other processes and this one is connected to them."""
     return _is_initialized() and distributed.get_world_size() > 1
 
 
@@ -46,7 +46,7 @@ def _is_initialized() -> bool:
 
 
 def console() -> Console:
-    """What the run tells is printed once."""
+    """A console that prints on rank 0 alone, so that nothing is printed twice."""
     return Console(quiet=not is_first())
 
 
@@ -75,7 +75,7 @@ def from_first(make: Callable[[], str]) -> str:
 
 
 def largest(number: int) -> int:
-    """The largest of all ranks' numbers."""
+    """The largest of all ranks' values."""
     if not are_joined():
         return number
     numbers = torch.tensor(number, device=_device())
@@ -84,7 +84,7 @@ def largest(number: int) -> int:
 
 
 def differing(value: Any) -> list[int]:
-    """The ranks whose value is not the first's."""
+    """The ranks whose value differs from that of rank 0."""
     if not are_joined():
         return []
     values: list[Any] = [None] * num_ranks()
@@ -99,24 +99,24 @@ def leave() -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the one to tell why the run ends: of several that fail, the first to ask."""
+    """Whether this process prints why the run ends: of several that fail, the first to call this function does."""
     if num_ranks() == 1:
         return True
     try:
         return _store().add("dylora/told", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # the launcher keeps no store, or is gone
+    except (KeyError, ValueError, RuntimeError):  # the launcher has no store, or has ended
         return is_first()
 
 
 def _store() -> distributed.PrefixStore:
-    """What the launcher keeps for all ranks of one start."""
+    """The launcher's store, which all ranks of one start share."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = distributed.TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
     return distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another rank has gone, or answers no more."""
+    """Whether an error says that another rank has ended or does not answer."""
     if num_ranks() == 1 or not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()

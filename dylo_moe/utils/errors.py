@@ -10,7 +10,7 @@ class UsageError(ValueError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop; `signal` is the number of what asked, the exit status 128 and that number."""
+    """A run was asked to stop by a signal; `signal` is its number, and the exit status is 128 plus that number."""
 
     def __init__(self, number: int, text: str = "nothing was trained yet") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; {text}")

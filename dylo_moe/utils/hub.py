@@ -10,7 +10,7 @@ from huggingface_hub import constants as hub
 
 
 def no_way_to_hub() -> bool:
-    """Whether the hub's host has no address here, so that asking it would only mean a minute of retries."""
+    """Whether the hub's host has no address here, so that a request would only be retried for a minute."""
     if hub.HF_HUB_OFFLINE or getproxies():
         return False
     try:
@@ -21,5 +21,5 @@ def no_way_to_hub() -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, without its stop."""
+    """The first line of an error's message, without a full stop at its end."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .:")

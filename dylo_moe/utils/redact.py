@@ -1,4 +1,4 @@
-"""What may be published of a run's settings: no credentials, no tokens, no paths of this machine."""
+"""Remove from a run's settings what must not be published: credentials, tokens, paths of this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _QUERY = re.compile(r"(\w+://[^\s?]*)\?[^\s]*")
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}")
 
 SECRET_NAME = re.compile(r"(token|secret|password|passwd|credentials?|api_?key|_key)$", re.IGNORECASE)
-"""How variables and settings that hold secrets are called."""
+"""The names of variables and settings that hold secrets."""
 
 
 def without_secrets(text: str) -> str:
@@ -22,7 +22,7 @@ def without_secrets(text: str) -> str:
 
 
 def open_settings(settings: dict[str, Any]) -> dict[str, str]:
-    """Settings as text to show; those that are secrets by their name are left out."""
+    """Turn settings into text to be shown; those whose names say that they are secret are left out."""
     return {
         name: without_secrets(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
         for name, value in settings.items()
@@ -31,11 +31,11 @@ def open_settings(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def short_name(name: str) -> str:
-    """A dataset or base for people: a local file or folder by the last part of its path."""
+    """The name of a dataset or base as it is shown: for a local file or folder, the last part of its path."""
     is_path = name.startswith(("/", ".", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", name) or name.count("/") > 1
     return re.split(r"[\\/]", name.rstrip("/\\"))[-1] or name if is_path else name
 
 
 def bytes_in_words(size: float) -> str:
-    """A size in GB of 10^9 bytes."""
+    """Show a size in GB of 10^9 bytes."""
     return f"{size / 1e9:,.1f} GB"

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def listed(names: Sequence[str], *, most: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
+    """List the first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun, such as "1 row" or "2,000 rows".
+    """Join a number and its noun, such as "1 row" or "2,000 rows".
 
     Args:
-        plural: for a noun that needs more than an s at its end.
+        plural: the plural of the noun; by default an s is appended.
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
