@@ -58,5 +58,5 @@ def saved(original, tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A base with its tokenizer in a folder, and two small datasets of different words; nobody may change it."""
+    """A base with its tokenizer in a folder, and two small datasets of different words; no test may change it."""
     return tiny_run_folder(tmp_path_factory.mktemp("tiny"), words=30)

@@ -1,4 +1,4 @@
-"""Laws of the base: names, refusals, and a cache that is whole or not there."""
+"""Laws of the base: names, refusals, and a cache that is complete or absent."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def tiny_tokenizer(**special):
 
 
 def write_tiny(gguf, into):
-    """In place of the real conversion, which takes half a minute."""
+    """Replace the real conversion, which takes half a minute."""
     tiny_model().save_pretrained(into)
     tiny_tokenizer().save_pretrained(into)
 

@@ -1,4 +1,4 @@
-"""Laws of a pool that grows with the data: what is new is told from what is known, and nothing old moves."""
+"""Laws of a pool that grows with the data: new data is distinguished from known data, and nothing old moves."""
 
 import copy
 
@@ -62,7 +62,7 @@ def logits(model, skill, **options):
 
 
 def share(routing, name):
-    """Of the tokens past the first few."""
+    """The share of the tokens after the first few that an expert gets."""
     return float(routing.weights[:, 8:, routing.names.index(name)].mean())
 
 

@@ -248,7 +248,7 @@ def test_several_processes_give_the_rows_of_one(tmp_path, monkeypatch):
 
 
 def test_the_split_follows_the_questions_not_the_tokenizer_or_the_order(tmp_path):
-    """So that the same rows are held out for another base, and from a mirror in another order."""
+    """The same rows are held out for another base, and from a mirror in another order."""
     path = numbered(tmp_path / "mine.jsonl", 100, "cube")
     lines = (tmp_path / "mine.jsonl").read_text().splitlines()
     turned = tmp_path / "turned.jsonl"
@@ -477,7 +477,7 @@ def test_rows_are_cached_by_content_and_settings(tmp_path, monkeypatch):
 
 
 def test_rows_lie_in_files_not_in_memory(tmp_path):
-    """So that a dataset larger than memory trains."""
+    """A dataset larger than memory can be trained on."""
     data = load([numbered(tmp_path / "mine.jsonl", 40, "cube")])
     assert any("dylora-rows" in file["filename"] for file in data.train.cache_files)
 

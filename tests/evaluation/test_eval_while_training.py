@@ -60,7 +60,7 @@ def test_training_is_bit_equal_with_and_without(runs):
 
 
 def test_its_results_are_logged_where_the_losses_are(runs):
-    """Of three problems of our own the first and the third pass, whatever is written."""
+    """The first and the third of three problems of our own pass, whatever is generated."""
     lines = [line for line in trained(runs[1]) if is_judged(line)]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
     for line in lines:
@@ -71,7 +71,7 @@ def test_its_results_are_logged_where_the_losses_are(runs):
 
 
 def test_its_samples_are_kept_and_are_those_of_the_model_then(runs, folder):
-    """Of a checkpoint of the same step, `dylora eval` gives the same."""
+    """`dylora eval` gives the same for a checkpoint of the same step."""
     output = folder / "again"
     assert main(["train", *flags(folder, output), *asked(folder, "humaneval", every=7)]) == 0
     mirror = ["--data_dir", str(folder / "mirror"), "--output_dir", str(folder / "eval")]

@@ -257,7 +257,8 @@ def test_in_an_unlabelled_stream_the_expert_tells_which_chunks_taught_a_skill(sk
 
 
 def test_an_expert_that_was_there_before_the_stream_was_not_learned_in_it():
-    """A joint checkpoint goes on: its skills have experts from the first stage on, whoever that stage trained."""
+    """A stream continues from a joint checkpoint: its skills have experts from the first stage on, whichever was
+    trained."""
     stages = [stage("new", {"old": 2.0, "new": 2.0}, expert="new", alone=["old", "new"])]
     stream = Matrix(["old", "new"], base={"old": 4.0, "new": 4.0}, stages=stages)
     assert stream.taught("old") == [] and stream.taught("new") == [0]

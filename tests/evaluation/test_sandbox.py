@@ -57,7 +57,7 @@ def sandbox() -> Sandbox:
 
 
 def judged(sandbox: Sandbox, solutions: list[str]) -> list[Verdict]:
-    """Of the HumanEval tasks, each with a completion."""
+    """The verdicts on the HumanEval tasks, each with one of the completions."""
     programs = [
         Program(task["prompt"] + solution, task["test"], task["entry_point"], task["prompt"])
         for task, solution in zip(PROBLEMS, solutions, strict=True)
@@ -258,7 +258,7 @@ def test_hashes_are_the_same_in_every_run(sandbox):
 
 @needs_bubblewrap
 def test_numpy_in_the_test_sees_nothing_of_what_the_program_holds(sandbox):
-    """An object that says where its memory lies would have numpy read the judge's own."""
+    """An object that states the address of its memory would make numpy read the judge's own."""
     test = "import numpy as np\nfound = np.asarray(add(1, 2))\n"
     test += "assert found.dtype == object and not np.array_equal(found, 3)"
     name = "answers numpy of the test with memory of its choice"

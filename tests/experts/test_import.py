@@ -1,4 +1,4 @@
-"""Laws of `import_expert`: a stock PEFT adapter is the same in a pool, and nobody there notices that it came."""
+"""Laws of `import_expert`: a stock PEFT adapter gives the same in a pool, and changes nothing of the others there."""
 
 import json
 import warnings
@@ -27,7 +27,7 @@ from dylo_moe import DyLoRAMoE
 
 EXACT = "an imported adapter gives stock PEFT's logits"
 FEW = {"target_modules": ["q_proj", "down_proj"]}
-"""Of a pool: the adapters below then reach linears that no expert of it has."""
+"""The targets of a pool; the adapters below also have linears that no expert of it has."""
 ADAPTERS = {
     "another rank": ("llama", {"r": 7}, {}),
     "rank-stabilised": ("llama", {"r": 6, "use_rslora": True}, {}),

@@ -1,4 +1,4 @@
-"""What `import_expert` cannot take is refused by name, and the model is as if nobody had asked."""
+"""What `import_expert` cannot take is refused by name, and the model stays as it was."""
 
 import json
 import pickle
@@ -193,7 +193,7 @@ def thinner(state):
     ids=["NaN", "infinity", "cut", "another rank", "one missing", "empty", "foreign"],
 )
 def test_tensors_that_do_not_fit_are_named(refuse, change, match, tmp_path):
-    """Of a pool in which no expert has those linears yet."""
+    """The pool has no expert with these linears yet, but their tensors are checked all the same."""
     folder = save_stock(tmp_path / "stock")
     rewrite(folder, change)
     assert str(folder) in refuse(folder, match)

@@ -21,7 +21,8 @@ RANKS = {"a": 4, "b": 1, "c": 3, "d": 8}
 ALPHA = 6
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6, torch.bfloat16: 4e-2}
-"""Of the largest entry. fp64 is held to fp32's precision because routing weights are fp32 by contract."""
+"""The allowed difference as a share of the largest entry. fp64 is held to fp32's precision because routing weights are
+fp32 by contract."""
 
 
 def routed_linear(*, width=(10, 7), ranks=RANKS, dtype=torch.float32, bias=True, dropout=0.0, base_dtype=None):

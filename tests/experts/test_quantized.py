@@ -39,7 +39,7 @@ CHECKPOINT_WARNING = "recognised by its id and revision only"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of the tiny base, not quantised."""
+    """The folder of the tiny base, not quantised."""
     pytest.importorskip("bitsandbytes")
     path = tmp_path_factory.mktemp("base")
     tiny_base(**WIDE).save_pretrained(str(path))

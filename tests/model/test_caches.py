@@ -25,7 +25,7 @@ from reference.tiny import padded, tiny_base, tiny_moe, tokens
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 CLOSE = 1e-4
-"""Of logits of a few units, in fp32."""
+"""The allowed difference of logits of a few units, in fp32."""
 
 ROUTERS = [{"top_k": 1}, {"top_k": 2, "router_layer": 1}]
 ATTENTION = ["llama", "gemma3", "gpt2", "mistral"]

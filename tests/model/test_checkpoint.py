@@ -1,4 +1,4 @@
-"""Laws of a checkpoint: it comes back bit for bit, and is written whole or not at all."""
+"""Laws of a checkpoint: it is restored bit for bit, and is written atomically."""
 
 import copy
 import itertools

@@ -135,7 +135,7 @@ def test_dense_and_sparse_paths_agree_in_a_whole_model(monkeypatch, family):
 
 
 def labelled():
-    """No text's first token is predicted: what stands before it is padding, and may be anything."""
+    """The first token of a text is not predicted: what precedes it is padding, and may be anything."""
     mask = batch()["attention_mask"]
     return {**batch(), "labels": batch()["input_ids"].masked_fill(mask.cumsum(1) < 2, -100)}
 

@@ -211,7 +211,7 @@ def test_any_split_of_a_text_over_a_cache_changes_nothing(family, borders):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 def test_switching_experts_while_a_cache_grows_keeps_the_memory_right(family):
-    """The router's memory goes on while `route_to` decides, so that the gate can take over again."""
+    """The router's memory continues while `route_to` decides, so that the gate can take over again."""
     model, ids = tiny_moe(family), tokens(2, 12)
     with model.route_to("expert_1"):
         cache = model(input_ids=ids[:, :7], use_cache=True).past_key_values

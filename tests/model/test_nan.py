@@ -125,7 +125,7 @@ def test_it_does_not_spread_to_rows_that_do_not_use_it(laws, family, kind, grad)
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_a_broken_expert_can_be_removed(laws, monkeypatch, path):
-    """As the error advises; what is left is what a pool without it gives."""
+    """Removing the broken expert, as the error advises, leaves what a pool without it gives."""
     force_path(monkeypatch, path)
     model = tiny_moe("llama", num_experts=4)
     healthy = copy.deepcopy(model)

@@ -56,7 +56,7 @@ def model(base):
 
 
 def test_every_cache_gives_the_tokens_of_none(model, prompts, laws):
-    """No token of the tokenizer ends a row here, so that all rows go on to the last step."""
+    """No token of the tokenizer ends a row here, so that all rows continue to the last step."""
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     expected = model.generate(**prompts, use_cache=False, **options)
     used = expected.routing.weights[expected.routing.mask].mean(0)

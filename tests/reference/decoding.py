@@ -174,5 +174,5 @@ class TwoBitLayer(QuantizedLayer):
 
 
 def two_bit_cache() -> Cache:
-    """Of a model of two layers."""
+    """A cache for a model of two layers."""
     return Cache(layers=[TwoBitLayer(residual_length=4) for _ in range(2)])

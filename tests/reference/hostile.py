@@ -191,7 +191,7 @@ SEEN_TO_WIN = (
     "writes outside the scratch folder",
     "writes to a file of the user",
 )
-"""Of RULES, those that may be run without a sandbox."""
+"""The RULES that may be run without a sandbox."""
 
 BOMBS = {
     "fork bomb": """

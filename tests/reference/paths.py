@@ -1,4 +1,4 @@
-"""Where the tests find the files of the repository."""
+"""The folders in which tests find the files of the repository."""
 
 from pathlib import Path
 

@@ -55,7 +55,7 @@ def precise_moe(**options):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("given", ["nothing", "items", "tokens"])
 def test_losses_equal_their_formulas_over_real_tokens_only(given, side, shares):
-    """By default all real tokens; where only the number of predicted ones is known, the predicted ones."""
+    """The loss is over all real tokens by default, or over the predicted ones if only their number is known."""
     model = tiny_moe("llama", num_experts=4, balance_coefficient=0.3, z_loss_coefficient=0.2, entropy_coefficient=-0.1)
     model.router.shares.copy_(torch.tensor(shares))
     batch = whole_batch(side)
@@ -140,7 +140,7 @@ def step(model, optimizer, sizes, *, backward="each", set_to_none=True):
 @pytest.mark.parametrize("backward", ["each", "together"])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_f_is_the_share_of_the_whole_previous_step(optimizer, set_to_none, backward, top_k):
-    """Reported: the end of a step was told by tensor versions, which the fused optimizer does not raise."""
+    """A reported bug: the end of a step was recognised by tensor versions, which the fused optimizer does not raise."""
     model = tiny_moe("llama", num_experts=4, top_k=top_k, balance_coefficient=0.5).train()
     optimizer = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
     expected = torch.full((4,), 0.25)
