@@ -33,9 +33,9 @@ COUNT_TITLES = {
     "too_long": "too long",
     "empty": "empty",
     "malformed": "malformed",
-    "duplicates": "double",
-    "duplicates_across": "in another",
-    "held_out": "asked in held-out",
+    "duplicates": "duplicate",
+    "duplicates_across": "in another dataset",
+    "held_out": "question held out",
     "contaminated": "contaminated",
 }
 

@@ -139,7 +139,7 @@ def test_check_prints_the_counts_lengths_padding_and_overlaps_of_the_very_rows(r
             assert not lines
     reason = "no known format has its columns (prompt); say which to read with --columns"
     assert f"mine: 1 x {reason} (first: mine.jsonl:42)" in shown
-    assert "Overlap with 25 test problems: 1 rows, kept; --decontaminate removes them." in shown
+    assert "Overlap with 25 test problems: 1 row, kept; --decontaminate removes them." in shown
     assert "mine: 1 x it overlaps with MBPP/12 (first: mine.jsonl:1)" in shown
     form = text_format(CHAT)
     rows = [encode(form, ask(row["prompt"], row["response"]), max_seq_length=10_000) for row in [*copies, copies[3]]]
@@ -155,7 +155,7 @@ def test_check_prints_the_counts_lengths_padding_and_overlaps_of_the_very_rows(r
 def test_check_without_a_benchmark_says_that_it_did_not_compare(run, tmp_path, monkeypatch):
     monkeypatch.setattr("dylo_moe.data.sources.hub.no_way_to_hub", lambda: True)
     shown = run("check", numbered(tmp_path / "mine.jsonl", 20, "cube"))
-    assert "Overlap with mbpp: not checked." in shown and "Overlap with 164 test problems: 0 rows, none." in shown
+    assert "Overlap with mbpp: not checked." in shown and "Overlap with 164 test problems: none." in shown
 
 
 @pytest.mark.parametrize(

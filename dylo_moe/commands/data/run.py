@@ -25,6 +25,7 @@ from dylo_moe.data.sources.read import SourceRows, read
 from dylo_moe.data.tokenized import TokenizedDataset as Rows
 from dylo_moe.data.tokenized import tokenise_all
 from dylo_moe.report.terminal import show_data, show_reasons
+from dylo_moe.utils.words import counted
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
@@ -78,7 +79,7 @@ def show_dataset(config: DataConfig, look: LookArguments) -> None:
     special |= set(tokenizer.all_special_ids)
     for position in chosen.tolist():
         row = rows.rows[position]
-        title = f"row {position} · {row['length']} tokens, {row['trained']} trained"
+        title = f"row {position} · {counted(row['length'], 'token')}, {row['trained']} trained"
         if row["cut"]:
             title += f" · cut from {row['whole_length']}"
         console.rule(Text(title), align="left", style="dim")
@@ -92,7 +93,7 @@ def _show_head(console: Console, reading: SourceRows, rows: Rows, num_good: int)
     source = reading.source
     licence = f", licence {source.licence}" if source is not None else ""
     console.print(
-        f"{reading.name} ({reading.origin}{licence}): {len(rows.rows):,} rows read, {num_good:,} usable",
+        f"{reading.name} ({reading.origin}{licence}): {counted(len(rows.rows), 'row')} read, {num_good:,} usable",
         highlight=False,
     )
     if source is not None and not source.for_training:
@@ -168,7 +169,7 @@ def _show_padding(console: Console, data: LoadedData, config: DataConfig, batch_
     packed = PackedTexts(data.train, config.max_seq_length)
     console.print(
         f"In batches of {batch_size}, {padding_share(packed.lengths, batch_size):.1%} of the tokens are padding; with "
-        f"--packing, {1 - packed.fill:.1%}, in {len(packed):,} rows instead of {len(packed.lengths):,}.",
+        f"--packing, {1 - packed.fill:.1%}, in {counted(len(packed), 'row')} instead of {len(packed.lengths):,}.",
         highlight=False,
     )
 
@@ -177,18 +178,18 @@ def _show_overlaps(
     console: Console, tables: Sequence[Rows], num_problems: int, unfindable: int, *, removed: bool
 ) -> None:
     """Rows that overlap with a benchmark."""
-    done = "removed" if removed else "kept; --decontaminate removes them"
+    done = ", removed" if removed else ", kept; --decontaminate removes them"
     short = f" ({unfindable} of them too short to be found)" if unfindable else ""
     total = sum(rows.num(Fate.CONTAMINATED) for rows in tables)
-    console.print(
-        f"Overlap with {num_problems} test problems{short}: {total:,} rows, {done if total else 'none'}.",
-        highlight=False,
-    )
-    for rows in tables:
-        found = [reason for reason in rows.reasons() if reason.text.startswith("it overlaps with")]
+    rows = counted(total, "row") + done if total else "none"
+    console.print(f"Overlap with {counted(num_problems, 'test problem')}{short}: {rows}.", highlight=False)
+    for table in tables:
+        found = [reason for reason in table.reasons() if reason.text.startswith("it overlaps with")]
         for reason in found[:MAX_OVERLAPS]:
             console.print(
-                f"  {rows.name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})", highlight=False
+                f"  {table.name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})", highlight=False
             )
         if len(found) > MAX_OVERLAPS:
-            console.print(f"  {rows.name}: and with {len(found) - MAX_OVERLAPS:,} problems more", highlight=False)
+            console.print(
+                f"  {table.name}: and with {counted(len(found) - MAX_OVERLAPS, 'more problem')}", highlight=False
+            )

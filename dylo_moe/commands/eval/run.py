@@ -36,6 +36,7 @@ from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.eval_tables import TITLES, live_rate, show_example, show_results
 from dylo_moe.routing.config import BASE
+from dylo_moe.utils.words import counted
 
 
 class Exam(NamedTuple):
@@ -196,9 +197,10 @@ def say_taken_up(console: Console, samples: SampleFile, num_dropped_verdicts: in
     """What there is of an earlier run, and what of it was not whole."""
     if samples.samples:
         console.print(f"going on: {len(samples.samples)} of {len(samples.keys)} answers are there", highlight=False)
-    for count, what in ((samples.num_dropped, "answers"), (num_dropped_verdicts, "verdicts")):
+    for count, what in ((samples.num_dropped, "answer"), (num_dropped_verdicts, "verdict")):
         if count:
-            text = f"{count} lines of {what} were cut off by a kill, and are made again"
+            verb = "was" if count == 1 else "were"
+            text = f"{counted(count, what)} {verb} cut off when the last run was killed, and will be made again"
             console.print(Text(text, style="yellow"), soft_wrap=True)
 
 

@@ -51,8 +51,9 @@ def remove_expert(checkpoint: str, name: str, output: str) -> None:
     model = DyLoRAMoE.from_pretrained(checkpoint)
     gone = model.remove_expert(name)
     save_checkpoint(model, output)
-    known = f" with what is known of {', '.join(gone)}" if gone else ""
-    Console().print(Text(f"{name} is removed{known}; {', '.join(model.experts.names)} are left, in {output}"))
+    known = f", and with it what the skill library held of {', '.join(gone)}" if gone else ""
+    verb = "remains" if len(model.experts) == 1 else "remain"
+    Console().print(Text(f"{name} was removed{known}; {', '.join(model.experts.names)} {verb}, in {output}"))
 
 
 class Change(NamedTuple):
