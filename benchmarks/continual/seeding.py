@@ -46,9 +46,7 @@ def learn(model: DyLoRAMoE, name: str, skill: Skill, *, start_from: str, seeding
     batches = [{"input_ids": part} for part in rows.input_ids.split(16)]
     decision = model.add_skill(name, batches)
     assert decision.expert == name, decision
-    stream = StreamArguments(
-        start_from=start_from, seeding=seeding, seeding_learning_rate=2e-3, consolidation_learning_rate=2e-4
-    )
+    stream = StreamArguments(seeding=seeding, seeding_learning_rate=2e-3, consolidation_learning_rate=2e-4)
     with tempfile.TemporaryDirectory() as folder:
         arguments = StageArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=BATCH_ROWS, learning_rate=2e-3, report_to=[],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from dylo_moe.commands.flags import config_from, flags_class, flags_of
 from dylo_moe.utils.errors import UsageError
 
 SHOWN = (  # noqa: SIM905
@@ -60,14 +60,43 @@ Refusal = Callable[[str], str | None]
 
 
 class Parser(HfArgumentParser):
-    """Raises a mistake instead of leaving the program."""
+    """The flags of several config classes; a mistake raises instead of ending the program.
+
+    Args:
+        kinds: the classes; the Trainer's arguments come last where they are among them.
+    """
+
+    def __init__(self, kinds: Sequence[type], **options: Any) -> None:
+        super().__init__([flags_class(kind) for kind in kinds], **options)  # type: ignore[misc]
+        self.kinds = tuple(kinds)
+
+    def configs(self, words: Sequence[str]) -> tuple[Any, ...]:
+        """What a command line describes, an instance of each class.
+
+        Raises:
+            ValueError: with the problems of all classes. The last is only made where the others have no problem, for
+                the Trainer's arguments set up the device.
+        """
+        values = vars(self.parse_args(words))
+        made: list[Any] = []
+        problems: list[str] = []
+        for kind in self.kinds:
+            if problems and kind is self.kinds[-1]:
+                break
+            try:
+                made.append(config_from(kind, values))
+            except ValueError as error:
+                problems.append(str(error).strip())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return tuple(made)
 
     def error(self, message: str) -> Any:
         """Called with what is wrong."""
         raise UsageError(message)
 
 
-def plain_options(parser: HfArgumentParser) -> HfArgumentParser:
+def plain_options(parser: Parser) -> Parser:
     """Every flag under one spelling, with underscores."""
     for action in parser._actions:
         action.metavar = "VALUE"
@@ -75,18 +104,18 @@ def plain_options(parser: HfArgumentParser) -> HfArgumentParser:
     return parser
 
 
-def parse(parser: HfArgumentParser, words: list[str], refusal: Refusal, given: Sequence[str] = ()) -> tuple[Any, ...]:
-    """The dataclasses of a parser; `given` words are not the user's own."""
+def parse(parser: Parser, words: list[str], refusal: Refusal, given: Sequence[str] = ()) -> tuple[Any, ...]:
+    """The configs of a parser; `given` words are not the user's own."""
     _check_names(words, parser, refusal)
     try:
-        return parser.parse_args_into_dataclasses([*given, *words], look_for_args_file=False)
+        return parser.configs([*given, *words])
     except UsageError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error).strip()) from error
 
 
-def parse_behind_checkpoint(argv: Sequence[str], parser: HfArgumentParser) -> tuple[str, Any, set[str]]:
+def parse_behind_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any, set[str]]:
     """`CHECKPOINT [--FLAG VALUE ...]`: the checkpoint, the dataclass of the flags, and which flags were typed.
 
     Raises:
@@ -101,12 +130,12 @@ def parse_behind_checkpoint(argv: Sequence[str], parser: HfArgumentParser) -> tu
     return words[0], values, {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
 
 
-def options(parser: HfArgumentParser) -> set[str]:
+def options(parser: Parser) -> set[str]:
     """Every flag that a parser knows, with its dashes."""
     return set(parser._option_string_actions)
 
 
-def _check_names(words: list[str], parser: HfArgumentParser, refusal: Refusal) -> None:
+def _check_names(words: list[str], parser: Parser, refusal: Refusal) -> None:
     problems = []
     for word in words:
         name = word.split("=", 1)[0]
@@ -116,7 +145,7 @@ def _check_names(words: list[str], parser: HfArgumentParser, refusal: Refusal) -
         raise UsageError("; ".join(problems))
 
 
-def unknown(name: str, parser: HfArgumentParser, refusal: Refusal) -> str:
+def unknown(name: str, parser: Parser, refusal: Refusal) -> str:
     """What to tell who typed an unknown or refused flag."""
     reason = refusal(name.lstrip("-"))
     if reason:
@@ -128,7 +157,7 @@ def unknown(name: str, parser: HfArgumentParser, refusal: Refusal) -> str:
 
 def training_parser(
     prog: str, kinds: tuple[type, ...], *, description: str, refusal: Refusal, show_all: bool
-) -> HfArgumentParser:
+) -> Parser:
     """The parser of a command that trains.
 
     Args:
@@ -137,7 +166,7 @@ def training_parser(
         show_all: --help shows the Trainer's rarer flags too.
     """
     parser = Parser(
-        kinds,  # type: ignore[arg-type]
+        kinds,
         prog=prog,
         allow_abbrev=False,
         add_help=False,
@@ -147,7 +176,7 @@ def training_parser(
         "them. A recipe is a YAML file of `flag: value` lines; flags on the command line win over it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    ours = {item.name for kind in kinds[:-1] for item in fields(kind)}
+    ours = {flag for kind in kinds[:-1] for flag in flags_of(kind)}
     for action in parser._actions:
         if refusal(action.dest) or (action.dest not in ours | set(SHOWN) and not show_all):
             action.help = argparse.SUPPRESS

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from dylo_moe.commands.parsing import SHOWN, Refusal, options, unknown
+from dylo_moe.commands.flags import as_typed, flags_of, values_of
+from dylo_moe.commands.parsing import SHOWN, Parser, Refusal, options, unknown
 from dylo_moe.commands.recipe_file import recipe_file
 from dylo_moe.training.arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
@@ -20,7 +21,7 @@ NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifa
 """Where a run is written and goes on from, and how its processes share the work: none of it makes another run of it."""
 
 
-def with_recipe(argv: Sequence[str], parser: HfArgumentParser, refusal: Refusal) -> list[str]:
+def with_recipe(argv: Sequence[str], parser: Parser, refusal: Refusal) -> list[str]:
     """A command line whose --config, if it has one, is replaced by the recipe's words; those typed come later.
 
     Raises:
@@ -56,7 +57,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
     return recipe, rest
 
 
-def _words_of_file(path: Path, parser: HfArgumentParser, refusal: Refusal) -> list[str]:
+def _words_of_file(path: Path, parser: Parser, refusal: Refusal) -> list[str]:
     """A recipe as the command line that means the same."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -88,15 +89,20 @@ def as_words(settings: dict[str, Any]) -> list[str]:
 
 def in_full(saved: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
     """The settings of a run, whose version may not have had every flag of today's: those were at their default."""
-    return {item.name: item.default for kind in kinds for item in fields(kind) if item.default is not MISSING} | saved
+    known = {flag: item for kind in kinds for flag, item in flags_of(kind).items()}
+    defaults = {flag: item.default for flag, item in known.items() if item.default is not MISSING}
+    return {
+        name: as_typed(known[name], value) if name in known else value for name, value in (defaults | saved).items()
+    }
 
 
 def plain_settings(parts: Sequence[Any], train: TrainArguments, refusal: Refusal) -> dict[str, Any]:
     """Flags as plain values: ours in full; of the Trainer's what differs from its defaults or is shown by --help."""
     values: dict[str, Any] = {}
     for part in parts:
-        offered = [item.name for item in fields(part) if not refusal(item.name) and item.name not in NOT_SETTINGS]
-        values |= {name: getattr(part, name) for name in offered if getattr(part, name) != []}
+        for name, value in values_of(part).items():
+            if value != [] and not refusal(name) and name not in NOT_SETTINGS:
+                values[name] = value
     saved = train.to_dict()
     for item in fields(train):
         value = saved.get(item.name)

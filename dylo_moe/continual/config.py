@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dylo_moe.utils.checks import is_number
+from dylo_moe.utils.checks import choice_problems, is_number
 
 MAHALANOBIS = "mahalanobis"
 
@@ -23,38 +23,55 @@ NEAREST = "nearest"
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthConfig:
-    """When a pool grows, and how.
+    """When a pool grows, and how. The fields are flags of `dylora stream`.
 
     Raises:
         ValueError: for values out of range; all problems of one config in one message.
     """
 
-    novelty: str = MAHALANOBIS
+    novelty: str = field(
+        default=MAHALANOBIS,
+        metadata={
+            "help": "How far data lies from what is known: mahalanobis, calibrated to a rate of false alarms, or "
+            "cosine on centred features.",
+            "choices": [MAHALANOBIS, COSINE],
+        },
+    )
     """How far data lies from what is known: "mahalanobis", or "cosine" on centred features."""
 
-    false_alarm_rate: float = 0.01
+    false_alarm_rate: float = field(
+        default=0.01,
+        metadata={"help": "Share of samples of known skills that are taken for new ones (mahalanobis)."},
+    )
     """Share of samples of known skills that are taken for new ones; mahalanobis is calibrated to it."""
 
-    similarity_threshold: float = 0.75
+    similarity_threshold: float = field(
+        default=0.75, metadata={"help": "Data less alike than this to every known skill is new (cosine)."}
+    )
     """With "cosine": data less alike than this to every known skill is new."""
 
-    known_skill: str = CONSOLIDATE
+    known_skill: str = field(
+        default=CONSOLIDATE,
+        metadata={
+            "help": "What data of a known skill does: consolidate its expert at the low rate, skip, or grow a new "
+            "expert.",
+            "choices": [CONSOLIDATE, SKIP, GROW],
+        },
+    )
     """Data of a known skill trains its expert at the low rate ("consolidate"), nothing ("skip"), or a new expert all
     the same ("grow")."""
 
-    start_from: str = NEAREST
+    start_from: str = field(
+        default=NEAREST,
+        metadata={
+            "help": "A new expert begins with zero delta (fresh) or as a copy of the nearest skill's expert (nearest).",
+            "choices": [FRESH, NEAREST],
+        },
+    )
     """A new expert begins with zero delta ("fresh"), or as a copy of the nearest skill's expert ("nearest")."""
 
     def __post_init__(self) -> None:
-        problems = []
-        choices = {
-            "novelty": (MAHALANOBIS, COSINE),
-            "known_skill": (CONSOLIDATE, SKIP, GROW),
-            "start_from": (FRESH, NEAREST),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                problems.append(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, allowed))}")
+        problems = choice_problems(self)
         rate, similarity = self.false_alarm_rate, self.similarity_threshold
         if not is_number(rate) or not 0 < rate < 1:
             problems.append(f"false_alarm_rate is {rate!r}; it must be a number above 0 and below 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dylo_moe.utils.checks import is_number, is_share
+from dylo_moe.utils.checks import choice_problems, is_number, is_share
 
 DEFAULT_DATASETS = ("code_alpaca", "mbpp")
 
@@ -114,9 +114,7 @@ class DataConfig:
             value = getattr(self, name)
             if not is_number(value) or not 0 < value <= 100:
                 problems.append(f"{name} is {value!r}; it must be a percentage above 0 and at most 100")
-        for name, allowed in (("overlong", (CUT, DROP)), ("loss_on", (RESPONSE, ALL))):
-            if getattr(self, name) not in allowed:
-                problems.append(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, allowed))}")
+        problems += choice_problems(self)
         workers = self.preprocessing_num_workers
         if workers is not None and (not isinstance(workers, int) or workers < 1):
             problems.append(f"preprocessing_num_workers is {workers!r}; it must be at least 1")

@@ -17,15 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.experts.config import ALL_LINEAR, ExpertConfig
 from dylo_moe.utils.words import listed
-
-NUM_EXPERTS = 4
-
-LORA_R = 16
-
-LORA_ALPHA = 32
-
-LORA_DROPOUT = 0.05
 
 LORA_FIELDS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
@@ -46,6 +39,17 @@ WHY_NOT = {
 ROUTABLE = "experts go on nn.Linear, Conv1D, and bitsandbytes' 4-bit and 8-bit linears"
 
 
+def lora_config(config: ExpertConfig) -> LoraConfig:
+    """PEFT's config of the adapter that `config` describes; `routed_lora_config` fits it to a base."""
+    targets = config.lora_targets
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+    )
+
+
 def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> LoraConfig:
     """A copy of `config` that adapts linears of the routed layers only, checked before anything changes.
 
@@ -58,7 +62,7 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
         raise ValueError(f"lora is {config!r}, a {type(config).__name__}; experts are made of a peft.LoraConfig")
     config = copy.deepcopy(config)
     targets = config.target_modules
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         config.target_modules = sorted({name.rsplit(".", 1)[1] for name in _layer_linears(base)})
         if not config.target_modules:
             raise ValueError(

@@ -15,15 +15,8 @@ from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.continual.growth import Growth, SkillDecision
 from dylo_moe.continual.skill_library import SkillLibrary
-from dylo_moe.experts.adapter import (
-    LORA_ALPHA,
-    LORA_DROPOUT,
-    LORA_R,
-    NUM_EXPERTS,
-    lora_problems,
-    read_adapter,
-    routed_lora_config,
-)
+from dylo_moe.experts.adapter import lora_config, lora_problems, read_adapter, routed_lora_config
+from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.experts.expert import Expert, check_name
 from dylo_moe.model.generation import GenerateCall
 from dylo_moe.model.loading import load_checkpoint
@@ -99,7 +92,7 @@ class DyLoRAMoE(RoutedPeftModel):
         """
         router = RouterConfig() if router is None else router
         if not allow_expert_growth and num_experts is None:
-            num_experts = NUM_EXPERTS
+            num_experts = ExpertConfig.num_experts
         problems = pool_problems(
             router=router,
             names=names,
@@ -117,7 +110,7 @@ class DyLoRAMoE(RoutedPeftModel):
         for name in names:
             check_name(name, modules=(path for path, _ in base.named_modules()))
         if lora is None:
-            lora = LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules="all-linear")
+            lora = lora_config(ExpertConfig())
         index = router.layer_index(base.config.get_text_config().num_hidden_layers)
         lora = routed_lora_config(base, lora, router_index=index)
         model = cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient)

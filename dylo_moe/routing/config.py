@@ -1,15 +1,11 @@
-"""Every knob of ours, in dataclasses that check themselves.
-
-What belongs to a neighbour stays with it: an expert's rank, alpha, dropout and targets are PEFT's
-`LoraConfig`, the training loop's settings are the Trainer's arguments.
-"""
+"""How tokens are sent to experts: the options of the router."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
-from dylo_moe.utils.checks import is_number
+from dylo_moe.utils.checks import choice_problems, is_number
 
 EMBEDDINGS = "embeddings"
 
@@ -36,41 +32,79 @@ OF_CHOOSING = ("top_k", "granularity", "router_half_life")
 """Fields of `RouterConfig` that shape how a gate learns, and what each token's choice follows from."""
 
 
+def parse_router_layer(text: str) -> str | int | float:
+    """A `router_layer` as typed: a whole number is an index, a number with a point a fraction."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How tokens are sent to experts.
+    """How tokens are sent to experts. The fields are flags of the commands that train.
 
     Raises:
         ValueError: for values out of range; all problems of one config in one message.
     """
 
-    top_k: int = 1
+    top_k: int = field(default=1, metadata={"help": "Experts per token, 1 to num_experts."})
     """Experts per token in sparse delegation, from 1 to the number of experts."""
 
-    router_layer: str | int | float = EMBEDDINGS
+    router_layer: str | int | float = field(
+        default=EMBEDDINGS,
+        metadata={
+            "read": parse_router_layer,
+            "help": "Where the router reads: embeddings, a layer's index (7), a fraction of the depth (0.25), or "
+            "final. Deeper tells apart skills of the same words, but layers below it carry no experts; final runs the "
+            "base twice.",
+        },
+    )
     """Where the router reads: "embeddings", a layer's index (the hidden states entering that layer), or
     a fraction of the depth between 0 and 1. Layers below it carry no adapters. "final": the last hidden
     states of a pass of the base alone, before the pass with the experts; twice the work."""
 
-    granularity: str = TOKEN
+    granularity: str = field(
+        default=TOKEN,
+        metadata={
+            "help": "What is routed: each token on its own, or a sequence as a whole, decided on its prompt.",
+            "choices": [TOKEN, SEQUENCE],
+        },
+    )
     """"token": every token is sent on its own. "sequence": a text is sent as a whole, by what the router
     reads at the last token of its prompt, and that holds for all of it, generated tokens included."""
 
-    policy: str = LEARNED
+    policy: str = field(
+        default=LEARNED,
+        metadata={
+            "flag": "router_policy",
+            "help": "Who routes: a gate that learns; or, to compare with it, uniform (each token to all experts alike) "
+            "or random (to top_k experts that have nothing to do with what the text says).",
+            "choices": [LEARNED, UNIFORM, RANDOM],
+        },
+    )
     """"learned": the gate decides, and learns. For comparison, with a gate that stays as it was drawn: "uniform": every
     token goes to all experts alike; "random": to `top_k` experts alike, by a fixed pseudo-random function of what the
     gate reads, so that a text is always routed the same way and its content does not matter."""
 
-    router_half_life: float = 32.0
+    router_half_life: float = field(
+        default=32.0,
+        metadata={"help": "Half-life of the router's memory, in tokens; shorter follows a change of subject faster."},
+    )
     """Half-life, in tokens, of the causal exponential mean that the gate reads."""
 
-    temperature: float = 1.0
+    temperature: float = field(default=1.0, metadata={"flag": None})
     """Divides the gate logits of dense collaboration; towards 0 it becomes top-1."""
 
-    z_loss_coefficient: float = 0.0
+    z_loss_coefficient: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
     """Weight of the router z-loss, mean(logsumexp(logits)^2)."""
 
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the entropy of a token's routing; above 0 makes the router surer."},
+    )
     """Weight of the mean entropy of a token's routing, in nats; positive makes the router surer."""
 
     def __post_init__(self) -> None:
@@ -82,10 +116,7 @@ class RouterConfig:
                 f"router_layer is {self.router_layer!r}; it must be 'embeddings', a layer's index (0 or more), "
                 "a fraction of the depth between 0 and 1, or 'final'"
             )
-        if self.granularity not in (TOKEN, SEQUENCE):
-            problems.append(f"granularity is {self.granularity!r}; it must be 'token' or 'sequence'")
-        if self.policy not in (LEARNED, UNIFORM, RANDOM):
-            problems.append(f"policy is {self.policy!r}; it must be 'learned', 'uniform' or 'random'")
+        problems += choice_problems(self)
         for name in ("router_half_life", "temperature"):
             if not is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number above 0")
@@ -152,13 +183,3 @@ def _is_router_layer(value: object) -> bool:
     if isinstance(value, float):
         return 0 < value < 1
     return value in (EMBEDDINGS, FINAL)
-
-
-def parse_router_layer(text: str) -> str | int | float:
-    """A `router_layer` as typed: a whole number is an index, a number with a point a fraction."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

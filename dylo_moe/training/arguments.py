@@ -10,55 +10,18 @@ from transformers import TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from dylo_moe.base.loading import DEFAULT_BASE, NEEDS_BITSANDBYTES
-from dylo_moe.experts.adapter import LORA_ALPHA, LORA_DROPOUT, LORA_R, NUM_EXPERTS
-from dylo_moe.routing.config import BALANCE_COEFFICIENT, LEARNED, RANDOM, SEQUENCE, TOKEN, UNIFORM, RouterConfig
+from dylo_moe.routing.config import BALANCE_COEFFICIENT
 from dylo_moe.training.run_folder import NEW_RUN
 from dylo_moe.utils.errors import UsageError
 
 
 @dataclass
 class ModelArguments:
-    """Our flags: the base, its experts and the router."""
+    """Flags of the model beside those of its experts (`ExpertConfig`) and of its router (`RouterConfig`)."""
 
     model: str = field(
         default=DEFAULT_BASE,
         metadata={"help": "Base model: a hub id, a folder, or smollm2-135m (small, needs no hub and no token)."},
-    )
-    num_experts: int = field(default=NUM_EXPERTS, metadata={"help": "Experts trained together."})
-    lora_r: int = field(default=LORA_R, metadata={"help": "Rank of each expert."})
-    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "LoRA alpha; an expert is scaled by alpha / rank."})
-    lora_dropout: float = field(default=LORA_DROPOUT, metadata={"help": "Dropout on the experts' input."})
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the linears that carry experts; all-linear: every one in the routed layers."},
-    )
-    top_k: int = field(default=RouterConfig.top_k, metadata={"help": "Experts per token, 1 to num_experts."})
-    router_layer: str = field(
-        default=str(RouterConfig.router_layer),
-        metadata={
-            "help": "Where the router reads: embeddings, a layer's index (7), a fraction of the depth (0.25), or "
-            "final. Deeper tells apart skills of the same words, but layers below it carry no experts; final runs the "
-            "base twice."
-        },
-    )
-    granularity: str = field(
-        default=RouterConfig.granularity,
-        metadata={
-            "help": "What is routed: each token on its own, or a sequence as a whole, decided on its prompt.",
-            "choices": [TOKEN, SEQUENCE],
-        },
-    )
-    router_policy: str = field(
-        default=RouterConfig.policy,
-        metadata={
-            "help": "Who routes: a gate that learns; or, to compare with it, uniform (each token to all experts alike) "
-            "or random (to top_k experts that have nothing to do with what the text says).",
-            "choices": [LEARNED, UNIFORM, RANDOM],
-        },
-    )
-    router_half_life: float = field(
-        default=RouterConfig.router_half_life,
-        metadata={"help": "Half-life of the router's memory, in tokens; shorter follows a change of subject faster."},
     )
     attn_implementation: str | None = field(
         default=None,
@@ -80,13 +43,6 @@ class ModelArguments:
     )
     balance_coefficient: float = field(
         default=BALANCE_COEFFICIENT, metadata={"help": "Weight of the loss that keeps the experts evenly used."}
-    )
-    z_loss_coefficient: float = field(
-        default=RouterConfig.z_loss_coefficient, metadata={"help": "Weight of the router z-loss."}
-    )
-    entropy_coefficient: float = field(
-        default=RouterConfig.entropy_coefficient,
-        metadata={"help": "Weight of the entropy of a token's routing; above 0 makes the router surer."},
     )
 
     def __post_init__(self) -> None:

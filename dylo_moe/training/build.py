@@ -6,15 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from dylo_moe.base.loading import four_bit, load_base
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData
+from dylo_moe.experts.adapter import lora_config
+from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.routing.config import RouterConfig, parse_router_layer
+from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 
 ROUTER_START_ROWS = 512
@@ -25,40 +26,26 @@ ROUTER_START_BATCH = 16
 
 def build_model(
     flags: ModelArguments,
+    experts: ExpertConfig,
+    router: RouterConfig,
     *,
     bf16: bool,
     growth: GrowthConfig | None = None,
     load: Callable[..., PreTrainedModel] = load_base,
 ) -> DyLoRAMoE:
-    """The base with fresh experts and router, as the flags say; every problem of the flags is raised here.
+    """The base with fresh experts and router; every problem of the flags that depends on the base is raised here.
 
     Args:
         bf16: whether the base is loaded in bfloat16.
-        growth: for a pool that begins empty and grows.
+        growth: for a pool that begins empty and grows, whatever the number of `experts`.
         load: makes the base, as `load_base` does.
     """
-    router = RouterConfig(
-        top_k=flags.top_k,
-        router_layer=parse_router_layer(flags.router_layer),
-        granularity=flags.granularity,
-        policy=flags.router_policy,
-        router_half_life=flags.router_half_life,
-        z_loss_coefficient=flags.z_loss_coefficient,
-        entropy_coefficient=flags.entropy_coefficient,
-    )
     if router.reads_final and not router.per_sequence:
         raise ValueError("router_layer final with granularity token cannot generate; add --granularity sequence")
-    targets = flags.lora_targets
-    lora = LoraConfig(
-        r=flags.lora_r,
-        lora_alpha=flags.lora_alpha,
-        lora_dropout=flags.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-    )
     return DyLoRAMoE.from_base(
         load(flags.model, **base_options(flags, bf16=bf16)),
-        num_experts=flags.num_experts if growth is None else None,
-        lora=lora,
+        num_experts=experts.num_experts if growth is None else None,
+        lora=lora_config(experts),
         router=router,
         allow_expert_growth=growth is not None,
         growth=growth,

@@ -98,7 +98,7 @@ def test_the_saved_settings_are_a_recipe_that_means_the_same(finished_run, tmp_p
     again, once = (yaml.safe_load(path.read_text()) for path in (tmp_path / "again.yaml", finished_run / "config.yaml"))
     assert again == once
     assert first.train.num_train_epochs == 3
-    assert first.model.num_experts == 2
+    assert first.experts.num_experts == 2
 
 
 def test_a_run_pickles_nothing_but_the_state_of_the_trainer(finished_run):
@@ -126,9 +126,7 @@ def test_flags_reach_the_model(tiny_folder, tmp_path, more):
     train(parse_train(train_flags(tiny_folder, tmp_path / "out", "--num_epochs", "1", *more)))
     arguments = parse_train(train_flags(tiny_folder, tmp_path / "out", *more))
     model = DyLoRAMoE.from_pretrained(tmp_path / "out" / "checkpoint")
-    assert str(model.router_config.router_layer) == arguments.model.router_layer
-    assert model.router_config.top_k == arguments.model.top_k
-    assert model.router_config.z_loss_coefficient == arguments.model.z_loss_coefficient
+    assert model.router_config == arguments.router
     adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "adapters")}
     if "--lora_targets" in more:
         assert adapted == {"q_proj", "down_proj"}
@@ -257,7 +255,7 @@ def test_recipes_are_overridden_and_checked(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num_experts: 7\ndatasets: [cmake, cpp_headers]\nnum_epochs: 2\nbf16: false\n")
     parsed = parse_train(["--config", str(recipe), "--num_experts", "5", "--use_cpu", "true"])
-    assert (parsed.model.num_experts, parsed.train.num_train_epochs) == (5, 2)
+    assert (parsed.experts.num_experts, parsed.train.num_train_epochs) == (5, 2)
     assert parsed.data.datasets == ["cmake", "cpp_headers"]
     for text, message in (
         ("num_expert: 7\n", "no flag num_expert; did you mean num_experts"),

@@ -22,8 +22,9 @@ from dylo_moe.base.loading import four_bit, load_base
 from dylo_moe.base.smollm2 import BaseUnavailableError
 from dylo_moe.commands.recipe import in_full
 from dylo_moe.commands.stream.arguments import parse_stream
-from dylo_moe.commands.train.arguments import parse_train, settings_of
-from dylo_moe.data.config import DataConfig
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, parse_train, settings_of
+from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.build import build_model
 from dylo_moe.training.resume import changes
@@ -272,9 +273,13 @@ def test_a_base_that_needs_a_missing_package_says_so(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_flag_makes_the_base_four_bits(folder, bf16):
-    flags = ModelArguments(model=folder, num_experts=2, load_in_4bit=True)
-    model = build_model(flags, bf16=bf16)
-    expected = build_model(replace(flags, load_in_4bit=False), bf16=bf16)
+    flags, experts, router = (
+        ModelArguments(model=folder, load_in_4bit=True),
+        ExpertConfig(num_experts=2),
+        RouterConfig(),
+    )
+    model = build_model(flags, experts, router, bf16=bf16)
+    expected = build_model(replace(flags, load_in_4bit=False), experts, router, bf16=bf16)
     assert model.base.is_loaded_in_4bit and not hasattr(expected.base, "is_loaded_in_4bit")
     config = model.base.hf_quantizer.quantization_config
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -285,7 +290,7 @@ def test_the_flag_makes_the_base_four_bits(folder, bf16):
 def test_a_run_from_before_the_flag_goes_on():
     now = settings_of(parse_train(["--datasets", "cmake"]))
     before = {name: value for name, value in now.items() if name != "load_in_4bit"}
-    full = in_full(before, (ModelArguments, DataConfig))
+    full = in_full(before, TRAIN_CONFIGS)
     assert changes(full, now) == ([], [])
     assert changes(full, {**now, "load_in_4bit": True})[0] == ["load_in_4bit is True, was False"]
 

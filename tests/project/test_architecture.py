@@ -8,10 +8,10 @@ import pytest
 from reference.paths import ROOT
 
 from dylo_moe.cli import COMMANDS
+from dylo_moe.commands.flags import flags_of, values_of
 from dylo_moe.commands.stream.arguments import StreamArguments
-from dylo_moe.commands.train.arguments import build_parser
-from dylo_moe.data.config import DataConfig
-from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, build_parser
+from dylo_moe.continual.config import GrowthConfig
 
 LAYERS = (
     ("utils",),
@@ -129,19 +129,19 @@ def test_the_readme_shows_the_flags_of_the_command_with_their_defaults():
         names = re.findall(r"--(\w+)", flags)
         values = [value.strip().strip("`") for value in defaults.split(",")]
         shown |= dict(zip(names, values, strict=False))
-    ours = [field for kind in (ModelArguments, DataConfig) for field in dataclasses.fields(kind)]
-    assert {field.name for field in ours} <= shown.keys()
+    ours = {flag: field for kind in TRAIN_CONFIGS for flag, field in flags_of(kind).items()}
+    assert ours.keys() <= shown.keys()
     known = {option.lstrip("-") for action in build_parser("x")._actions for option in action.option_strings}
     assert shown.keys() - {"config"} <= known
-    for field in ours:
+    for name, field in ours.items():
         if field.default not in (dataclasses.MISSING, None):  # the README says what None means
-            value = shown[field.name]
-            assert str(field.default) == value or float(field.default) == float(value), field.name
+            value = shown[name]
+            assert str(field.default) == value or float(field.default) == float(value), name
 
 
 def test_docs_have_every_flag_of_a_stream_with_its_default():
     lines = (ROOT / "docs" / "continual.md").read_text().splitlines()
     rows = {line.split("`")[1].removeprefix("--"): line.split("|")[2].strip(" `") for line in lines if "| `--" in line}
-    defaults = {item.name: getattr(StreamArguments(), item.name) for item in dataclasses.fields(StreamArguments)}
+    defaults = values_of(StreamArguments()) | values_of(GrowthConfig())
     shown = {name: "none" if value in (None, []) else str(value) for name, value in defaults.items()}
     assert rows == shown

@@ -196,7 +196,8 @@ def test_rows_grouped_by_length_are_in_the_order_of_one_process(folder, tmp_path
         arguments = parse_train(flags(folder, tmp_path / rows, *grouped, "--per_device_train_batch_size", rows))
         monkeypatch.setattr(type(arguments.train), "world_size", property(lambda self, count=processes: count))
         data = load_data(arguments.data, load_tokenizer(arguments.model.model), seed=0)
-        trainer = DyLoRATrainer(model=build_model(arguments.model, bf16=False), args=arguments.train,
+        model = build_model(arguments.model, arguments.experts, arguments.router, bf16=False)
+        trainer = DyLoRATrainer(model=model, args=arguments.train,
                                 train_dataset=data.train, eval_dataset=data.evaluation, domains=data.names)  # fmt: skip
         orders.append(list(trainer._get_train_sampler()))
     assert orders[0] == orders[1] and orders[0] != sorted(orders[0])

@@ -7,14 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import HfArgumentParser
-
-from dylo_moe.commands.parsing import parse, refusal_of, training_parser
+from dylo_moe.commands.parsing import Parser, parse, refusal_of, training_parser
 from dylo_moe.commands.recipe import plain_settings, with_recipe
-from dylo_moe.data.config import DataConfig
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.evaluation.arguments import LOSSES, TASKS, EvalArguments
 from dylo_moe.routing.config import LEARNED, RANDOM, UNIFORM
-from dylo_moe.training.arguments import ModelArguments, TrainArguments
+from dylo_moe.training.arguments import TrainArguments
 from dylo_moe.training.run_folder import NEW_RUN
 from dylo_moe.utils.errors import UsageError
 
@@ -113,11 +111,11 @@ class CompareRequest(NamedTuple):
     """Rows of one forward where losses are measured."""
 
 
-def build_compare_parser(*, show_all: bool = False) -> HfArgumentParser:
+def build_compare_parser(*, show_all: bool = False) -> Parser:
     """The parser of `dylora compare`."""
     return training_parser(
         "dylora compare",
-        (ModelArguments, DataConfig, CompareArguments, TrainArguments),
+        (*TRAIN_CONFIGS, CompareArguments, TrainArguments),
         description="Train and evaluate on the same data, tokens and seeds: the base, one LoRA of equal total "
         "parameters, one of equal active parameters, uniform routing, random routing, and ours; one table says whether "
         "ours wins. Killed, it goes on where it was when it is started again.",
@@ -139,15 +137,14 @@ def parse_compare(argv: Sequence[str]) -> CompareRequest:
     """
     parser = build_compare_parser()
     words = with_recipe(argv, parser, compare_refusal)
-    model, data, options, train = parse(parser, words, compare_refusal)
+    model, experts, router, data, options, train = parse(parser, words, compare_refusal)
     if train.output_dir == NEW_RUN:
         raise UsageError("output_dir is not given; name a folder, so that the same command can go on where it was")
-    if model.num_experts < 2:
-        raise UsageError(f"num_experts is {model.num_experts}; with one there is no routing to compare")
-    if model.top_k > model.num_experts:
-        raise UsageError(f"top_k is {model.top_k}, but num_experts is {model.num_experts}")
-    model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
-    settings = _without(plain_settings((model, data), train, compare_refusal), LEAVE)
+    if experts.num_experts < 2:
+        raise UsageError(f"num_experts is {experts.num_experts}; with one there is no routing to compare")
+    if router.top_k > experts.num_experts:
+        raise UsageError(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
+    settings = _without(plain_settings((model, experts, router, data), train, compare_refusal), LEAVE)
     evaluation = _evaluation(options, train, {word.split("=")[0].removeprefix("--") for word in words})
     return CompareRequest(Path(train.output_dir), options, settings, evaluation, train.per_device_eval_batch_size)
 

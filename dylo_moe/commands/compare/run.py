@@ -31,12 +31,11 @@ from dylo_moe.commands.compare.arm_folder import ArmFolder, identity, read_bench
 from dylo_moe.commands.compare.processes import LOCK, hold, run_program
 from dylo_moe.commands.compare.table import ArmRun, as_json, as_markdown, as_tables, make_lines, sentences
 from dylo_moe.commands.recipe import in_full
-from dylo_moe.data.config import DataConfig
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure, to_json
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import save_config
 from dylo_moe.training.stopping import StopRequest
@@ -143,8 +142,7 @@ def take_folder(request: CompareRequest) -> None:
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """How the settings of the trainings, and of the evaluations if there were any, differ now: a phrase for each."""
-    kinds = (ModelArguments, DataConfig)
-    pairs = [(in_full(before["settings"], kinds), in_full(now["settings"], kinds))]
+    pairs = [(in_full(before["settings"], TRAIN_CONFIGS), in_full(now["settings"], TRAIN_CONFIGS))]
     if before["evaluation"] and now["evaluation"]:
         pairs.append((before["evaluation"], now["evaluation"]))
     return [

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from transformers import HfArgumentParser
-
 from dylo_moe.base.loading import DEFAULT_BASE
 from dylo_moe.commands.parsing import Parser, Refusal, parse, plain_options
 from dylo_moe.data.config import DataConfig
@@ -54,11 +52,11 @@ class LookRequest(NamedTuple):
     look: LookArguments
 
 
-def build_look_parser(prog: str) -> HfArgumentParser:
+def build_look_parser(prog: str) -> Parser:
     """The parser of `dylora data show` and `dylora data check`."""
     what = "Print examples as the model will see them" if prog.endswith("show") else "Count what training would be on"
     parser = Parser(
-        (DataConfig, LookArguments),  # type: ignore[arg-type]
+        (DataConfig, LookArguments),
         prog=prog,
         allow_abbrev=False,
         add_help=False,

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
-from transformers import HfArgumentParser
-
 from dylo_moe.commands.parsing import Parser, parse_behind_checkpoint, plain_options
 from dylo_moe.evaluation.arguments import LOSSES, ONLY_FOR_CODE, ONLY_FOR_LOSSES, ONLY_FOR_SAMPLES, EvalArguments
 from dylo_moe.utils.errors import UsageError
@@ -21,10 +19,10 @@ class EvalRequest(NamedTuple):
     options: EvalArguments
 
 
-def build_eval_parser() -> HfArgumentParser:
+def build_eval_parser() -> Parser:
     """The parser of `dylora eval`, without the checkpoint before the flags."""
     parser = Parser(
-        (EvalArguments,),  # type: ignore[arg-type]
+        (EvalArguments,),
         prog="dylora eval",
         allow_abbrev=False,
         add_help=False,

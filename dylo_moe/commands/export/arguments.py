@@ -8,8 +8,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from transformers import HfArgumentParser
-
 from dylo_moe.commands.parsing import Parser, parse_behind_checkpoint, plain_options
 from dylo_moe.routing.config import BASE
 from dylo_moe.utils.errors import UsageError
@@ -106,10 +104,10 @@ class ExportRequest(NamedTuple):
     options: ExportArguments
 
 
-def build_export_parser() -> HfArgumentParser:
+def build_export_parser() -> Parser:
     """The parser of `dylora export`, without the checkpoint before the flags."""
     parser = Parser(
-        (ExportArguments,),  # type: ignore[arg-type]
+        (ExportArguments,),
         prog="dylora export",
         allow_abbrev=False,
         add_help=False,

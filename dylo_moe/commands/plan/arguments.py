@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from transformers import HfArgumentParser
-
 from dylo_moe.commands.parsing import Parser, plain_options, refusal_of, training_parser
-from dylo_moe.commands.train.arguments import Arguments, parse_train
-from dylo_moe.data.config import DataConfig
-from dylo_moe.training.arguments import ModelArguments, TrainArguments
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, Arguments, parse_train
+from dylo_moe.training.arguments import TrainArguments
 
 PROG = "dylora plan"
 
@@ -41,11 +38,11 @@ class PlanRequest(NamedTuple):
     num_processes: int
 
 
-def build_plan_parser(*, show_all: bool = False) -> HfArgumentParser:
+def build_plan_parser(*, show_all: bool = False) -> Parser:
     """The parser of `dylora plan`, for its help."""
     return training_parser(
         PROG,
-        (PlanArguments, ModelArguments, DataConfig, TrainArguments),
+        (PlanArguments, *TRAIN_CONFIGS, TrainArguments),
         description="What a training would be, without running it: parameters, steps, memory, size of a checkpoint. "
         "It takes the flags and recipes of `dylora train`.",
         refusal=refusal_of,
@@ -59,7 +56,7 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
     Raises:
         UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
     """
-    own = plain_options(Parser((PlanArguments,), prog=PROG, allow_abbrev=False, add_help=False))  # type: ignore[arg-type]
+    own = plain_options(Parser((PlanArguments,), prog=PROG, allow_abbrev=False, add_help=False))
     plan, words = own.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
     count = plan.num_processes
     return PlanRequest(parse_train(words, prog=PROG, num_processes=count), count)

@@ -105,7 +105,9 @@ def routed_model(arguments: Arguments, *, dtype: torch.dtype | None = None) -> D
                 config, **{**options, "dtype": dtype or config.dtype or torch.float32}
             )
 
-    return build_model(arguments.model, bf16=arguments.train.bf16, load=without_weights)
+    return build_model(
+        arguments.model, arguments.experts, arguments.router, bf16=arguments.train.bf16, load=without_weights
+    )
 
 
 def components(model: DyLoRAMoE) -> list[Component]:
@@ -228,8 +230,9 @@ def show_plan(arguments: Arguments, num_processes: int = 1) -> None:
 
 def show_components(console: Console, arguments: Arguments, plan: Plan) -> None:
     """Component, parameters, memory in bf16, trainable or frozen; then the two shares."""
-    flags = arguments.model
-    table = Table(title=f"{flags.model}, {flags.num_experts} experts of rank {flags.lora_r}", box=SIMPLE_HEAD)
+    asked = arguments.experts
+    title = f"{arguments.model.model}, {asked.num_experts} experts of rank {asked.lora_r}"
+    table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("component")
     for title in ("parameters", "bf16, MB", "share"):
         table.add_column(title, justify="right")

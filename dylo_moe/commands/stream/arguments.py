@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from transformers import HfArgumentParser
 
-from dylo_moe.commands.parsing import parse, refusal_of, training_parser
+from dylo_moe.commands.parsing import Parser, parse, refusal_of, training_parser
 from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
-from dylo_moe.continual.config import CONSOLIDATE, COSINE, FRESH, GROW, MAHALANOBIS, NEAREST, SKIP, GrowthConfig
+from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.config import DataConfig
+from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.report.stream_record import STREAM
+from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments, TrainArguments, check_four_bit
 from dylo_moe.training.resume import LOCATIONS
 from dylo_moe.training.run_folder import CONFIG_FILE
@@ -107,37 +108,6 @@ class StreamArguments:
     learn_with: str | None = field(
         default=None, metadata={"help": "An expert that learns all of the data, whatever it is; nothing then grows."}
     )
-    novelty: str = field(
-        default=GrowthConfig.novelty,
-        metadata={
-            "help": "How far data lies from what is known: mahalanobis, calibrated to a rate of false alarms, or "
-            "cosine on centred features.",
-            "choices": [MAHALANOBIS, COSINE],
-        },
-    )
-    false_alarm_rate: float = field(
-        default=GrowthConfig.false_alarm_rate,
-        metadata={"help": "Share of samples of known skills that are taken for new ones (mahalanobis)."},
-    )
-    similarity_threshold: float = field(
-        default=GrowthConfig.similarity_threshold,
-        metadata={"help": "Data less alike than this to every known skill is new (cosine)."},
-    )
-    known_skill: str = field(
-        default=GrowthConfig.known_skill,
-        metadata={
-            "help": "What data of a known skill does: consolidate its expert at the low rate, skip, or grow a new "
-            "expert.",
-            "choices": [CONSOLIDATE, SKIP, GROW],
-        },
-    )
-    start_from: str = field(
-        default=GrowthConfig.start_from,
-        metadata={
-            "help": "A new expert begins with zero delta (fresh) or as a copy of the nearest skill's expert (nearest).",
-            "choices": [FRESH, NEAREST],
-        },
-    )
     ranks: list[int] = field(
         default_factory=list,
         metadata={"help": "Rank of each dataset's expert, in their order (8,16,32); default: lora_r for all."},
@@ -193,17 +163,8 @@ class StreamArguments:
             problems.append("base_datasets is for rows that are fitted, and with a fixed pool none is")
         if not self.allow_expert_growth and self.checkpoint is None:
             problems.append("allow_expert_growth False leaves a new pool empty; give --checkpoint too")
-        try:
-            _ = self.growth
-        except ValueError as error:
-            problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
-
-    @property
-    def growth(self) -> GrowthConfig:
-        """When the pool grows, and how."""
-        return GrowthConfig(**{item.name: getattr(self, item.name) for item in fields(GrowthConfig)})
 
 
 @dataclass
@@ -219,15 +180,18 @@ class StageArguments(TrainArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept within a stage."})
 
 
-KINDS: tuple[type, ...] = (ModelArguments, StreamArguments, DataConfig, StageArguments)
-"""Where the flags come from, the Trainer's last."""
+STREAM_CONFIGS = (ModelArguments, ExpertConfig, RouterConfig, StreamArguments, GrowthConfig, DataConfig)
+"""The classes of our own flags; the Trainer's are in `StageArguments`."""
 
 
 class StreamRequest(NamedTuple):
     """Everything a stream was asked for."""
 
     model: ModelArguments
+    experts: ExpertConfig
+    router: RouterConfig
     stream: StreamArguments
+    growth: GrowthConfig
     data: DataConfig
     train: StageArguments
     resumed: Path | None = None
@@ -236,7 +200,8 @@ class StreamRequest(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """What it was resolved to, as plain values."""
-        return plain_settings((self.model, self.stream, self.data), self.train, stream_refusal)
+        ours = (self.model, self.experts, self.router, self.stream, self.growth, self.data)
+        return plain_settings(ours, self.train, stream_refusal)
 
 
 def stream_refusal(name: str) -> str | None:
@@ -244,11 +209,11 @@ def stream_refusal(name: str) -> str | None:
     return NOT_OFFERED.get(name) or refusal_of(name)
 
 
-def build_stream_parser(prog: str = "dylora stream", *, show_all: bool = False) -> HfArgumentParser:
+def build_stream_parser(prog: str = "dylora stream", *, show_all: bool = False) -> Parser:
     """The parser of `dylora stream`."""
     return training_parser(
         prog,
-        KINDS,
+        (*STREAM_CONFIGS, StageArguments),
         description="Learn datasets one after another, and forget none: what is new grows an expert of its own. After "
         "every stage all of them are evaluated, and the model is saved.",
         refusal=stream_refusal,
@@ -271,15 +236,14 @@ def parse_stream(argv: Sequence[str], *, prog: str = "dylora stream") -> StreamR
         resumed = Path(wanted)
         saved = _settings_in(resumed)
         words = [*as_words(saved), "--output_dir", str(resumed), *words]
-    model, stream, data, train = parse(parser, words, stream_refusal)
+    model, experts, router, stream, growth, data, train = parse(parser, words, stream_refusal)
     check_four_bit(model, train)
-    model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
-    request = StreamRequest(model, stream, data, train, resumed)
+    request = StreamRequest(model, experts, router, stream, growth, data, train, resumed)
     _check(request, given={word.split("=", 1)[0] for word in words if word.startswith("--")})
     if resumed is not None:
         if train.output_dir != str(resumed):
             raise UsageError(f"a stream goes on in its own folder, {resumed}; leave output_dir out")
-        offered = {name: value for name, value in in_full(saved, KINDS[:-1]).items() if not stream_refusal(name)}
+        offered = {name: value for name, value in in_full(saved, STREAM_CONFIGS).items() if not stream_refusal(name)}
         _check_unchanged(resumed, offered, request.settings)
     return request
 

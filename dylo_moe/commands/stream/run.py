@@ -140,7 +140,9 @@ def start_pool(request: StreamRequest, data: LoadedData, collator: Collator, rol
         return sample_of(rows_of(data, name), collator, stream.skill_examples)
 
     if stream.checkpoint is None:
-        model = build_model(request.model, bf16=request.train.bf16, growth=stream.growth)
+        model = build_model(
+            request.model, request.experts, request.router, bf16=request.train.bf16, growth=request.growth
+        )
     else:
         options = base_options(request.model, bf16=request.train.bf16)
         model = DyLoRAMoE.from_pretrained(stream.checkpoint, **options)
@@ -154,7 +156,7 @@ def start_pool(request: StreamRequest, data: LoadedData, collator: Collator, rol
     if roles.base:
         model.know_base(itertools.chain.from_iterable(map(sample, roles.base)), seed=seed)
     if not stream.allow_expert_growth:
-        model.fix_pool(stream.growth)
+        model.fix_pool(request.growth)
     elif stream.checkpoint is not None:
-        model.enable_growth(stream.growth, seed=seed)
+        model.enable_growth(request.growth, seed=seed)
     return model

@@ -10,13 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import HfArgumentParser
-
-from dylo_moe.commands.parsing import parse, refusal_of, training_parser
+from dylo_moe.commands.parsing import Parser, parse, refusal_of, training_parser
 from dylo_moe.commands.recipe import with_recipe
 from dylo_moe.commands.submit.arguments import IN_CLEAR, SPOT, CloudArguments
 from dylo_moe.commands.submit.machines import Machine
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.locate import locate
 from dylo_moe.training.arguments import ModelArguments, TrainArguments, check_four_bit
@@ -50,11 +49,11 @@ class SubmitRequest(NamedTuple):
     warnings: list[str]
 
 
-def build_submit_parser(*, show_all: bool = False) -> HfArgumentParser:
+def build_submit_parser(*, show_all: bool = False) -> Parser:
     """The parser of `dylora submit`."""
     return training_parser(
         "dylora submit",
-        (CloudArguments, ModelArguments, DataConfig, TrainArguments),
+        (CloudArguments, *TRAIN_CONFIGS, TrainArguments),
         description="Train on a machine of Google Cloud: send a job to Vertex AI. The flags of the job come first "
         "below, then those of `dylora train`, which are checked here, before anything is sent. Look at the job before "
         "you pay for it: dylora submit --gcp_project PROJECT --bucket gs://BUCKET --image IMAGE:TAG "
@@ -81,7 +80,7 @@ def parse_submit(argv: Sequence[str]) -> SubmitRequest:
     _check_nothing_in_clear(words)
     groups = _by_flag(words, parser)
     here = {name: values for name, values in groups.items() if name not in OF_THE_MACHINE}
-    options, model, data, train = parse(parser, [*_as_words(here), "--use_cpu", "true"], submit_refusal)
+    options, model, _, _, data, train = parse(parser, [*_as_words(here), "--use_cpu", "true"], submit_refusal)
     parser.parse_args(words)  # the form of every value, also of those that the job's machine decides about
     if importlib.util.find_spec("bitsandbytes") is not None:
         check_four_bit(model, train)
@@ -99,7 +98,7 @@ def parse_submit(argv: Sequence[str]) -> SubmitRequest:
     return SubmitRequest(options, options.machine, flags, artifact, _warnings(options, train))
 
 
-def _by_flag(words: list[str], parser: HfArgumentParser) -> dict[str, list[str]]:
+def _by_flag(words: list[str], parser: Parser) -> dict[str, list[str]]:
     """The values of each flag, under its first name; where a flag comes twice, the later one wins, as in the parser."""
     groups: dict[str, list[str]] = {}
     name = None

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import HfArgumentParser
-
-from dylo_moe.commands.parsing import parse, refusal_of, training_parser
+from dylo_moe.commands.parsing import Parser, parse, refusal_of, training_parser
 from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
 from dylo_moe.data.config import DataConfig
+from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments, TrainArguments, check_four_bit
 from dylo_moe.training.resume import Resumption, changes, find, shared_out
 from dylo_moe.training.run_folder import CONFIG_FILE, NEW_RUN, fresh_folder
@@ -18,11 +18,16 @@ from dylo_moe.training.tracking import download_checkpoint
 from dylo_moe.utils.distributed import from_first, num_ranks
 from dylo_moe.utils.errors import UsageError
 
+TRAIN_CONFIGS = (ModelArguments, ExpertConfig, RouterConfig, DataConfig)
+"""The classes of our own flags; the Trainer's are in `TrainArguments`."""
+
 
 class Arguments(NamedTuple):
     """Everything a training run was asked for."""
 
     model: ModelArguments
+    experts: ExpertConfig
+    router: RouterConfig
     data: DataConfig
     train: TrainArguments
     resumed: Resumption | None = None
@@ -31,11 +36,11 @@ class Arguments(NamedTuple):
     """Settings that are not those of the checkpoint, and may be others."""
 
 
-def build_parser(prog: str, *, show_all: bool = False) -> HfArgumentParser:
+def build_parser(prog: str, *, show_all: bool = False) -> Parser:
     """The parser of `dylora train`; its help hides the Trainer's rarer flags unless `show_all`."""
     return training_parser(
         prog,
-        (ModelArguments, DataConfig, TrainArguments),
+        (*TRAIN_CONFIGS, TrainArguments),
         description="Train several LoRA experts and their router together on one frozen model.",
         refusal=refusal_of,
         show_all=show_all,
@@ -58,13 +63,12 @@ def parse_train(argv: Sequence[str], *, prog: str = "dylora train", num_processe
     if resumed is not None:
         own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
         words = [*as_words(shared_out(resumed, count)), "--output_dir", str(own), *words]
-    model, data, train = parse(parser, words, refusal_of)
+    model, experts, router, data, train = parse(parser, words, refusal_of)
     check_four_bit(model, train)
-    model.lora_targets = [name for part in model.lora_targets for name in part.split(",") if name]
-    arguments = Arguments(model, data, train, resumed)
+    arguments = Arguments(model, experts, router, data, train, resumed)
     if resumed is None or resumed.checkpoint is None:
         return arguments
-    saved = in_full(resumed.settings, (ModelArguments, DataConfig))
+    saved = in_full(resumed.settings, TRAIN_CONFIGS)
     processes = (resumed.record.get("world_size", 1), count)
     refused, allowed = changes(saved, settings_of(arguments), processes=processes)
     if refused:
@@ -89,4 +93,5 @@ def _resumption(words: list[str]) -> Resumption | None:
 
 def settings_of(arguments: Arguments) -> dict[str, Any]:
     """What a run was resolved to, without `NOT_SETTINGS`."""
-    return plain_settings((arguments.model, arguments.data), arguments.train, refusal_of)
+    ours = (arguments.model, arguments.experts, arguments.router, arguments.data)
+    return plain_settings(ours, arguments.train, refusal_of)

@@ -154,7 +154,7 @@ def read_data(arguments: Arguments, console: Console) -> tuple[PreTrainedTokeniz
 
 def make_model(arguments: Arguments, console: Console) -> DyLoRAMoE:
     """The base with fresh experts and router."""
-    model = build_model(arguments.model, bf16=arguments.train.bf16)
+    model = build_model(arguments.model, arguments.experts, arguments.router, bf16=arguments.train.bf16)
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
     show_model(console, model)

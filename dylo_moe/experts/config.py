@@ -1,0 +1,51 @@
+"""How many experts there are, and what LoRA adapter each one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(kw_only=True)
+class ExpertConfig:
+    """The experts that are trained together: their number, and the LoRA adapter that each one is.
+
+    Hu et al. 2021, arXiv:2106.09685, section 4.1. The fields are flags of the commands that train.
+
+    Raises:
+        ValueError: for values out of range; all problems of one config in one message.
+    """
+
+    num_experts: int = field(default=4, metadata={"help": "Experts trained together."})
+    """Experts trained together; a pool that grows begins with none instead."""
+
+    lora_r: int = field(default=16, metadata={"help": "Rank of each expert."})
+    """Rank of each expert."""
+
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha; an expert is scaled by alpha / rank."})
+    """An expert's delta is scaled by alpha / rank."""
+
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the experts' input."})
+    """Probability that a feature of the experts' input is dropped while training."""
+
+    lora_targets: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={"help": "Names of the linears that carry experts; all-linear: every one in the routed layers."},
+    )
+    """Names of the linears that carry experts; "all-linear" is every one in the routed layers. An item may hold several
+    names separated by commas, as typed."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("num_experts", "lora_r"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
+        targets = self.lora_targets
+        if isinstance(targets, str) or not all(isinstance(item, str) for item in targets):
+            problems.append(f"lora_targets is {targets!r}; it must be a list of strings")
+        else:
+            self.lora_targets = [name for item in targets for name in item.split(",") if name]
+        if problems:
+            raise ValueError("ExpertConfig: " + "; ".join(problems))
