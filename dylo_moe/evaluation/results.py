@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.samples import SampleFile
 from dylo_moe.model.checkpoint import MANIFEST
 from dylo_moe.utils.atomic_files import write_json, write_whole
+from dylo_moe.utils.differences import Difference, differences
+from dylo_moe.utils.settings_folder import Settings, take_folder
 
-SETTINGS_FILE, RESULTS_FILE = "settings.json", "results.json"
-
-Settings = dict[str, dict[str, Any]]
+RESULTS_FILE = "results.json"
 
 
 def evaluation_folder(checkpoint: Path, options: EvalArguments) -> Path:
@@ -49,34 +48,27 @@ def evaluation_settings(checkpoint: Path, options: EvalArguments, *, bf16: bool,
     return settings
 
 
-def take_folder(folder: Path, settings: Settings) -> None:
+def take_evaluation_folder(folder: Path, settings: Settings) -> None:
     """Make the folder, or take up the evaluation in it, and write down its settings.
 
     Raises:
         ValueError: where it holds something else, or an evaluation with other settings; each difference is named.
     """
-    path = folder / SETTINGS_FILE
-    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
-        raise ValueError(f"output_dir {folder} holds something that is no evaluation; give another")
-    saved: Settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    differences = changes(saved, settings)
-    if differences:
-        raise ValueError(
-            f"{folder} holds an evaluation with other settings: {'; '.join(differences)}. Use its settings, or give a "
-            "new --output_dir"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {name: {**saved.get(name, {}), **values} for name, values in (saved | settings).items()})
+    take_folder(folder, settings, what="evaluation", changes=_changes, merge=_merge)
 
 
-def changes(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Settings that both have and that differ, in words."""
-    return [
-        f"{name} is {now[group][name]!r}, was {saved[group][name]!r}"
-        for group in now
-        for name in now[group]
-        if name in saved.get(group, {}) and saved[group][name] != now[group][name]
-    ]
+def _changes(before: Settings, now: Settings) -> list[Difference]:
+    """Settings that both have and that differ: a group that one of them lacks is of tasks that it has not done."""
+    pairs = [(before[group], now[group]) for group in now if group in before]
+    return [item for was, wanted in pairs for item in differences(_shared(was, wanted), _shared(wanted, was))]
+
+
+def _shared(values: Settings, others: Settings) -> Settings:
+    return {name: value for name, value in values.items() if name in others}
+
+
+def _merge(before: Settings, now: Settings) -> Settings:
+    return {name: {**before.get(name, {}), **values} for name, values in (before | now).items()}
 
 
 def read_results(folder: Path) -> dict[str, Any]:

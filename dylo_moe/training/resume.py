@@ -13,6 +13,7 @@ from dylo_moe.data.loading import LoadedData
 from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.run_folder import CONFIG_FILE, NUMBERED, checkpoints_in
+from dylo_moe.utils.differences import differences
 from dylo_moe.utils.words import counted
 
 LATEST = "latest"
@@ -150,11 +151,12 @@ def changes(
     is_same_step = rows[0] * processes[0] == rows[1] * processes[1]
     refused: list[str] = []
     allowed: list[str] = []
-    for name in sorted(saved.keys() | now.keys()):
-        if saved.get(name) == now.get(name) or name in LOCATIONS:
+    for difference in differences(saved, now):
+        name = difference.name
+        if name in LOCATIONS:
             continue
         free = name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES) or (name in (ROWS, TURNS) and is_same_step)
-        (allowed if free else refused).append(f"{name} is {now.get(name)!r}, was {saved.get(name)!r}")
+        (allowed if free else refused).append(str(difference))
     return refused, allowed
 
 
@@ -166,9 +168,7 @@ def data_changes(saved: Mapping[str, str], now: Mapping[str, str], names: list[s
         return f"{names[int(place)]}: {what}" if what and int(place) < len(names) else key
 
     return [
-        f"{title(key)} are {now.get(key, 'none')}, were {saved.get(key, 'none')}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
+        f"{title(item.name)} are {item.now or 'none'}, were {item.before or 'none'}" for item in differences(saved, now)
     ]
 
 
@@ -191,6 +191,6 @@ def check_same_data(resumed: Resumption | None, data: LoadedData) -> None:
     """Raises ValueError, with each difference, unless the rows are those that the checkpoint was trained on."""
     if resumed is None or resumed.checkpoint is None:
         return
-    differences = data_changes(resumed.record["data"], data.fingerprint, data.names)
-    if differences:
-        raise ValueError(f"cannot resume from {resumed.checkpoint} with other data: {'; '.join(differences)}")
+    changed = data_changes(resumed.record["data"], data.fingerprint, data.names)
+    if changed:
+        raise ValueError(f"cannot resume from {resumed.checkpoint} with other data: {'; '.join(changed)}")

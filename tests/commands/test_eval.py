@@ -430,7 +430,7 @@ def test_other_settings_do_not_mix_with_what_is_there(places, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     assert main(words(places, tmp_path / "mine", *CODE, "humaneval")) == 2
-    assert "holds something that is no evaluation" in capsys.readouterr().err
+    assert "is not empty, and holds no evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,11 @@ Every arm with every seed is one `dylora train` in a process of its own:
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,10 +38,10 @@ from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import save_config
 from dylo_moe.training.stopping import StopRequest
 from dylo_moe.utils.atomic_files import write_json
+from dylo_moe.utils.differences import Difference, differences
 from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils.settings_folder import Settings, refuse_foreign, take_folder
 from dylo_moe.utils.words import counted
-
-SETTINGS_FILE = "settings.json"
 
 CAN_GROW = ("seeds", "arms", "tasks")
 """What a comparison may be asked for more of, when it is started again."""
@@ -66,10 +64,12 @@ def compare(request: CompareRequest) -> Path:
 def _compare(request: CompareRequest) -> Path:
     console, output = Console(), request.output
     transformers_logging.disable_progress_bar()
-    refuse_foreign(output)
+    refuse_foreign(output, what="comparison", beside=[LOCK])
     output.mkdir(parents=True, exist_ok=True)
+    asked: Settings = {"settings": request.settings, "evaluation": request.evaluation}
+    asked |= {name: getattr(request.options, name) for name in CAN_GROW}
     with StopRequest(), hold(output, console):
-        take_folder(request)
+        take_folder(output, asked, what="comparison", changes=_changes, merge=_merge, beside=[LOCK])
         arms_of_seed = arm_folders(request)
         train_all([place for places in arms_of_seed.values() for place in places], request, console)
         for places in arms_of_seed.values():
@@ -110,47 +110,17 @@ def write_result(
 # The folder.
 
 
-def refuse_foreign(output: Path) -> None:
-    """Raises ValueError for a folder that holds something else than a comparison."""
-    if not output.exists() or (output / SETTINGS_FILE).is_file():
-        return
-    if not output.is_dir() or [item.name for item in output.iterdir() if item.name != LOCK]:
-        raise ValueError(f"output_dir {output} is not empty, and holds no comparison; choose a new one")
-
-
-def take_folder(request: CompareRequest) -> None:
-    """Write the settings of a comparison into its folder; the same ones resume it.
-
-    Raises:
-        ValueError: for a comparison with other settings, naming them.
-    """
-    path = request.output / SETTINGS_FILE
-    now: dict[str, Any] = {"settings": request.settings, "evaluation": request.evaluation}
-    now |= {name: getattr(request.options, name) for name in CAN_GROW}
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = _changed(before, now)
-        if changed:
-            raise ValueError(
-                f"{request.output} holds a comparison with other settings: {'; '.join(changed)}. Give the same ones "
-                "to resume it, or another --output_dir"
-            )
-        now |= {name: list(dict.fromkeys([*before[name], *now[name]])) for name in CAN_GROW}
-        now["evaluation"] = now["evaluation"] or before["evaluation"]
-    write_json(path, now)
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How the settings of the trainings, and of the evaluations if there were any, differ now: a phrase for each."""
+def _changes(before: Settings, now: Settings) -> list[Difference]:
+    """Settings of the trainings that differ, and of the evaluations where both have some."""
     pairs = [(in_full(before["settings"], TRAIN_CONFIGS), in_full(now["settings"], TRAIN_CONFIGS))]
     if before["evaluation"] and now["evaluation"]:
         pairs.append((before["evaluation"], now["evaluation"]))
-    return [
-        f"{name} is {wanted.get(name)!r}, was {was.get(name)!r}"
-        for was, wanted in pairs
-        for name in sorted(was.keys() | wanted.keys())
-        if was.get(name) != wanted.get(name)
-    ]
+    return [item for was, wanted in pairs for item in differences(was, wanted)]
+
+
+def _merge(before: Settings, now: Settings) -> Settings:
+    more = {name: list(dict.fromkeys([*before[name], *now[name]])) for name in CAN_GROW}
+    return {**now, **more, "evaluation": now["evaluation"] or before["evaluation"]}
 
 
 # Training.
@@ -220,9 +190,9 @@ def check_same_data(trained: Sequence[ArmFolder]) -> None:
     records = {place.arm: read_manifest(place.checkpoint)["training"] for place in trained}
     names = [item["name"] for item in records[OURS]["facts"]["data"]]
     for place in trained:
-        differences = data_changes(records[OURS]["data"], records[place.arm]["data"], names)
-        if differences:
-            raise ValueError(f"{place.run} was trained on other data than {OURS}: {'; '.join(differences)}")
+        others = data_changes(records[OURS]["data"], records[place.arm]["data"], names)
+        if others:
+            raise ValueError(f"{place.run} was trained on other data than {OURS}: {'; '.join(others)}")
 
 
 def measure_losses(

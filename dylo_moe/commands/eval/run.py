@@ -28,7 +28,7 @@ from dylo_moe.evaluation.results import (
     evaluation_settings,
     export_evalplus,
     read_results,
-    take_folder,
+    take_evaluation_folder,
 )
 from dylo_moe.evaluation.samples import SampleFile
 from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
@@ -67,7 +67,7 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     if exams:
         settings["problems"] = {exam.asking.benchmark: problems_digest(exam.problems) for exam in exams}
     folder = evaluation_folder(checkpoint, options)
-    take_folder(folder, settings)
+    take_evaluation_folder(folder, settings)
     say_trained_on(console, trained, options)
     model = DyLoRAMoE.from_pretrained(str(checkpoint), dtype=torch.bfloat16 if bf16 else "auto").eval()
     if model.device.type != device:

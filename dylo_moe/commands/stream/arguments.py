@@ -19,6 +19,7 @@ from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments, TrainArguments, check_four_bit
 from dylo_moe.training.resume import LOCATIONS
 from dylo_moe.training.run_folder import CONFIG_FILE
+from dylo_moe.utils.differences import differences, in_words
 from dylo_moe.utils.errors import UsageError
 
 OWN = "own"
@@ -286,9 +287,9 @@ def _settings_in(run: Path) -> dict[str, Any]:
 
 def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [
-        f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name) and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_PREFIXES)
+        item
+        for item in differences(saved, now)
+        if item.name not in MAY_CHANGE and not item.name.startswith(MAY_CHANGE_PREFIXES)
     ]
     if changed:
-        raise UsageError(f"cannot go on with {run} under other settings: {'; '.join(changed)}. Leave them out")
+        raise UsageError(f"cannot go on with {run} under other settings: {in_words(changed)}. Leave them out")

@@ -1,0 +1,63 @@
+"""A folder whose settings.json says what its files follow from, so that nothing else is ever continued in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dylo_moe.utils.atomic_files import write_json
+from dylo_moe.utils.differences import Difference, in_words
+
+SETTINGS_FILE = "settings.json"
+
+Settings = dict[str, Any]
+
+
+def refuse_foreign(folder: Path, *, what: str, beside: Sequence[str] = ()) -> None:
+    """Raises ValueError for a folder that holds something, but no settings.
+
+    Args:
+        what: that is to be there, for the message: "evaluation".
+        beside: names of files that may be there without settings.
+    """
+    if not folder.exists() or (folder / SETTINGS_FILE).is_file():
+        return
+    if not folder.is_dir() or any(item.name not in beside for item in folder.iterdir()):
+        raise ValueError(f"output_dir {folder} is not empty, and holds no {what}; choose a new one")
+
+
+def take_folder(
+    folder: Path,
+    settings: Settings,
+    *,
+    what: str,
+    changes: Callable[[Settings, Settings], list[Difference]],
+    merge: Callable[[Settings, Settings], Settings],
+    beside: Sequence[str] = (),
+) -> None:
+    """Write the settings of something into its folder; the same ones resume it.
+
+    Args:
+        what: and `beside`: see `refuse_foreign`.
+        changes: of the settings that the folder holds (first) and those asked for now (second), the ones that differ
+            and must not.
+        merge: of the same two, the settings that the folder has from now on.
+
+    Raises:
+        ValueError: for a folder that holds something else, or was begun with other settings; each of them is named.
+    """
+    refuse_foreign(folder, what=what, beside=beside)
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = changes(before, settings)
+        if changed:
+            raise ValueError(
+                f"the {what} in {folder} has other settings: {in_words(changed)}. Give the same ones to resume it, "
+                "or a new --output_dir"
+            )
+        settings = merge(before, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
