@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 
 Config = TypeVar("Config")
 
-OURS = ("flag", "read")
+OUR_KEYS = ("flag", "read")
 """Keys of the metadata that argparse does not know."""
 
 
@@ -48,12 +48,12 @@ def flags_class(kind: type) -> type:
     Returns:
         `kind` itself where its flags are its fields.
     """
-    if not any(key in item.metadata for item in fields(kind) for key in OURS):
+    if not any(key in item.metadata for item in fields(kind) for key in OUR_KEYS):
         return kind
     types = get_type_hints(kind)
     members = []
     for flag, item in flags_of(kind).items():
-        metadata = {key: value for key, value in item.metadata.items() if key not in OURS}
+        metadata = {key: value for key, value in item.metadata.items() if key not in OUR_KEYS}
         default = item.default if item.default is MISSING else as_typed(item, item.default)
         options: Any = {"default": default, "default_factory": item.default_factory, "metadata": metadata}
         members.append((flag, str if "read" in item.metadata else types[item.name], field(**options)))

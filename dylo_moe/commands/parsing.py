@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from dylo_moe.commands.flags import config_from, flags_class, flags_of
 from dylo_moe.utils.errors import UsageError
 
-SHOWN = (  # noqa: SIM905
+SHOWN_FLAGS = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 "
     "lr_scheduler_kwargs label_smoothing_factor gradient_checkpointing logging_steps eval_strategy eval_steps "
@@ -178,7 +178,7 @@ def training_parser(
     )
     ours = {flag for kind in kinds[:-1] for flag in flags_of(kind)}
     for action in parser._actions:
-        if refusal(action.dest) or (action.dest not in ours | set(SHOWN) and not show_all):
+        if refusal(action.dest) or (action.dest not in ours | set(SHOWN_FLAGS) and not show_all):
             action.help = argparse.SUPPRESS
     return plain_options(parser)
 

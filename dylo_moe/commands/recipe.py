@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainingArguments
 
 from dylo_moe.commands.flags import as_typed, flags_of, values_of
-from dylo_moe.commands.parsing import SHOWN, Parser, Refusal, options, unknown
+from dylo_moe.commands.parsing import SHOWN_FLAGS, Parser, Refusal, options, unknown
 from dylo_moe.commands.recipe_file import recipe_file
 from dylo_moe.training.arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
@@ -108,6 +108,6 @@ def plain_settings(parts: Sequence[Any], train: TrainArguments, refusal: Refusal
         value = saved.get(item.name)
         if item.name in NOT_SETTINGS or not item.init or refusal(item.name) or value in (None, []):
             continue
-        if item.name in SHOWN or value != getattr(TrainingArguments, item.name, None):
+        if item.name in SHOWN_FLAGS or value != getattr(TrainingArguments, item.name, None):
             values[item.name] = value
     return json.loads(json.dumps(values, default=str))

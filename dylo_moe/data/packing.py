@@ -37,7 +37,7 @@ class PackedTexts(torch.utils.data.Dataset):
         self.texts = texts
         self.max_seq_length = max_seq_length
         self.lengths = np.asarray(texts.with_format("numpy")["length"][:])
-        self.rows = pack(self.lengths, max_seq_length)
+        self.rows = pack_lengths(self.lengths, max_seq_length)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,7 +59,7 @@ class PackedTexts(torch.utils.data.Dataset):
         return float(self.lengths.sum()) / (len(self.rows) * self.max_seq_length)
 
 
-def pack(lengths: NDArray[np.integer], capacity: int) -> list[NDArray[np.int64]]:
+def pack_lengths(lengths: NDArray[np.integer], capacity: int) -> list[NDArray[np.int64]]:
     """[N] lengths -> rows of places, each at most `capacity` in all, in the order of their first texts.
 
     Raises:

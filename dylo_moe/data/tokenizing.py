@@ -37,7 +37,7 @@ MIN_BYTES_PER_PROCESS = 4 * 2**20
 MAP_BATCH = 250
 """The number of raw rows tokenised at a time; it bounds memory where rows are large."""
 
-ROWS = Features(
+ROW_FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
@@ -102,7 +102,7 @@ class Tokenise:
         self.is_raw = is_raw
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Columns of ROWS, in the order of the raw rows."""
+        """Columns of ROW_FEATURES, in the order of the raw rows."""
         texts: list[_Text] = []
         for row, index in zip(_as_rows(batch), indices, strict=True):
             texts += self._raw_texts(row) if self.is_raw else [self._read(row, place=f"row {index}")]
@@ -111,7 +111,7 @@ class Tokenise:
         rows: list[dict[str, Any]] = []
         for text, encoded in zip(texts, found, strict=True):
             rows += self._within_bound(text, encoded)
-        return {name: [row[name] for row in rows] for name in ROWS}
+        return {name: [row[name] for row in rows] for name in ROW_FEATURES}
 
     def _raw_texts(self, row: dict[str, Any]) -> list[_Text]:
         """The texts of one row of RAW: one, or the pieces of a whole file."""
@@ -197,7 +197,7 @@ def tokenise(
         name: the dataset's name.
 
     Returns:
-        Columns as in ROWS; at least one row for each raw one.
+        Columns as in ROW_FEATURES; at least one row for each raw one.
     """
     settings = _settings_key(text_format, config, columns, benchmarks)
     fingerprint = hashlib.sha256(f"{key}\0{name}\0{settings}".encode()).hexdigest()[:32]
@@ -211,7 +211,7 @@ def tokenise(
         batch_size=MAP_BATCH,
         with_indices=True,
         remove_columns=raw.column_names,
-        features=ROWS,
+        features=ROW_FEATURES,
         num_proc=workers if workers > 1 else None,
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
         load_from_cache_file=True,
@@ -248,7 +248,7 @@ def _as_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:
-    """One row of ROWS."""
+    """One row of ROW_FEATURES."""
     document = hash64(text.document.encode("utf-8", "surrogateescape"))
     if isinstance(encoded, RowError):
         return {

@@ -270,7 +270,7 @@ def run_losses(
         "base": estimates([base], seed=seed),
         "difference": estimates([ours], [base], seed=seed),
     }
-    show_losses(console, found, title="the model" if expert is None else expert)
+    show_estimates(console, found, title="the model" if expert is None else expert)
     for note in held.notes:
         console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
     tokens = {name: sum(item.tokens) for name, item in ours.items()}
@@ -286,7 +286,7 @@ def run_losses(
     }
 
 
-def show_losses(console: Console, found: Mapping[str, Estimates], *, title: str) -> None:
+def show_estimates(console: Console, found: Mapping[str, Estimates], *, title: str) -> None:
     """A table: a line for each dataset, and one for the mean.
 
     Args:
@@ -309,10 +309,14 @@ def show_losses(console: Console, found: Mapping[str, Estimates], *, title: str)
 
 def _cells(base: Estimate, model: Estimate, difference: Estimate) -> list[Text]:
     colour = "" if not difference.interval.excludes_zero else "green" if difference.value < 0 else "red"
-    return [Text(shown(base)), Text(shown(model)), Text(shown(difference, sign=True), style=colour)]
+    return [
+        Text(shown_estimate(base)),
+        Text(shown_estimate(model)),
+        Text(shown_estimate(difference, sign=True), style=colour),
+    ]
 
 
-def shown(item: Estimate, *, sign: bool = False) -> str:
+def shown_estimate(item: Estimate, *, sign: bool = False) -> str:
     """A mean and its interval in words: "1.234 [1.100, 1.300]".
 
     Args:

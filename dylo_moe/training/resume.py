@@ -45,7 +45,7 @@ MAY_CHANGE_PREFIXES = (
     "ddp_",
 )
 
-ROWS, TURNS = "per_device_train_batch_size", "gradient_accumulation_steps"
+ROWS_EACH, TURNS = "per_device_train_batch_size", "gradient_accumulation_steps"
 """These two, times the number of processes, are the rows of an optimizer step; only the product has to stay."""
 
 
@@ -124,9 +124,9 @@ def shared_out(resumed: Resumption, num_processes: int) -> dict[str, Any]:
         CheckpointError: where no number does.
     """
     settings, before = resumed.settings, resumed.record.get("world_size", 1)
-    if num_processes == before or ROWS not in settings:
+    if num_processes == before or ROWS_EACH not in settings:
         return settings
-    at_once, turns = settings[ROWS], settings.get(TURNS, 1)
+    at_once, turns = settings[ROWS_EACH], settings.get(TURNS, 1)
     total = at_once * turns * before
     if total % num_processes:
         fitting = [str(number) for number in range(1, total + 1) if total % number == 0]
@@ -136,7 +136,7 @@ def shared_out(resumed: Resumption, num_processes: int) -> dict[str, Any]:
         )
     each = total // num_processes
     at_once = next(number for number in range(min(at_once, each), 0, -1) if each % number == 0)
-    return {**settings, ROWS: at_once, TURNS: each // at_once}
+    return {**settings, ROWS_EACH: at_once, TURNS: each // at_once}
 
 
 def changes(
@@ -147,7 +147,7 @@ def changes(
     Args:
         processes: how many there were, and are.
     """
-    rows = [settings.get(ROWS, 1) * settings.get(TURNS, 1) for settings in (saved, now)]
+    rows = [settings.get(ROWS_EACH, 1) * settings.get(TURNS, 1) for settings in (saved, now)]
     is_same_step = rows[0] * processes[0] == rows[1] * processes[1]
     refused: list[str] = []
     allowed: list[str] = []
@@ -155,7 +155,9 @@ def changes(
         name = difference.name
         if name in LOCATIONS:
             continue
-        free = name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES) or (name in (ROWS, TURNS) and is_same_step)
+        free = (
+            name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES) or (name in (ROWS_EACH, TURNS) and is_same_step)
+        )
         (allowed if free else refused).append(str(difference))
     return refused, allowed
 

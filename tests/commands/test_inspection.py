@@ -13,7 +13,7 @@ from reference.tiny import tiny_base
 from rich.console import Console
 
 from dylo_moe.cli import main
-from dylo_moe.commands.data.run import PROMPT, SPECIAL, TRAINED, TRAINED_SPECIAL, coloured
+from dylo_moe.commands.data.run import PROMPT_STYLE, SPECIAL_STYLE, TRAINED_SPECIAL_STYLE, TRAINED_STYLE, coloured
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.encoding import encode, text_format
 from dylo_moe.data.loading import load_data
@@ -58,8 +58,8 @@ def test_prompt_trained_template_and_end_tokens_have_a_style_each():
     row = encode(text_format(CHAT), ask("a ü\nb", "the é answer"), max_seq_length=100)
     plain, parts = styled(row, CHAT)
     assert plain == CHAT.decode(row.input_ids)
-    assert parts[-2:] == [("the é answer", TRAINED), (END, TRAINED_SPECIAL)]
-    assert ("user\na ü\nb", PROMPT) in parts and ("<|im_start|>", SPECIAL) in parts
+    assert parts[-2:] == [("the é answer", TRAINED_STYLE), (END, TRAINED_SPECIAL_STYLE)]
+    assert ("user\na ü\nb", PROMPT_STYLE) in parts and ("<|im_start|>", SPECIAL_STYLE) in parts
     assert styled(row, CHAT, marked=True)[0] == plain[: -len("the é answer" + END)] + "⟦the é answer" + END + "⟧"
 
 
@@ -69,7 +69,7 @@ def test_what_is_green_is_what_the_loss_sees():
 
     row = encode(text_format(PLAIN), Example((), "abc the"), max_seq_length=100)
     _, parts = styled(row, PLAIN)
-    assert parts == [("a", PROMPT), ("bc the", TRAINED), (END, TRAINED_SPECIAL)]
+    assert parts == [("a", PROMPT_STYLE), ("bc the", TRAINED_STYLE), (END, TRAINED_SPECIAL_STYLE)]
 
 
 def test_list_names_every_dataset_with_its_facts(run):

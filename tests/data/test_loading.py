@@ -535,12 +535,12 @@ def test_pieces_lose_nothing_but_white_space(parts, size, minimum):
 
 
 def test_notices_in_comments_are_left_out_of_headers_and_code_is_kept(tmp_path):
-    from dylo_moe.data.sources.machine_text import _file_pieces
+    from dylo_moe.data.sources.machine_text import file_pieces
 
     notice = "/* Copyright (c) 2001 Someone.\n * All rights reserved.\n */\n\n"
     code = "int copyright_year() {\n  return 2001;\n}\n" * 4
     (tmp_path / "a.h").write_text(notice + code)
-    assert [passage.response for passage in _file_pieces(tmp_path / "a.h", "a.h")] == [code.strip()]
+    assert [passage.response for passage in file_pieces(tmp_path / "a.h", "a.h")] == [code.strip()]
 
 
 def test_cpp_headers_hold_nothing_that_a_program_wrote():

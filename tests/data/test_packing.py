@@ -15,7 +15,7 @@ from dylo_moe.data import packing as packing_module
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
-from dylo_moe.data.packing import PackedTexts, check_texts_kept_apart, pack, padding_share
+from dylo_moe.data.packing import PackedTexts, check_texts_kept_apart, pack_lengths, padding_share
 from dylo_moe.training.trainer import DyLoRATrainer
 
 
@@ -24,7 +24,7 @@ from dylo_moe.training.trainer import DyLoRATrainer
 def test_every_text_is_in_one_row_and_no_row_is_over_full(lengths, window):
     packing_module.WINDOW = window
     try:
-        rows = pack(np.array(lengths, np.int32), 64)
+        rows = pack_lengths(np.array(lengths, np.int32), 64)
     finally:
         packing_module.WINDOW = 100_000
     assert sorted(place for row in rows for place in row.tolist()) == list(range(len(lengths)))
@@ -45,7 +45,7 @@ def test_rows_are_those_of_a_naive_best_fit(lengths):
             max(fitting, key=lambda row: sum(lengths[i] for i in row)).append(place)
         else:
             rows.append([place])
-    found = pack(np.array(lengths, np.int32), 30)
+    found = pack_lengths(np.array(lengths, np.int32), 30)
 
     def fills(rows):
         return sorted(sum(lengths[i] for i in row) for row in rows)
@@ -55,7 +55,7 @@ def test_rows_are_those_of_a_naive_best_fit(lengths):
 
 def test_a_text_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="a text of 65 tokens does not fit into a row of 64"):
-        pack(np.array([3, 65]), 64)
+        pack_lengths(np.array([3, 65]), 64)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class ArmRun(NamedTuple):
     """The rate of each benchmark."""
 
 
-class Line(NamedTuple):
+class ArmLine(NamedTuple):
     """One arm over all seeds; lists have a value for each seed."""
 
     arm: str
@@ -70,7 +70,7 @@ class Line(NamedTuple):
         return TIES if not interval.excludes_zero else WINS if interval.low > 0 else LOSES
 
 
-def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[Line]:
+def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[ArmLine]:
     """The lines of the table, in the order of `ARMS`.
 
     Args:
@@ -95,7 +95,7 @@ def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[L
         of_ours = [mean_loss(run.losses) for run in ours]
         rates = {name: [run.pass_at_1[name] for run in mine] for name in mine[0].pass_at_1}
         lines.append(
-            Line(
+            ArmLine(
                 arm,
                 mine[0].parameters,
                 mine[0].active,
@@ -110,7 +110,7 @@ def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[L
     return lines
 
 
-def sentences(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
+def sentences(lines: Sequence[ArmLine], seeds: Sequence[int]) -> list[str]:
     """What the table says in words: a sentence for each arm, a conclusion, and what the intervals mean."""
     found = [_sentence(line, len(seeds)) for line in lines if line.difference is not None]
     others = [ARMS[line.arm] for line in lines if line.verdict not in (None, WINS)]
@@ -134,7 +134,7 @@ def sentences(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
     return found
 
 
-def _sentence(line: Line, num_seeds: int) -> str:
+def _sentence(line: ArmLine, num_seeds: int) -> str:
     assert line.difference is not None
     item, title = line.difference.mean, ARMS[line.arm]
     if line.verdict == UNKNOWN:
@@ -153,7 +153,7 @@ def _sentence(line: Line, num_seeds: int) -> str:
 # The table as rows of cells, for a terminal and for Markdown.
 
 
-def header(lines: Sequence[Line]) -> list[str]:
+def header(lines: Sequence[ArmLine]) -> list[str]:
     """The titles of the columns."""
     several = len(lines[0].by_seed) > 1
     return [
@@ -170,7 +170,7 @@ def header(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def cells(line: Line) -> list[list[str]]:
+def cells(line: ArmLine) -> list[list[str]]:
     """The cells of a line, each of one or two parts: a figure, and its interval or range."""
     several = len(line.by_seed) > 1
     own = [_figure(item, "{:.3f}") for item in (*line.losses.datasets.values(), line.losses.mean)]
@@ -211,7 +211,7 @@ def _rates(rates: Sequence[Rate]) -> list[str]:
     return [mean, "not known" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"]
 
 
-def as_tables(lines: Sequence[Line], *, width: int) -> list[Table]:
+def as_tables(lines: Sequence[ArmLine], *, width: int) -> list[Table]:
     """The table for a terminal of `width` columns, with each interval below its figure.
 
     Where it is too wide, the losses of the datasets go into a second table, so that no figure is cut.
@@ -227,7 +227,7 @@ def as_tables(lines: Sequence[Line], *, width: int) -> list[Table]:
     return [_table(lines, others, title), _table(lines, of_datasets, "the same of each dataset")]
 
 
-def _table(lines: Sequence[Line], columns: Sequence[Sequence[Any]], title: str) -> Table:
+def _table(lines: Sequence[ArmLine], columns: Sequence[Sequence[Any]], title: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     for place, (head, *_) in enumerate(columns):
         table.add_column(head, justify="right" if place else "left", overflow="fold")
@@ -237,7 +237,7 @@ def _table(lines: Sequence[Line], columns: Sequence[Sequence[Any]], title: str) 
     return table
 
 
-def as_markdown(lines: Sequence[Line], said: Sequence[str]) -> str:
+def as_markdown(lines: Sequence[ArmLine], said: Sequence[str]) -> str:
     """The table as Markdown, with the sentences below it."""
     titles, rows = header(lines), []
     for line in lines:
@@ -247,7 +247,7 @@ def as_markdown(lines: Sequence[Line], said: Sequence[str]) -> str:
     return "\n".join([table, "", *(f"- {text}" for text in said)]) + "\n"
 
 
-def as_json(lines: Sequence[Line], said: Sequence[str]) -> dict[str, Any]:
+def as_json(lines: Sequence[ArmLine], said: Sequence[str]) -> dict[str, Any]:
     """The lines and the sentences as JSON values."""
     return {
         "unit": "nats per token",

@@ -29,9 +29,9 @@ from dylo_moe.utils.words import counted
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
-PROMPT, TRAINED, SPECIAL = "dim", "green", "bold black on yellow"
+PROMPT_STYLE, TRAINED_STYLE, SPECIAL_STYLE = "dim", "green", "bold black on yellow"
 
-TRAINED_SPECIAL = "bold black on green"
+TRAINED_SPECIAL_STYLE = "bold black on green"
 """Styles of tokens."""
 
 MAX_OVERLAPS = 5
@@ -99,8 +99,8 @@ def _show_head(console: Console, reading: SourceRows, rows: Rows, num_good: int)
     if source is not None and not source.for_training:
         console.print(Text("For evaluation only: dylora train refuses it.", style="yellow"))
     legend = Text("tokens: ")
-    legend.append("prompt", PROMPT).append("  ").append("trained", TRAINED).append("  ")
-    legend.append("template", SPECIAL).append("  ").append("end token, trained", TRAINED_SPECIAL)
+    legend.append("prompt", PROMPT_STYLE).append("  ").append("trained", TRAINED_STYLE).append("  ")
+    legend.append("template", SPECIAL_STYLE).append("  ").append("end token, trained", TRAINED_SPECIAL_STYLE)
     if not console.is_terminal:
         legend = Text("⟦...⟧: trained; the rest is the prompt")
     console.print(legend)
@@ -121,7 +121,12 @@ def coloured(
         (place > 0 and label != IGNORED, index in special)
         for place, (index, label) in enumerate(zip(ids, labels, strict=True))
     ]
-    styles = {(False, False): PROMPT, (True, False): TRAINED, (False, True): SPECIAL, (True, True): TRAINED_SPECIAL}
+    styles = {
+        (False, False): PROMPT_STYLE,
+        (True, False): TRAINED_STYLE,
+        (False, True): SPECIAL_STYLE,
+        (True, True): TRAINED_SPECIAL_STYLE,
+    }
     was_trained = False
     for (trained, is_special), group in groupby(zip(kinds, ids, strict=True), key=lambda item: item[0]):
         if marked and trained != was_trained:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dylo_moe.commands.export.request_routing import experts_for
 from dylo_moe.data.collator import Collator
 from dylo_moe.evaluation.held_out import HeldOut
-from dylo_moe.evaluation.losses import DatasetLosses, Losses, estimates, measure, shown
+from dylo_moe.evaluation.losses import DatasetLosses, Losses, estimates, measure, shown_estimate
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.config import BASE, UNIFORM
 from dylo_moe.routing.token_masks import prompt_ends
@@ -131,7 +131,7 @@ def picked(by_member: Mapping[str, Losses], chosen: Mapping[str, Sequence[str]])
 # What is told of it.
 
 
-def as_json(measured: Measured, *, seed: int) -> dict[str, Any]:
+def losses_as_json(measured: Measured, *, seed: int) -> dict[str, Any]:
     """Losses and what each way loses against routing each token, with 95 % intervals, as plain values."""
     routed = measured.ways[ROUTED]
     return {
@@ -161,11 +161,11 @@ def table_of(measured: Measured, *, seed: int) -> list[list[str]]:
         found, lost = estimates([losses], seed=seed), estimates([losses], [routed], seed=seed).mean
         values = [*(found.datasets[name].value for name in datasets), *(found.mean.value for _ in means)]
         cells = [f"{value:.3f}" for value in values]
-        lines.append([way, *cells, "" if way == ROUTED else shown(lost, sign=True)])
+        lines.append([way, *cells, "" if way == ROUTED else shown_estimate(lost, sign=True)])
     return lines
 
 
-def show(console: Console, measured: Measured, *, seed: int) -> None:
+def show_served_losses(console: Console, measured: Measured, *, seed: int) -> None:
     """The losses as a table, and the notes."""
     head, *lines = table_of(measured, seed=seed)
     table = Table(title=TITLE, box=SIMPLE_HEAD, pad_edge=False)
@@ -178,7 +178,7 @@ def show(console: Console, measured: Measured, *, seed: int) -> None:
         console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
 
 
-def in_words(measured: Measured, way: str, *, seed: int) -> str:
+def loss_in_words(measured: Measured, way: str, *, seed: int) -> str:
     """What a way loses against routing each token, as a sentence."""
     routed = measured.ways[ROUTED]
     lost = estimates([measured.ways[way]], [routed], seed=seed).mean

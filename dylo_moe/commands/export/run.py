@@ -23,7 +23,7 @@ from dylo_moe.commands.export.losses import (
     PER_REQUEST,
     PLAIN,
     Measured,
-    in_words,
+    loss_in_words,
     measure_requests,
     measure_routed,
     routed_shares,
@@ -39,7 +39,7 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
 from dylo_moe.utils.markdown import Markdown, markdown_table
 
-FORMAT_VERSION = 1
+EXPORT_FORMAT_VERSION = 1
 
 RECORD, PAGE = "dylora_export.json", "README.md"
 
@@ -253,7 +253,7 @@ def origin(export: Export, kind: str) -> dict[str, Any]:
     """What every record begins with."""
     checkpoint = {"sha256": sha256(export.checkpoint / MANIFEST)}
     base = {name: export.base[name] for name in ("id", "revision")} | {"quantization": export.base.get("quantization")}
-    return {"format_version": FORMAT_VERSION, "kind": kind, "checkpoint": checkpoint, "base": base}
+    return {"format_version": EXPORT_FORMAT_VERSION, "kind": kind, "checkpoint": checkpoint, "base": base}
 
 
 def of_quantised(export: Export, what: str) -> list[str]:
@@ -265,7 +265,7 @@ def of_quantised(export: Export, what: str) -> list[str]:
 
 def told(export: Export, measured: Measured | None) -> dict[str, Any] | None:
     """The losses as plain values; None where they were not measured."""
-    return None if measured is None else losses.as_json(measured, seed=export.options.seed)
+    return None if measured is None else losses.losses_as_json(measured, seed=export.options.seed)
 
 
 def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
@@ -273,7 +273,7 @@ def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
     if measured is None:
         return NOT_MEASURED
     seed = export.options.seed
-    sentences = [in_words(measured, way, seed=seed)] if way in measured.ways else []
+    sentences = [loss_in_words(measured, way, seed=seed)] if way in measured.ways else []
     notes = [f"- {note}" for note in measured.notes]
     head, *lines = losses.table_of(measured, seed=seed)
     table = markdown_table(head, [[way, *map(Markdown, cells)] for way, *cells in lines], right=range(1, len(head)))
@@ -292,6 +292,6 @@ def show_export_losses(export: Export, measured: Measured | None, way: str) -> N
     if measured is None:
         export.console.print(Text(NOT_MEASURED.replace("*", ""), style="yellow"), soft_wrap=True)
         return
-    losses.show(export.console, measured, seed=export.options.seed)
+    losses.show_served_losses(export.console, measured, seed=export.options.seed)
     if way in measured.ways:
-        export.console.print(Text(in_words(measured, way, seed=export.options.seed)), soft_wrap=True)
+        export.console.print(Text(loss_in_words(measured, way, seed=export.options.seed)), soft_wrap=True)

@@ -22,7 +22,7 @@ VLLM_VERSION = "0.33.0"
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank can be. An adapter's own rank may be anything up to it; vLLM pads it with zeros in memory."""
 
-REFUSED = {
+NOT_SERVED = {
     "use_dora": "DoRA",
     "modules_to_save": "trained copies of base modules",
     "lora_bias": "biases of adapters",
@@ -56,7 +56,7 @@ def rule_problems(
         base_shapes: of the base's tensors, by their names.
     """
     problems = [
-        f"{name} is {config[name]!r}: vLLM takes no {what}" for name, what in REFUSED.items() if config.get(name)
+        f"{name} is {config[name]!r}: vLLM takes no {what}" for name, what in NOT_SERVED.items() if config.get(name)
     ]
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}: vLLM takes no biases of adapters")

@@ -48,7 +48,7 @@ def build(request: SubmitRequest) -> aiplatform_v1.CustomJob:
         image_uri=options.image,
         command=["python", "-m", "dylo_moe.commands.submit.start"],
         args=container_args(request),
-        env=[types.EnvVar(name=name, value=value) for name, value in environment(request).items()],
+        env=[types.EnvVar(name=name, value=value) for name, value in job_environment(request).items()],
     )
     pool = types.WorkerPoolSpec(machine_spec=_machine(types, request), replica_count=1, container_spec=container)
     if options.boot_disk_gb is not None:
@@ -67,7 +67,7 @@ def build(request: SubmitRequest) -> aiplatform_v1.CustomJob:
     )
 
 
-def run_folder(options: CloudArguments) -> str:
+def job_folder(options: CloudArguments) -> str:
     """Where the run is written, as the job sees it. Its own folder: the service may write beside it."""
     return f"/gcs/{options.folder}/run"
 
@@ -77,7 +77,7 @@ def container_args(request: SubmitRequest) -> list[str]:
     secrets = request.options.secret_references.items()
     num_processes = request.machine.accelerator_count
     several = ["torchrun", "--standalone", f"--nproc_per_node={num_processes}"]
-    folder = run_folder(request.options)
+    folder = job_folder(request.options)
     return [
         *(word for name, reference in secrets for word in ("--secret", f"{name}={reference}")),
         *("--run_folder", folder, "--"),
@@ -86,7 +86,7 @@ def container_args(request: SubmitRequest) -> list[str]:
     ]
 
 
-def environment(request: SubmitRequest) -> dict[str, str]:
+def job_environment(request: SubmitRequest) -> dict[str, str]:
     """The variables that are stored in the job."""
     own = dict(pair.split("=", 1) for pair in request.options.env)
     return own | ({ARTIFACT_VARIABLE: request.artifact} if request.artifact else {})

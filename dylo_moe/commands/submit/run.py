@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dylo_moe.commands.submit.arguments import CloudArguments
-from dylo_moe.commands.submit.job import as_yaml, build, client_library, parent, run_folder
+from dylo_moe.commands.submit.job import as_yaml, build, client_library, job_folder, parent
 from dylo_moe.commands.submit.request import SubmitRequest
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def submit(request: SubmitRequest) -> None:
         print(as_yaml(job), end="")
         return
     sent = send(job, request.options)
-    show(sent, request.options)
+    show_job(sent, request.options)
 
 
 def send(job: aiplatform_v1.CustomJob, options: CloudArguments) -> aiplatform_v1.CustomJob:
@@ -51,14 +51,14 @@ def send(job: aiplatform_v1.CustomJob, options: CloudArguments) -> aiplatform_v1
         raise ValueError(explained(error, options)) from error
 
 
-def show(job: aiplatform_v1.CustomJob, options: CloudArguments) -> None:
+def show_job(job: aiplatform_v1.CustomJob, options: CloudArguments) -> None:
     """Where the job is, and how to follow and end it."""
     number = job.name.rpartition("/")[2]
     where = f"--region={options.region} --project={options.gcp_project}"
     console = f"https://console.cloud.google.com/agent-platform/locations/{options.region}/training/{number}"
     for label, text in {
         "job": job.name,
-        "run": f"gs://{run_folder(options).removeprefix('/gcs/')}",
+        "run": f"gs://{job_folder(options).removeprefix('/gcs/')}",
         "console": f"{console}?project={options.gcp_project}",
         "follow": f"gcloud ai custom-jobs stream-logs {number} {where}",
         "cancel": f"gcloud ai custom-jobs cancel {number} {where}",

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for pair in given.secret:
             name, _, reference = pair.partition("=")
-            os.environ[name] = fetch(name, reference)
+            os.environ[name] = fetch_secret(name, reference)
         check_folders_move(given.run_folder.parent)
         command = with_start(command, given.run_folder, os.environ.get(ARTIFACT_VARIABLE))
         os.execvp(command[0], command)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def fetch(name: str, reference: str) -> str:
+def fetch_secret(name: str, reference: str) -> str:
     """The value of a secret, read with the credentials of the machine: the job's service account.
 
     Raises:

@@ -30,7 +30,7 @@ class HubRows(NamedTuple):
     file: Path | None
 
 
-def fetch(place: DatasetSource, config: DataConfig) -> HubRows:
+def fetch_rows(place: DatasetSource, config: DataConfig) -> HubRows:
     """A dataset from the hub, or from the cache where the hub cannot be reached.
 
     Raises:

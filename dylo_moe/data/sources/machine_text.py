@@ -150,13 +150,13 @@ def read_cpp_headers() -> Iterator[Passage]:
         for name, path in _files(_torch_parent(), f"torch/include/{folder}", ".h"):
             # TensorBody.h is filled in from a template and carries no marker
             if "generated" not in name and not name.endswith("/TensorBody.h"):
-                yield from _file_pieces(path, name)
+                yield from file_pieces(path, name)
 
 
 def read_cmake() -> Iterator[Passage]:
     """Hand-written CMake modules that come with the installed torch."""
     for name, path in _files(_torch_parent(), "torch/share/cmake", ".cmake"):
-        yield from _file_pieces(path, name)
+        yield from file_pieces(path, name)
 
 
 def read_english_reference() -> Iterator[Passage]:
@@ -180,7 +180,7 @@ def read_english_reference() -> Iterator[Passage]:
         yield from _pieces_of(kept[topic], f"pydoc_data/topics.py:{topic}")
 
 
-def _file_pieces(path: Path, document: str) -> Iterator[Passage]:
+def file_pieces(path: Path, document: str) -> Iterator[Passage]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if not _GENERATED.search("\n".join(text.split("\n")[:_HEAD_LINES])):
         yield from _pieces_of(_without_notices(_without_guard(text)), document)

@@ -25,7 +25,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.catalog import Source
 from dylo_moe.data.sources.files import RAW, LocalFile, content_key, is_row_file, raw_row, raw_rows
 from dylo_moe.data.sources.formats import Columns, RowError, parse_json, printable
-from dylo_moe.data.sources.hub import fetch
+from dylo_moe.data.sources.hub import fetch_rows
 from dylo_moe.data.sources.locate import DatasetSource, chosen_columns, locate
 from dylo_moe.data.sources.machine_text import read_machine_text
 from dylo_moe.utils.hub import first_line
@@ -124,7 +124,7 @@ def _find(place: DatasetSource, config: DataConfig) -> _Found:
         return _Found(f"mirror {mirror}", *_read_files(_mirror_files(mirror, place), place.name))
     if not place.is_revision_asked and (packaged := _packaged(place.source)) is not None:
         return _Found(f"package {Path(packaged.path).parts[-3]}", *_read_files([packaged], place.name))
-    hub = fetch(place, config)
+    hub = fetch_rows(place, config)
     origin = f"hub {place.hub_id}@{hub.commit[:10]}"
     if hub.file is not None:
         return _Found(origin, *_read_files([LocalFile.at(hub.file, hub.file.name)], place.name))

@@ -18,7 +18,7 @@ GUEST = Path(__file__).with_name("guest.py")
 
 SCRATCH = "/scratch"
 
-PACKAGES = "/packages"
+PACKAGES_FOLDER = "/packages"
 
 OPEN_FILES = 64
 
@@ -78,7 +78,7 @@ def tool_of(kind: str) -> str:
     return path
 
 
-def environment(home: str) -> dict[str, str]:
+def sandbox_environment(home: str) -> dict[str, str]:
     """All that a program sees of the environment; hashes, so the order of sets, are the same every time."""
     return {
         "PATH": "/usr/bin:/bin",
@@ -99,7 +99,7 @@ def bubblewrap(scratch_mib: int) -> list[str]:
     """
     words = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     words += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--clearenv"]
-    for name, value in environment(SCRATCH).items():
+    for name, value in sandbox_environment(SCRATCH).items():
         words += ["--setenv", name, value]
     for path in ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache"):
         if os.path.islink(path):
@@ -111,7 +111,7 @@ def bubblewrap(scratch_mib: int) -> list[str]:
     for path in hidden_folders():
         words += ["--tmpfs", path, "--remount-ro", path]
     for package in numpy_folders():
-        words += ["--ro-bind", str(package), f"{PACKAGES}/{package.name}"]
+        words += ["--ro-bind", str(package), f"{PACKAGES_FOLDER}/{package.name}"]
     words += ["--ro-bind", str(GUEST), "/guest.py", "--dev", "/dev", "--remount-ro", "/dev"]
     words += ["--size", str(scratch_mib * 2**20), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
     return words
@@ -157,6 +157,6 @@ def docker(limits: Limits) -> list[str]:
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "64", "--user", "65534:65534"]
     words += ["--memory", f"{limits.memory_mib}m", "--memory-swap", f"{limits.memory_mib}m", "--workdir", SCRATCH]
     words += ["--tmpfs", f"{SCRATCH}:size={limits.scratch_mib}m,mode=1777", "--volume", f"{GUEST}:/guest.py:ro"]
-    for name, value in environment(SCRATCH).items():
+    for name, value in sandbox_environment(SCRATCH).items():
         words += ["--env", f"{name}={value}"]
     return words

@@ -25,15 +25,15 @@ from dylo_moe.evaluation.sandbox.isolation import (
     BUBBLEWRAP,
     DOCKER,
     GUEST,
-    PACKAGES,
+    PACKAGES_FOLDER,
     RLIMITS_ONLY,
     SANDBOXES,
     Limits,
     SandboxError,
     bubblewrap,
     docker,
-    environment,
     python_folders,
+    sandbox_environment,
     tool_of,
 )
 from dylo_moe.evaluation.sandbox.seccomp import Unavailable, program
@@ -119,7 +119,7 @@ class Sandbox:
 
     def _command(self, role: str, filter_fd: int) -> list[str]:
         if self.kind == BUBBLEWRAP:
-            python = [str(Path(sys.executable).resolve()), "-s", "-S", "-B", "/guest.py", role, PACKAGES]
+            python = [str(Path(sys.executable).resolve()), "-s", "-S", "-B", "/guest.py", role, PACKAGES_FOLDER]
             return [self._tool, *bubblewrap(self.limits.scratch_mib), "--seccomp", str(filter_fd), "--", *python]
         if self.kind == DOCKER:
             return [self._tool, *docker(self.limits), DOCKER_IMAGE, "python", "-s", "-B", "/guest.py", role]
@@ -139,7 +139,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(cwd),
+            env=sandbox_environment(cwd),
             pass_fds=pass_fds,
             cwd=cwd,
             start_new_session=True,
@@ -284,7 +284,7 @@ def _try(sandbox: Sandbox) -> None:
         raise SandboxError("a wrong program passes")
     if sandbox.kind == RLIMITS_ONLY:
         return
-    variables = sorted(os.environ.keys() - environment("").keys() - {"PWD", "LC_CTYPE"})
+    variables = sorted(os.environ.keys() - sandbox_environment("").keys() - {"PWD", "LC_CTYPE"})
     with socket.create_server(("127.0.0.1", 0)) as server:
         is_alone = sandbox.kind == BUBBLEWRAP  # a container counts its processes instead
         call = f"tries({variables!r}, {_own_paths()!r}, {server.getsockname()[1]}, {is_alone})"

@@ -18,7 +18,7 @@ MAP_SHARED = 1
 
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
-REFUSED = (  # noqa: SIM905
+REFUSED_CALLS = (  # noqa: SIM905
     "fork vfork clone "  # one process and one thread: nothing else bounds how many there are
     "socket socketpair "
     # These give memory that is not counted as the process's own.
@@ -69,7 +69,7 @@ def program() -> bytes:
 
 
 def _fill(library: ctypes.CDLL, context: ctypes.c_void_p) -> None:
-    for name in REFUSED:
+    for name in REFUSED_CALLS:
         _refuse(library, context, name, errno.EPERM)
     _refuse(
         library, context, "clone3", errno.ENOSYS
