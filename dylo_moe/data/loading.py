@@ -16,8 +16,8 @@ from dylo_moe.data.contamination import Benchmarks, load_benchmarks
 from dylo_moe.data.encoding import TextFormat, text_format
 from dylo_moe.data.mixing import Share, epoch_rows, interleave, measure_shares, pass_over
 from dylo_moe.data.sources.formats import Fate
-from dylo_moe.data.sources.locate import locate_all
-from dylo_moe.data.sources.read import SourceRows, read
+from dylo_moe.data.sources.locate import DatasetSource, locate_all
+from dylo_moe.data.sources.read import SourceRows, read_dataset
 from dylo_moe.data.splitting import hold_out, order_keys, subset
 from dylo_moe.data.tokenized import Reason, TokenizedDataset, tokenise_all
 from dylo_moe.data.tokenizing import CUT_PROMPT, CUT_RESPONSE
@@ -110,44 +110,70 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
     Raises:
         ValueError: for a dataset that cannot be read, is not for training, or has too few usable rows.
     """
-    places = locate_all(config)
-    refused = [place.name for place in places if place.source is not None and not place.source.for_training]
-    if refused:
-        raise ValueError(f"{', '.join(refused)} is for evaluation only, and never trained on; leave it out of datasets")
-    benchmarks = None
-    if config.decontaminate:
-        benchmarks, missing = load_benchmarks(config)
-        if missing:
-            raise ValueError(
-                f"decontaminate cannot compare with {' and '.join(missing)}: {'; '.join(missing.values())}"
-            )
+    sources = locate_all(config)
+    _check_for_training(sources)
+    benchmarks = _benchmarks(config)
     form = text_format(tokenizer)
-    readings = [read(place, config) for place in places]
+    readings = [read_dataset(source, config) for source in sources]
     tables = tokenise_all(readings, form, config, benchmarks)
-    held_out = _hold_out(tables, seed)
-    judged = [_subset_of(table, held, config.eval_subset, seed) for table, held in zip(tables, held_out, strict=True)]
-    usable = _not_held_out_elsewhere(tables, held_out)
-    kept = [_subset_of(table, use, config.training_subset, seed) for table, use in zip(tables, usable, strict=True)]
-    chosen, shares = _epoch(tables, kept, config, seed)
+    split = _split(tables, config, seed)
+    epoch, shares = _draw_epoch(tables, split.kept, config, seed)
     parts = [table.rows.select_columns(_COLUMNS) for table in tables]
     parts = [part.add_column("domain", np.full(len(part), domain)) for domain, part in enumerate(parts)]
     names = [table.name for table in tables]
-    counts = [_count(*item) for item in zip(range(len(tables)), tables, kept, judged, held_out, usable, strict=True)]
     return LoadedData(
-        names,
-        concatenate_datasets(parts).select(chosen),
-        {name: part.select(rows) for name, part, rows in zip(names, parts, judged, strict=True)},
-        counts,
-        shares,
-        {table.name: table.reasons() for table in tables},
-        readings,
-        [*_notes(tables), *([] if benchmarks is None else [_compared(tables, benchmarks)])],
-        _fingerprint(tables, kept, judged, chosen),
-        {table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, judged, strict=True)},
+        names=names,
+        train=concatenate_datasets(parts).select(epoch),
+        evaluation={name: part.select(rows) for name, part, rows in zip(names, parts, split.judged, strict=True)},
+        counts=[_count(place, table, split) for place, table in enumerate(tables)],
+        shares=shares,
+        reasons={table.name: table.reasons() for table in tables},
+        readings=readings,
+        notes=[*_notes(tables), *([] if benchmarks is None else [_compared(tables, benchmarks)])],
+        fingerprint=_fingerprint(tables, split, epoch),
+        sample_prompts={
+            table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, split.judged, strict=True)
+        },
     )
 
 
+def _check_for_training(sources: Sequence[DatasetSource]) -> None:
+    refused = [item.name for item in sources if item.source is not None and not item.source.for_training]
+    if refused:
+        raise ValueError(f"{', '.join(refused)} is for evaluation only, and never trained on; leave it out of datasets")
+
+
+def _benchmarks(config: DataConfig) -> Benchmarks | None:
+    """What rows are compared with; None: they are not. Raises ValueError where a benchmark cannot be read."""
+    if not config.decontaminate:
+        return None
+    benchmarks, missing = load_benchmarks(config)
+    if missing:
+        raise ValueError(f"decontaminate cannot compare with {' and '.join(missing)}: {'; '.join(missing.values())}")
+    return benchmarks
+
+
 # What is held out, and what is trained
+
+
+class _Split(NamedTuple):
+    """What becomes of the rows of each dataset, in the order of the datasets."""
+
+    held_out: list[NDArray[np.bool_]]
+    judged: list[NDArray[np.int64]]
+    """Places of the held-out rows that are used: eval_subset of them."""
+    usable: list[NDArray[np.bool_]]
+    """Rows that may be trained."""
+    kept: list[NDArray[np.int64]]
+    """Places of the rows that are trained: training_subset of the usable ones."""
+
+
+def _split(tables: Sequence[TokenizedDataset], config: DataConfig, seed: int) -> _Split:
+    held_out = _hold_out(tables, seed)
+    usable = _not_held_out_elsewhere(tables, held_out)
+    judged = [_subset_of(table, held, config.eval_subset, seed) for table, held in zip(tables, held_out, strict=True)]
+    kept = [_subset_of(table, use, config.training_subset, seed) for table, use in zip(tables, usable, strict=True)]
+    return _Split(held_out, judged, usable, kept)
 
 
 def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.bool_]]:
@@ -199,7 +225,7 @@ def _subset_of(table: TokenizedDataset, which: NDArray[np.bool_], percent: float
     return places[subset(table.digests[places], percent, seed)]
 
 
-def _epoch(
+def _draw_epoch(
     tables: Sequence[TokenizedDataset], kept: Sequence[NDArray[np.int64]], config: DataConfig, seed: int
 ) -> tuple[NDArray[np.int64], list[Share]]:
     """Indices of an epoch's rows in the concatenation of all datasets, and each dataset's share of the epoch."""
@@ -228,35 +254,24 @@ def _epoch(
     return everything[np.argsort(order_keys(digests, seed), kind="stable")], shares
 
 
-def _fingerprint(
-    tables: Sequence[TokenizedDataset],
-    kept: Sequence[NDArray[np.int64]],
-    judged: Sequence[NDArray[np.int64]],
-    chosen: NDArray[np.int64],
-) -> dict[str, str]:
+def _fingerprint(tables: Sequence[TokenizedDataset], split: _Split, epoch: NDArray[np.int64]) -> dict[str, str]:
     def of(digests: NDArray[np.int64], trained: NDArray[np.int32]) -> str:
         return xxhash.xxh3_64_hexdigest(np.stack([digests, trained.astype(np.int64)]).tobytes())
 
     parts = {
         f"{place}: {what} rows": f"{len(rows)} rows, {of(table.digests[rows], table.trained[rows])}"
         for place, table in enumerate(tables)
-        for what, rows in (("training", kept[place]), ("held-out", judged[place]))
+        for what, rows in (("training", split.kept[place]), ("held-out", split.judged[place]))
     }
     everything = [np.concatenate([getattr(table, name) for table in tables]) for name in ("digests", "trained")]
-    return {**parts, "the epoch's order": f"{len(chosen)} rows, {of(everything[0][chosen], everything[1][chosen])}"}
+    return {**parts, "the epoch's order": f"{len(epoch)} rows, {of(everything[0][epoch], everything[1][epoch])}"}
 
 
-# What is told
+# What a reader learns of it
 
 
-def _count(
-    place: int,
-    table: TokenizedDataset,
-    kept: NDArray[np.int64],
-    judged: NDArray[np.int64],
-    held_out: NDArray[np.bool_],
-    usable: NDArray[np.bool_],
-) -> DatasetCounts:
+def _count(place: int, table: TokenizedDataset, split: _Split) -> DatasetCounts:
+    held_out, judged, usable, kept = (part[place] for part in split)
     used = np.concatenate([kept, judged])
     return DatasetCounts(
         name=table.name,

@@ -20,7 +20,7 @@ from dylo_moe.data.encoding import text_format
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.sources.formats import Fate
 from dylo_moe.data.sources.locate import locate
-from dylo_moe.data.sources.read import read
+from dylo_moe.data.sources.read import read_dataset
 from dylo_moe.data.tokenized import tokenise_all
 
 NUM_ROWS = 3000
@@ -98,7 +98,7 @@ def test_thousands_of_broken_rows_are_counted_one_by_one(tmp_path):
 
 def rows_of(path: Path):
     config = DataConfig(datasets=[str(path)], max_seq_length=64)
-    (rows,) = tokenise_all([read(locate(str(path)), config)], text_format(CHAT), config, None)
+    (rows,) = tokenise_all([read_dataset(locate(str(path)), config)], text_format(CHAT), config, None)
     return rows
 
 

@@ -19,7 +19,7 @@ from dylo_moe.data.sources import read as reading
 from dylo_moe.data.sources.catalog import CATALOG, MACHINE_TEXT
 from dylo_moe.data.sources.locate import locate
 from dylo_moe.data.sources.machine_text import MAX_PASSAGES
-from dylo_moe.data.sources.read import read
+from dylo_moe.data.sources.read import read_dataset
 
 
 @pytest.fixture(scope="module")
@@ -462,7 +462,7 @@ def test_one_object_over_several_lines_says_what_to_give(tmp_path):
 
 @pytest.mark.parametrize("name", MACHINE_TEXT)
 def test_the_machine_s_own_text_is_bounded_relative_and_the_same_twice(name):
-    first, second = (read(locate(name), DataConfig(datasets=[name])) for _ in range(2))
+    first, second = (read_dataset(locate(name), DataConfig(datasets=[name])) for _ in range(2))
     assert 92 <= len(first.train) <= MAX_PASSAGES and first.key == second.key
     assert not any(place.startswith(("/", "..")) for place in first.train["place"])
     assert first.train[:] == second.train[:]

@@ -21,7 +21,7 @@ from dylo_moe.data.packing import PackedTexts, padding_share
 from dylo_moe.data.sources.catalog import CATALOG
 from dylo_moe.data.sources.formats import Fate
 from dylo_moe.data.sources.locate import locate_all
-from dylo_moe.data.sources.read import SourceRows, read
+from dylo_moe.data.sources.read import SourceRows, read_dataset
 from dylo_moe.data.tokenized import TokenizedDataset as Rows
 from dylo_moe.data.tokenized import tokenise_all
 from dylo_moe.report.terminal import show_data, show_reasons
@@ -70,7 +70,7 @@ def show_dataset(config: DataConfig, look: LookArguments) -> None:
     console = Console()
     tokenizer = load_tokenizer(look.model)
     (place,) = locate_all(config)
-    reading = read(place, config)
+    reading = read_dataset(place, config)
     (rows,) = tokenise_all([reading], text_format(tokenizer), config, None)
     good = np.flatnonzero(rows.good)
     chosen = np.sort(np.random.default_rng(look.seed).permutation(good)[: look.examples])

@@ -65,7 +65,7 @@ class SourceRows(NamedTuple):
     """A hash of the rows' content."""
 
 
-def read(place: DatasetSource, config: DataConfig) -> SourceRows:
+def read_dataset(place: DatasetSource, config: DataConfig) -> SourceRows:
     """The rows of one dataset.
 
     Raises:
