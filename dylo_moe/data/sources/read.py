@@ -253,7 +253,7 @@ def _mirror_files(folder: Path, place: DatasetSource) -> list[LocalFile]:
     return only or files
 
 
-def _split_of(name: str) -> str:
+def split_of(name: str) -> str:
     """Told by a file's name (`train-...`, `mine_test`), else by a folder that is called so; else it is for training."""
     *folders, own = name.lower().removesuffix(".gz").split("/")
     stem = _SHARD.sub("", own.rpartition(".")[0])
@@ -269,7 +269,7 @@ def _read_files(files: Sequence[LocalFile], name: str, *, split: str | None = No
     """Read files of rows into their splits, and hash their content."""
     groups: dict[str, list[LocalFile]] = {}
     for file in files:
-        groups.setdefault(split or _split_of(file.name), []).append(file)
+        groups.setdefault(split or split_of(file.name), []).append(file)
     splits: dict[str, Dataset] = {}
     keys = []
     for group, members in groups.items():
