@@ -254,7 +254,7 @@ def _mirror_files(folder: Path, place: DatasetSource) -> list[LocalFile]:
 
 
 def split_of(name: str) -> str:
-    """Told by a file's name (`train-...`, `mine_test`), else by a folder that is called so; else it is for training."""
+    """The split that a file's name tells (`train-...`, `mine_test`), else a folder that is called so; else "train"."""
     *folders, own = name.lower().removesuffix(".gz").split("/")
     stem = _SHARD.sub("", own.rpartition(".")[0])
     if found := _SPLIT.fullmatch(stem):
