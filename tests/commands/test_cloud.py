@@ -316,7 +316,7 @@ def test_all_that_is_missing_is_named_at_once(capsys):
     [
         (["--lora_rr", "8"], "there is no flag --lora_rr; did you mean --lora_r?"),
         (["--lora_r", "eight"], "lora_r: invalid int value: 'eight'"),
-        (["word"], "['word']"),
+        (["word"], "unrecognized arguments: word"),
         (["--output_dir", "x"], "it is made of --bucket and --display_name"),
         (["--resume_from_checkpoint", "x"], "a job always goes on"),
         (["--bf16", "--fp16"], "At most one of fp16 and bf16"),
