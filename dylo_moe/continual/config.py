@@ -26,18 +26,18 @@ class GrowthConfig:
     """When a pool grows, and how. The fields are flags of `dylora stream`.
 
     Raises:
-        ValueError: for values out of range; all problems of one config in one message.
+        ValueError: for values out of range; one message holds all problems of a config.
     """
 
     novelty: str = field(
         default=MAHALANOBIS,
         metadata={
-            "help": "How far data lies from what is known: mahalanobis, calibrated to a rate of false alarms, or "
-            "cosine on centred features.",
+            "help": "How the distance of data from known skills is measured: mahalanobis, calibrated to a rate of false "
+            "alarms, or cosine on centred features.",
             "choices": [MAHALANOBIS, COSINE],
         },
     )
-    """How far data lies from what is known: "mahalanobis", or "cosine" on centred features."""
+    """How the distance of data from known skills is measured: "mahalanobis", or "cosine" on centred features."""
 
     false_alarm_rate: float = field(
         default=0.01,
@@ -46,9 +46,9 @@ class GrowthConfig:
     """Share of samples of known skills that are taken for new ones; mahalanobis is calibrated to it."""
 
     similarity_threshold: float = field(
-        default=0.75, metadata={"help": "Data less alike than this to every known skill is new (cosine)."}
+        default=0.75, metadata={"help": "Data less similar than this to every known skill is new (cosine)."}
     )
-    """With "cosine": data less alike than this to every known skill is new."""
+    """The similarity to every known skill below which data is new, if `novelty` is "cosine"."""
 
     known_skill: str = field(
         default=CONSOLIDATE,
@@ -58,8 +58,8 @@ class GrowthConfig:
             "choices": [CONSOLIDATE, SKIP, GROW],
         },
     )
-    """Data of a known skill trains its expert at the low rate ("consolidate"), nothing ("skip"), or a new expert all
-    the same ("grow")."""
+    """What data of a known skill trains: the skill's expert at a low rate ("consolidate"), nothing ("skip"), or a new
+    expert ("grow")."""
 
     start_from: str = field(
         default=NEAREST,
@@ -68,7 +68,7 @@ class GrowthConfig:
             "choices": [FRESH, NEAREST],
         },
     )
-    """A new expert begins with zero delta ("fresh"), or as a copy of the nearest skill's expert ("nearest")."""
+    """How a new expert begins: with zero delta ("fresh"), or as a copy of the nearest skill's expert ("nearest")."""
 
     def __post_init__(self) -> None:
         problems = choice_problems(self)

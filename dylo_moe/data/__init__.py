@@ -1,4 +1,4 @@
-"""From the names of datasets to training batches.
+"""The way from the names of datasets to training batches.
 
 The path of a row, from top to bottom; `loading.load_data` takes all but the last two steps, and its body is this list:
 

@@ -144,7 +144,8 @@ def _check_for_training(sources: Sequence[DatasetSource]) -> None:
 
 
 def _benchmarks(config: DataConfig) -> Benchmarks | None:
-    """What rows are compared with; None: they are not. Raises ValueError where a benchmark cannot be read."""
+    """Load the benchmarks that rows are compared with; None without `decontaminate`. Raises ValueError if one is
+    missing."""
     if not config.decontaminate:
         return None
     benchmarks, missing = load_benchmarks(config)
@@ -157,15 +158,16 @@ def _benchmarks(config: DataConfig) -> Benchmarks | None:
 
 
 class _Split(NamedTuple):
-    """What becomes of the rows of each dataset, in the order of the datasets."""
+    """How the rows of each dataset are used, in the order of the datasets."""
 
     held_out: list[NDArray[np.bool_]]
+    """Whether each row is held out."""
     judged: list[NDArray[np.int64]]
-    """Places of the held-out rows that are used: eval_subset of them."""
+    """Indices of the held-out rows that are used: eval_subset percent of them."""
     usable: list[NDArray[np.bool_]]
-    """Rows that may be trained."""
+    """Whether each row may be trained."""
     kept: list[NDArray[np.int64]]
-    """Places of the rows that are trained: training_subset of the usable ones."""
+    """Indices of the rows that are trained: training_subset percent of the usable ones."""
 
 
 def _split(tables: Sequence[TokenizedDataset], config: DataConfig, seed: int) -> _Split:
@@ -267,7 +269,7 @@ def _fingerprint(tables: Sequence[TokenizedDataset], split: _Split, epoch: NDArr
     return {**parts, "the epoch's order": f"{len(epoch)} rows, {of(everything[0][epoch], everything[1][epoch])}"}
 
 
-# What a reader learns of it
+# What is reported about the data
 
 
 def _count(place: int, table: TokenizedDataset, split: _Split) -> DatasetCounts:

@@ -60,7 +60,10 @@ class PackedTexts(torch.utils.data.Dataset):
 
 
 def pack_lengths(lengths: NDArray[np.integer], capacity: int) -> list[NDArray[np.int64]]:
-    """[N] lengths -> rows of places, each at most `capacity` in all, in the order of their first texts.
+    """Pack texts of [N] lengths into rows of at most `capacity` tokens.
+
+    Returns:
+        The indices of each row's texts; the rows come in the order of their first texts.
 
     Raises:
         ValueError: for a length over the capacity.

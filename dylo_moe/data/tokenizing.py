@@ -102,7 +102,7 @@ class Tokenise:
         self.is_raw = is_raw
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Columns of ROW_FEATURES, in the order of the raw rows."""
+        """Tokenise a batch: the columns of ROW_FEATURES, in the order of the raw rows."""
         texts: list[_Text] = []
         for row, index in zip(_as_rows(batch), indices, strict=True):
             texts += self._raw_texts(row) if self.is_raw else [self._read(row, place=f"row {index}")]
@@ -197,7 +197,7 @@ def tokenise(
         name: the dataset's name.
 
     Returns:
-        Columns as in ROW_FEATURES; at least one row for each raw one.
+        Rows with the columns of ROW_FEATURES; at least one for each raw row.
     """
     settings = _settings_key(text_format, config, columns, benchmarks)
     fingerprint = hashlib.sha256(f"{key}\0{name}\0{settings}".encode()).hexdigest()[:32]
@@ -248,7 +248,7 @@ def _as_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:
-    """One row of ROW_FEATURES."""
+    """A tokenised row, with the columns of ROW_FEATURES."""
     document = hash64(text.document.encode("utf-8", "surrogateescape"))
     if isinstance(encoded, RowError):
         return {

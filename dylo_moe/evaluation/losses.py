@@ -287,7 +287,7 @@ def run_losses(
 
 
 def show_estimates(console: Console, found: Mapping[str, Estimates], *, title: str) -> None:
-    """A table: a line for each dataset, and one for the mean.
+    """Print a table with a line for each dataset, and one for the mean.
 
     Args:
         found: the estimates of "model", "base" and their "difference".

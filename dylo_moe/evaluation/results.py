@@ -49,10 +49,10 @@ def evaluation_settings(checkpoint: Path, options: EvalArguments, *, bf16: bool,
 
 
 def take_evaluation_folder(folder: Path, settings: Settings) -> None:
-    """Make the folder, or take up the evaluation in it, and write down its settings.
+    """Make the folder of a new evaluation, or check that the one in it can be resumed, and save its settings.
 
     Raises:
-        ValueError: where it holds something else, or an evaluation with other settings; each difference is named.
+        ValueError: if it holds something else, or an evaluation with other settings; each difference is named.
     """
     take_folder(folder, settings, what="evaluation", changes=_changes, merge=_merge)
 

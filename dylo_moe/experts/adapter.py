@@ -36,7 +36,7 @@ WHY_NOT = {
     "modules_to_save": "a trained copy of a base module would change the base for every expert",
 }
 
-ROUTABLE = "experts go on nn.Linear, Conv1D, and bitsandbytes' 4-bit and 8-bit linears"
+ROUTABLE = "experts adapt nn.Linear, Conv1D, and bitsandbytes' 4-bit and 8-bit linears"
 
 
 def lora_config(config: ExpertConfig) -> LoraConfig:

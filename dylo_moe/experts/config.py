@@ -1,4 +1,4 @@
-"""How many experts there are, and what LoRA adapter each one is."""
+"""The options of the experts: how many there are, and what LoRA adapter each one is."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ class ExpertConfig:
     Hu et al. 2021, arXiv:2106.09685, section 4.1. The fields are flags of the commands that train.
 
     Raises:
-        ValueError: for values out of range; all problems of one config in one message.
+        ValueError: for values out of range; one message holds all problems of a config.
     """
 
     num_experts: int = field(default=4, metadata={"help": "Experts trained together."})
-    """Experts trained together; a pool that grows begins with none instead."""
+    """The number of experts trained together; a pool that grows begins with none instead."""
 
     lora_r: int = field(default=16, metadata={"help": "Rank of each expert."})
-    """Rank of each expert."""
+    """The rank of each expert."""
 
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha; an expert is scaled by alpha / rank."})
-    """An expert's delta is scaled by alpha / rank."""
+    """LoRA's alpha; an expert's delta is scaled by alpha / rank."""
 
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the experts' input."})
-    """Probability that a feature of the experts' input is dropped while training."""
+    """The probability that a feature of the experts' input is dropped in training."""
 
     lora_targets: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
         metadata={"help": "Names of the linears that carry experts; all-linear: every one in the routed layers."},
     )
-    """Names of the linears that carry experts; "all-linear" is every one in the routed layers. An item may hold several
-    names separated by commas, as typed."""
+    """The names of the linears that carry experts; "all-linear" is every one in the routed layers. An item may hold
+    several names separated by commas, as typed on the command line."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -29,11 +29,11 @@ BALANCE_COEFFICIENT = 0.01
 OF_LEARNING = ("z_loss_coefficient", "entropy_coefficient", "temperature")
 
 OF_CHOOSING = ("top_k", "granularity", "router_half_life")
-"""Fields of `RouterConfig` that shape how a gate learns, and what each token's choice follows from."""
+"""The fields of `RouterConfig` that shape how a gate learns, and those that decide how a token's experts are chosen."""
 
 
 def parse_router_layer(text: str) -> str | int | float:
-    """A `router_layer` as typed: a whole number is an index, a number with a point a fraction."""
+    """Parse a `router_layer` as typed: a whole number is an index, a number with a point is a fraction."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -47,7 +47,7 @@ class RouterConfig:
     """How tokens are sent to experts. The fields are flags of the commands that train.
 
     Raises:
-        ValueError: for values out of range; all problems of one config in one message.
+        ValueError: for values out of range; one message holds all problems of a config.
     """
 
     top_k: int = field(default=1, metadata={"help": "Experts per token, 1 to num_experts."})
@@ -58,13 +58,13 @@ class RouterConfig:
         metadata={
             "read": parse_router_layer,
             "help": "Where the router reads: embeddings, a layer's index (7), a fraction of the depth (0.25), or "
-            "final. Deeper tells apart skills of the same words, but layers below it carry no experts; final runs the "
-            "base twice.",
+            "final. A deeper layer distinguishes skills with the same words, but layers below it carry no experts; "
+            "final runs the base twice.",
         },
     )
-    """Where the router reads: "embeddings", a layer's index (the hidden states entering that layer), or
-    a fraction of the depth between 0 and 1. Layers below it carry no adapters. "final": the last hidden
-    states of a pass of the base alone, before the pass with the experts; twice the work."""
+    """The place where the router reads: "embeddings", a layer's index (the hidden states entering that layer), or
+    a fraction of the depth between 0 and 1. Layers below it carry no adapters. "final" means the last hidden
+    states of a pass of the base alone, before the pass with the experts, which is twice the work."""
 
     granularity: str = field(
         default=TOKEN,
@@ -73,21 +73,21 @@ class RouterConfig:
             "choices": [TOKEN, SEQUENCE],
         },
     )
-    """"token": every token is sent on its own. "sequence": a text is sent as a whole, by what the router
-    reads at the last token of its prompt, and that holds for all of it, generated tokens included."""
+    """"token": every token is routed on its own. "sequence": a text is routed as a whole, by what the router
+    reads at the last token of its prompt, and its generated tokens are routed likewise."""
 
     policy: str = field(
         default=LEARNED,
         metadata={
             "flag": "router_policy",
-            "help": "Who routes: a gate that learns; or, to compare with it, uniform (each token to all experts alike) "
-            "or random (to top_k experts that have nothing to do with what the text says).",
+            "help": "What routes: a gate that learns; or, to compare with it, uniform (each token to all experts "
+            "equally) or random (to top_k experts that have nothing to do with what the text says).",
             "choices": [LEARNED, UNIFORM, RANDOM],
         },
     )
-    """"learned": the gate decides, and learns. For comparison, with a gate that stays as it was drawn: "uniform": every
-    token goes to all experts alike; "random": to `top_k` experts alike, by a fixed pseudo-random function of what the
-    gate reads, so that a text is always routed the same way and its content does not matter."""
+    """"learned": the gate decides, and learns. The others are for comparison, with a gate that stays as it was drawn.
+    "uniform": every token is sent to all experts equally. "random": every token is sent to `top_k` experts equally, by
+    a fixed pseudo-random function of the gate's input, so a text is always routed the same way, whatever it says."""
 
     router_half_life: float = field(
         default=32.0,

@@ -15,12 +15,12 @@ def is_share(text: str) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is an int or a float; a bool is none."""
+    """Whether a value is an int or a float; a bool does not count."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def choice_problems(config: Any) -> list[str]:
-    """What is wrong with the fields of a dataclass whose metadata lists the "choices" they have."""
+    """The problems of those fields of a dataclass whose metadata lists "choices"."""
     problems = []
     for item in fields(config):
         choices, value = item.metadata.get("choices"), getattr(config, item.name)

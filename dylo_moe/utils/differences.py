@@ -1,4 +1,4 @@
-"""Settings that are not those which something was begun with, by name, and in words."""
+"""Compare settings with those that something was begun with, and describe the differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Difference(NamedTuple):
-    """One setting that has another value now than before; None where it had or has none."""
+    """One setting whose value now differs from that before; None stands for no value."""
 
     name: str
     now: Any
@@ -18,7 +18,7 @@ class Difference(NamedTuple):
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """The settings whose values differ, sorted by name; which of them may differ is for the caller to say."""
+    """The settings whose values differ, sorted by name; the caller decides which of them may differ."""
     return [
         Difference(name, now.get(name), before.get(name))
         for name in sorted(before.keys() | now.keys())
@@ -27,5 +27,5 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
 
 
 def in_words(changed: Iterable[Difference]) -> str:
-    """All of them in one line."""
+    """Describe all differences in one line."""
     return "; ".join(map(str, changed))

@@ -1,4 +1,4 @@
-"""A folder whose settings.json says what its files follow from, so that nothing else is ever continued in it."""
+"""Folders with a settings.json: their content is resumed only with the same settings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Settings = dict[str, Any]
 
 
 def refuse_foreign(folder: Path, *, what: str, beside: Sequence[str] = ()) -> None:
-    """Raises ValueError for a folder that holds something, but no settings.
+    """Raise ValueError for a folder that holds something, but no settings.
 
     Args:
-        what: that is to be there, for the message: "evaluation".
-        beside: names of files that may be there without settings.
+        what: what the folder is for, in the message, such as "evaluation".
+        beside: the names of files that may be there without settings.
     """
     if not folder.exists() or (folder / SETTINGS_FILE).is_file():
         return
@@ -37,13 +37,12 @@ def take_folder(
     merge: Callable[[Settings, Settings], Settings],
     beside: Sequence[str] = (),
 ) -> None:
-    """Write the settings of something into its folder; the same ones resume it.
+    """Write the settings of some work into its folder, or check that they are those with which it was begun.
 
     Args:
-        what: and `beside`: see `refuse_foreign`.
-        changes: of the settings that the folder holds (first) and those asked for now (second), the ones that differ
-            and must not.
-        merge: of the same two, the settings that the folder has from now on.
+        what, beside: the arguments of `refuse_foreign`.
+        changes: given the settings in the folder and those of now, returns those that differ but must not.
+        merge: given the same, returns the settings that the folder has from now on.
 
     Raises:
         ValueError: for a folder that holds something else, or was begun with other settings; each of them is named.

@@ -31,7 +31,7 @@ class HubRows(NamedTuple):
 
 
 def fetch_rows(place: DatasetSource, config: DataConfig) -> HubRows:
-    """A dataset from the hub, or from the cache where the hub cannot be reached.
+    """Fetch a dataset from the hub, or from the cache if the hub cannot be reached.
 
     Raises:
         ValueError: if neither has it, with what to do, or if only another commit than the asked one is there.

@@ -66,7 +66,7 @@ class SourceRows(NamedTuple):
 
 
 def read_dataset(place: DatasetSource, config: DataConfig) -> SourceRows:
-    """The rows of one dataset.
+    """Read the rows of one dataset.
 
     Raises:
         ValueError: if the dataset is not available, with what to do.
@@ -254,7 +254,7 @@ def _mirror_files(folder: Path, place: DatasetSource) -> list[LocalFile]:
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name tells (`train-...`, `mine_test`), else a folder that is called so; else "train"."""
+    """The split of a file by its name (`train-...`, `mine_test`), else by that of a folder above it, else "train"."""
     *folders, own = name.lower().removesuffix(".gz").split("/")
     stem = _SHARD.sub("", own.rpartition(".")[0])
     if found := _SPLIT.fullmatch(stem):

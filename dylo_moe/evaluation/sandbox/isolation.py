@@ -79,7 +79,7 @@ def tool_of(kind: str) -> str:
 
 
 def sandbox_environment(home: str) -> dict[str, str]:
-    """All that a program sees of the environment; hashes, so the order of sets, are the same every time."""
+    """The whole environment of a program. Hashes, and with them the order of sets, are the same every time."""
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": home,

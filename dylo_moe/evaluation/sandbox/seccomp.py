@@ -19,7 +19,7 @@ MAP_SHARED = 1
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
 REFUSED_CALLS = (  # noqa: SIM905
-    "fork vfork clone "  # one process and one thread: nothing else bounds how many there are
+    "fork vfork clone "  # a program has one process and one thread, because nothing else bounds their number
     "socket socketpair "
     # These give memory that is not counted as the process's own.
     "memfd_create memfd_secret vmsplice io_setup shmget shmat mq_open msgget semget "
