@@ -32,8 +32,8 @@ class GrowthConfig:
     novelty: str = field(
         default=MAHALANOBIS,
         metadata={
-            "help": "How the distance of data from known skills is measured: mahalanobis, calibrated to a rate of false "
-            "alarms, or cosine on centred features.",
+            "help": "How the distance of data from known skills is measured: mahalanobis, calibrated to a rate of "
+            "false alarms, or cosine on centred features.",
             "choices": [MAHALANOBIS, COSINE],
         },
     )
