@@ -174,7 +174,7 @@ def train_arm(place: ArmFolder, request: CompareRequest, console: Console, title
 def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, console: Console) -> None:
     """Measure the arms of one seed that are not measured yet; the base is loaded through a trained arm's checkpoint."""
     trained = [place for place in places if place.arm != BASE_ARM]
-    check_same_data(trained)
+    check_arms_share_data(trained)
     held: HeldOut | None = None
     for place in places:
         if read_losses(place) is None:
@@ -185,7 +185,7 @@ def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, console:
         run_benchmarks(place, trained[0], request, console)
 
 
-def check_same_data(trained: Sequence[ArmFolder]) -> None:
+def check_arms_share_data(trained: Sequence[ArmFolder]) -> None:
     """Raises ValueError, with each difference, unless all arms of a seed were trained on the same rows."""
     records = {place.arm: read_manifest(place.checkpoint)["training"] for place in trained}
     names = [item["name"] for item in records[OURS]["facts"]["data"]]
