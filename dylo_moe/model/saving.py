@@ -99,15 +99,15 @@ def write_files(
     for expert in model.experts:
         name = f"experts/{expert.name}"
         (folder / name).mkdir(parents=True)
-        _save_tensors(model.experts.state(expert.name), folder / name / ADAPTER_FILES[1])
+        save_tensors(model.experts.state(expert.name), folder / name / ADAPTER_FILES[1])
         config = LoraConfig(**plain_config(model.peft_config[expert.name]))
         config.inference_mode = True
         config.base_model_name_or_path = model.base_id or None
         config.save_pretrained(str(folder / name))
         _sort_lists(folder / name / ADAPTER_FILES[0])
-    _save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
+    save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
     if model.growth is not None:
-        _save_tensors(model.growth.library.tensors(), folder / LIBRARY_FILE)
+        save_tensors(model.growth.library.tensors(), folder / LIBRARY_FILE)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base": {
@@ -173,5 +173,6 @@ def _sort_lists(path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
+def save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    """Write tensors of any device as one safetensors file."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})

@@ -148,7 +148,7 @@ def test_a_save_that_is_interrupted_leaves_a_whole_checkpoint_and_nothing_else(
         shutil.copytree(original[1], folder)
     before = contents(tmp_path)
     model.remove_expert("wide")
-    renames, real_rename, real_save = [], os.rename, saving._save_tensors
+    renames, real_rename, real_save = [], os.rename, saving.save_tensors
 
     def rename(source, target):
         renames.append(target)
@@ -162,7 +162,7 @@ def test_a_save_that_is_interrupted_leaves_a_whole_checkpoint_and_nothing_else(
         real_save(state, path)
 
     monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(saving, "_save_tensors", save)
+    monkeypatch.setattr(saving, "save_tensors", save)
     if moment == "manifest":
         monkeypatch.setattr(saving.json, "dumps", crash)
     if moment == "removal":
