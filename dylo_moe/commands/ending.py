@@ -17,9 +17,9 @@ def asks_for_help(words: list[str]) -> bool:
 def print_error(text: str) -> None:
     """Print why a command ends; of several processes, which may all know, one prints it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from dylo_moe.utils.distributed import speaks  # late: it needs torch, and one process does not need it
+        from dylo_moe.utils.distributed import prints_for_all  # late: it needs torch, and one process does not need it
 
-        if not speaks():
+        if not prints_for_all():
             return
     print(text, file=sys.stderr, flush=True)
 

@@ -16,6 +16,7 @@ from dylo_moe.data.tokenized import Reason
 from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import BASE
 from dylo_moe.training.alarms import DEAD_SHARE, dead_experts
 from dylo_moe.training.metrics import MeterReading
 
@@ -137,13 +138,14 @@ def show_sample(
     """Print a text with each token in the colour of its expert; without colours, each change of expert is written
     out."""
     styles: dict[str | None, str] = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(experts)}
-    text, last = Text(), ""
+    text, last = Text(), None
     for position, (token, expert) in enumerate(zip(sample.ids, sample.experts, strict=True)):
         if position == sample.prompt_length:
             text.append(" » ", style="bold")
-        if not console.is_terminal and not console.record and expert != last:
-            text.append(f"⟨{expert or 'base'}⟩")
-        last = expert or "base"
+        name = expert or BASE
+        if not console.is_terminal and not console.record and name != last:
+            text.append(f"⟨{name}⟩")
+        last = name
         dim = " dim" if position < sample.prompt_length else ""
         text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + dim)
     console.rule(sample.domain, align="left", style="dim")

@@ -98,7 +98,7 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def speaks() -> bool:
+def prints_for_all() -> bool:
     """Whether this process prints why the run ends: of several that fail, the first to call this function does."""
     if num_ranks() == 1:
         return True
