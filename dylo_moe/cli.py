@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -53,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1" and name != "train":
         print_error(f"dylora {name}: this command runs in one process; start it without torchrun or accelerate launch")
         return 2
-    # PEFT reads a name that Transformers is about to rename; nothing a user can act on.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    _silence_other_libraries()
     try:
         return int(importlib.import_module(f"dylo_moe.commands.{name}").main(rest))
     except (ValueError, OSError) as error:
@@ -65,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error(f"dylora {name}: interrupted")
         return 130
+
+
+def _silence_other_libraries() -> None:
+    """Keep quiet what others print about themselves and no user of the command can act on."""
+    # PEFT reads a name that Transformers is about to rename.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # bitsandbytes, where it is installed, misses an optional package at every start on some CPUs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _overview() -> str:

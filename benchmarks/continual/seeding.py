@@ -27,7 +27,8 @@ from transformers import PrinterCallback
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base.loading import load_base, load_tokenizer
-from dylo_moe.commands.stream.arguments import StageArguments, StreamArguments
+from dylo_moe.commands.stream.arguments import StreamArguments
+from dylo_moe.commands.stream.request import StageArguments
 from dylo_moe.commands.stream.stage_trainer import StageTrainer
 from dylo_moe.continual.config import GrowthConfig
 

@@ -23,7 +23,7 @@ from dylo_moe.commands.plan.known_shapes import base_config
 from dylo_moe.commands.plan.per_process import base_share
 from dylo_moe.commands.plan.run import components, routed_model
 from dylo_moe.commands.plan.simulated_step import ACTIVATIONS, ADAM_STATES, Batch, Simulation
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
 

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from dylo_moe.cli import main as dylora
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 
 
 def flags(shape: str, steps: int, folder: str, *more: str) -> list[str]:

@@ -24,8 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, resolve_base
 from dylo_moe.utils.hub import first_line, no_way_to_hub
 
-DEFAULT_BASE = "google/codegemma-2b"
-
 NEEDS_BITSANDBYTES = 'a base in 4 or 8 bits needs bitsandbytes: pip install "dylora-moe[quantized]"'
 
 

@@ -1,18 +1,17 @@
-"""What a training is asked for: the model's options, and the Trainer's arguments with our defaults."""
+"""What a training is asked for: the model's options, and what we change of the Trainer's and add to them.
+
+Nothing here imports PyTorch or Transformers, so that `--help` answers at once; `trainer_arguments.py` has the whole of
+the Trainer's arguments.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 
-import torch
-from transformers import TrainingArguments
-from transformers.utils import is_liger_kernel_available
-
-from dylo_moe.base.loading import DEFAULT_BASE, NEEDS_BITSANDBYTES
 from dylo_moe.routing.config import BALANCE_COEFFICIENT
 from dylo_moe.training.run_folder import NEW_RUN
-from dylo_moe.utils.errors import UsageError
+
+DEFAULT_BASE = "google/codegemma-2b"
 
 
 @dataclass
@@ -51,8 +50,11 @@ class ModelArguments:
 
 
 @dataclass
-class TrainArguments(TrainingArguments):
-    """The Trainer's arguments, with our defaults where they differ from its own."""
+class TrainerOptions:
+    """Arguments of the Trainer whose defaults or help differ here, and those that are added to it.
+
+    `TrainArguments` has them, beside all others of the Trainer.
+    """
 
     output_dir: str = field(
         default=NEW_RUN, metadata={"help": "Where the run is written; must be new or empty. new: runs/ and the time."}
@@ -106,61 +108,4 @@ class TrainArguments(TrainingArguments):
     save_only_model: bool = field(default=False, metadata={"help": "Not offered."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not offered."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Not offered."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in memory; default where a GPU is."}
-    )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Not offered."})
-
-    shards_base = False  # not a field, and so no flag: `take_sharding` sets it
-
-    def __post_init__(self) -> None:
-        has_evaluations = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
-        if has_evaluations and self.metric_for_best_model is None:
-            self.metric_for_best_model = "loss"  # so that the best checkpoint is known and kept
-        if str(self.fsdp).lower() in ("true", "false"):  # as a recipe says it
-            self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
-        if self.fsdp_config and not self.fsdp:
-            raise ValueError(
-                "fsdp_config is given, but nothing is shared without --fsdp true; add that, or leave it out"
-            )
-        super().__post_init__()
-        self._check_rows_are_shared_evenly()
-        patience = self.early_stopping_patience
-        if patience is not None and (patience < 1 or not has_evaluations):
-            rule = "it must be at least 1" if patience < 1 else "but eval_strategy is no, so nothing is evaluated"
-            raise ValueError(f"early_stopping_patience is {patience}; {rule}")
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise ValueError("use_liger_kernel needs Liger's kernels: pip install liger-kernel")
-        if self.use_liger_kernel and self.device.type == "cpu":
-            raise ValueError("use_liger_kernel needs a GPU, for which its kernels are written; leave it out")
-
-    @property
-    def n_gpu(self) -> int:
-        """GPUs of this process: at most one, because the Trainer would train on several with `nn.DataParallel`, which
-        cannot gather our outputs. Several GPUs are used by as many processes (torchrun, accelerate launch)."""
-        return min(super().n_gpu, 1)
-
-    @property
-    def place_model_on_device(self) -> bool | None:
-        """Whether the Trainer moves the model to the device; None leaves that to the Trainer. A sharded base is on its
-        devices already, and offloaded shares must stay in the memory of the host."""
-        return False if self.shards_base else None
-
-    def _check_rows_are_shared_evenly(self) -> None:
-        fixed = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
-        others = [name for name, ours in fixed.items() if getattr(self.accelerator_config, name) not in (ours, None)]
-        if others:
-            raise ValueError(
-                f"accelerator_config sets {', '.join(others)}, but how processes share rows is fixed: each takes "
-                "per_device_train_batch_size at once"
-            )
-
-
-def check_four_bit(model: ModelArguments, train: TrainArguments) -> None:
-    """Raises UsageError where load_in_4bit cannot apply."""
-    if not model.load_in_4bit:
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"load_in_4bit cannot apply here: {NEEDS_BITSANDBYTES}")
-    if train.fp16:
-        raise UsageError("load_in_4bit was not tested with fp16; leave fp16 out, or use bf16")

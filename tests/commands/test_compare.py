@@ -18,7 +18,8 @@ from rich.console import Console
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.cli import main
-from dylo_moe.commands.compare.arguments import ARMS, parse_compare, settings_of_arm
+from dylo_moe.commands.compare.arguments import ARMS
+from dylo_moe.commands.compare.request import parse_compare, settings_of_arm
 from dylo_moe.commands.compare.table import ArmRun, as_json, as_markdown, as_tables, make_lines, sentences
 from dylo_moe.evaluation.losses import DatasetLosses, from_json
 from dylo_moe.model.checkpoint import read_manifest

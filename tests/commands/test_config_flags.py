@@ -7,13 +7,15 @@ import pytest
 from dylo_moe import RouterConfig
 from dylo_moe.commands.flags import config_from, flags_of, values_of
 from dylo_moe.commands.recipe import as_words, in_full
-from dylo_moe.commands.stream.arguments import STREAM_CONFIGS, build_stream_parser
-from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, build_parser, parse_train, settings_of
+from dylo_moe.commands.stream.arguments import STREAM_CONFIGS
+from dylo_moe.commands.stream.request import build_stream_parser
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
+from dylo_moe.commands.train.request import build_train_parser, parse_train, settings_of
 from dylo_moe.experts.config import ExpertConfig
 
 
 @pytest.mark.parametrize(
-    ("parser", "kinds"), [(build_parser("x"), TRAIN_CONFIGS), (build_stream_parser(), STREAM_CONFIGS)]
+    ("parser", "kinds"), [(build_train_parser(), TRAIN_CONFIGS), (build_stream_parser(), STREAM_CONFIGS)]
 )
 def test_the_parser_has_each_field_with_its_default(parser, kinds):
     defaults = vars(parser.parse_args([]))
@@ -28,7 +30,7 @@ def test_each_field_of_the_router_is_a_flag_but_for_the_temperature():
     names = {item.name: flag for flag, item in flags_of(RouterConfig).items()}
     assert {item.name for item in fields(RouterConfig)} - names.keys() == {"temperature"}
     assert {name: flag for name, flag in names.items() if flag != name} == {"policy": "router_policy"}
-    assert "--policy" not in build_parser("x")._option_string_actions
+    assert "--policy" not in build_train_parser()._option_string_actions
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dylo_moe.cli import main
-from dylo_moe.commands.eval.arguments import parse_eval
+from dylo_moe.commands.eval.request import parse_eval
 from dylo_moe.data.encoding import encode_prompt, text_format
 from dylo_moe.evaluation.answers import Decoding, StopAtText, answer_batch, batch_seed, continuation, row_end
 from dylo_moe.evaluation.benchmark import Benchmark

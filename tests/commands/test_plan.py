@@ -26,7 +26,7 @@ from dylo_moe.commands.plan.simulated_step import (
     Simulation,
 )
 from dylo_moe.commands.plan.workload import Workload, workload
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.packing import epoch_of

@@ -17,7 +17,6 @@ from reference.runs import flags, tiny_run_folder
 from reference.tiny import LORA, tiny_base, tiny_moe
 
 from dylo_moe.cli import main
-from dylo_moe.commands.plan.arguments import parse_plan
 from dylo_moe.commands.plan.per_process import (
     BUCKETS,
     FLAT,
@@ -27,12 +26,13 @@ from dylo_moe.commands.plan.per_process import (
     processes_of,
     trained_bytes,
 )
+from dylo_moe.commands.plan.request import parse_plan
 from dylo_moe.commands.plan.run import Peak, peak_memory
 from dylo_moe.commands.plan.simulated_step import BASE, EXPERTS, GRADIENTS, OPTIMIZER, Batch, Simulation
 from dylo_moe.commands.plan.workload import Workload, workload
-from dylo_moe.commands.train.arguments import parse_train
-from dylo_moe.training.arguments import TrainArguments
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.training.sharding import Sharding
+from dylo_moe.training.trainer_arguments import TrainArguments
 
 KEEPS, DROPS = Sharding(False, False, ()), Sharding(True, False, ())
 LAYER_OF_3 = 2 * 11 * 32 + 2 * 6 * 32 + 2 * 16 * 32 + 11 * 48 + 2 * 11

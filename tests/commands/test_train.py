@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.cli import main
-from dylo_moe.commands.train.arguments import parse_train, settings_of
+from dylo_moe.commands.train.request import parse_train, settings_of
 from dylo_moe.commands.train.run import train
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data

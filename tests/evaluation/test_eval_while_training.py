@@ -16,7 +16,7 @@ from reference.paths import ROOT
 from reference.runs import files_of, flags, tiny_run_folder, trained
 
 from dylo_moe.cli import main
-from dylo_moe.commands.stream.arguments import parse_stream
+from dylo_moe.commands.stream.request import parse_stream
 from dylo_moe.evaluation.callback import read_count
 from dylo_moe.training.run_folder import checkpoints_in
 from dylo_moe.utils.errors import UsageError

@@ -21,7 +21,7 @@ from reference.runs import flags, tiny_run_folder
 from reference.tiny import tiny_base, tokens
 
 from dylo_moe import DyLoRAMoE
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.commands.train.run import train
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model_card import model_card

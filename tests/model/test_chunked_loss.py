@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
 from dylo_moe.cli import main
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.model.loss import CHUNK_BYTES, FullLogitsNeeded, chunk_loss, chunked_loss, default_chunk_size
 from dylo_moe.training.metrics import Meter, token_losses
 from dylo_moe.training.trainer import without_fused_loss

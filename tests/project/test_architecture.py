@@ -10,7 +10,8 @@ from reference.paths import ROOT
 from dylo_moe.cli import COMMANDS
 from dylo_moe.commands.flags import flags_of, values_of
 from dylo_moe.commands.stream.arguments import StreamArguments
-from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, build_parser
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
+from dylo_moe.commands.train.request import build_train_parser
 from dylo_moe.continual.config import GrowthConfig
 
 LAYERS = (
@@ -131,7 +132,7 @@ def test_the_readme_shows_the_flags_of_the_command_with_their_defaults():
         shown |= dict(zip(names, values, strict=False))
     ours = {flag: field for kind in TRAIN_CONFIGS for flag, field in flags_of(kind).items()}
     assert ours.keys() <= shown.keys()
-    known = {option.lstrip("-") for action in build_parser("x")._actions for option in action.option_strings}
+    known = {option.lstrip("-") for action in build_train_parser()._actions for option in action.option_strings}
     assert shown.keys() - {"config"} <= known
     for name, field in ours.items():
         if field.default not in (dataclasses.MISSING, None):  # the README says what None means

@@ -13,7 +13,7 @@ from reference.paths import ROOT
 
 import dylo_moe
 from dylo_moe.commands.recipe_file import recipe_file, shipped_recipes
-from dylo_moe.commands.train.arguments import parse_train, settings_of
+from dylo_moe.commands.train.request import parse_train, settings_of
 from dylo_moe.utils.errors import UsageError
 
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "dylo_moe", "recipes")

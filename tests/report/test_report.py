@@ -18,7 +18,7 @@ from reference.pages import HOSTILE, KNOWN_TAGS, Reader, read, shown_and_written
 from reference.runs import flags, tiny_run_folder
 
 from dylo_moe.cli import main
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.commands.train.run import train as train
 from dylo_moe.report.charts import (
     BOTTOM,

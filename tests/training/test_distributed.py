@@ -21,7 +21,7 @@ from reference.runs import files_of, flags, tiny_run_folder, trained
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.cli import main
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.commands.train.run import train as train
 from dylo_moe.data.loading import load_data
 from dylo_moe.model.checkpoint import CheckpointError

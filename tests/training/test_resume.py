@@ -14,7 +14,7 @@ from reference.runs import files_of, flags, tiny_run_folder, trained
 from safetensors.torch import load_file, save_file
 
 from dylo_moe.cli import main
-from dylo_moe.commands.train.arguments import parse_train
+from dylo_moe.commands.train.request import parse_train
 from dylo_moe.commands.train.run import train
 from dylo_moe.model.checkpoint import CheckpointError
 from dylo_moe.training.run_folder import checkpoints_in

@@ -21,9 +21,9 @@ from transformers.training_args import ParallelMode
 
 from dylo_moe import DyLoRAMoE, RouterConfig
 from dylo_moe.commands.stream.stage_trainer import StageTrainer
-from dylo_moe.training.arguments import TrainArguments
 from dylo_moe.training.sharding import ShardedModel
 from dylo_moe.training.trainer import DyLoRATrainer
+from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.training.trainer_checkpoints import CheckpointingTrainer
 
 OVERRIDDEN = {

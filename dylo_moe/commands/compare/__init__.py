@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dylo_moe.commands.ending import asks_for_help, until_stopped
+from dylo_moe.commands.help import print_help
 
 
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
-    from dylo_moe.commands.compare.arguments import build_compare_parser, parse_compare
-
     if asks_for_help(words):
-        build_compare_parser(show_all="--help_all" in words).print_help()
+        from dylo_moe.commands.compare.arguments import COMPARE_LINE
+
+        if "--help_all" in words or not print_help(COMPARE_LINE):
+            from dylo_moe.commands.compare.request import build_compare_parser
+
+            build_compare_parser(show_all="--help_all" in words).print_help()
         return 0
+    from dylo_moe.commands.compare.request import parse_compare
     from dylo_moe.commands.compare.run import compare
 
     return until_stopped("compare", lambda: compare(parse_compare(words)))

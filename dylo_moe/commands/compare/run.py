@@ -24,9 +24,10 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
-from dylo_moe.commands.compare.arguments import BASE_ARM, OURS, CompareRequest, settings_of_arm
+from dylo_moe.commands.compare.arguments import BASE_ARM, OURS
 from dylo_moe.commands.compare.arm_folder import ArmFolder, identity, read_benchmarks, read_losses, read_run
 from dylo_moe.commands.compare.processes import LOCK, hold, run_program
+from dylo_moe.commands.compare.request import CompareRequest, settings_of_arm
 from dylo_moe.commands.compare.table import ArmRun, as_json, as_markdown, as_tables, make_lines, sentences
 from dylo_moe.commands.recipe import in_full
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dylo_moe.commands.ending import asks_for_help
+from dylo_moe.commands.help import print_help
 
 COMMANDS = {
     "list": "every dataset that has a name: size, format, licence, source",
@@ -30,12 +31,14 @@ def main(words: list[str]) -> int:
 
         list_datasets()
         return 0
-    from dylo_moe.commands.data.arguments import build_look_parser, parse_look
-
     prog = f"dylora data {command}"
     if asks_for_help(rest):
-        build_look_parser(prog).print_help()
+        from dylo_moe.commands.data.arguments import look_line
+
+        print_help(look_line(prog))
         return 0
+    from dylo_moe.commands.data.request import parse_look
+
     request = parse_look(rest, prog=prog)
     from dylo_moe.commands.data.run import check_datasets, show_dataset
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from dylo_moe.base.loading import DEFAULT_BASE
-from dylo_moe.commands.parsing import Parser, Refusal, parse, plain_options
+from dylo_moe.commands.command_line import CommandLine, Refusal
 from dylo_moe.data.config import DataConfig
-from dylo_moe.utils.errors import UsageError
+from dylo_moe.training.arguments import DEFAULT_BASE
 
 NOT_SHOWN = {
     "training_subset",
@@ -45,46 +41,17 @@ class LookArguments:
             raise ValueError("; ".join(problems))
 
 
-class LookRequest(NamedTuple):
-    """What `dylora data show` or `check` was asked for."""
-
-    data: DataConfig
-    look: LookArguments
-
-
-def build_look_parser(prog: str) -> Parser:
-    """The parser of `dylora data show` and `dylora data check`."""
-    what = "Print examples as the model will see them" if prog.endswith("show") else "Count what training would be on"
-    parser = Parser(
-        (DataConfig, LookArguments),
+def look_line(prog: str) -> CommandLine:
+    """The flags of `dylora data show` or `dylora data check`, as `prog` says."""
+    is_show = prog.endswith("show")
+    what = "Print examples as the model will see them" if is_show else "Count what training would be on"
+    return CommandLine(
         prog=prog,
-        allow_abbrev=False,
-        add_help=False,
-        usage=f"{prog} NAME{'' if prog.endswith('show') else '...'} [--FLAG VALUE ...]",
+        kinds=(DataConfig, LookArguments),
+        usage=f"{prog} NAME{'' if is_show else '...'} [--FLAG VALUE ...]",
         description=f"{what}. NAME is as in dylora train --datasets.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        refusal=_look_refusal(prog),
     )
-    for action in parser._actions:
-        if _look_refusal(prog)(action.dest):
-            action.help = argparse.SUPPRESS
-    return plain_options(parser)
-
-
-def parse_look(argv: Sequence[str], *, prog: str) -> LookRequest:
-    """Read the command line of `dylora data show` or `check`.
-
-    Raises:
-        UsageError: as `parse_train`, and where no dataset is named.
-    """
-    words = list(argv)
-    count = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
-    if not count:
-        raise UsageError(f"no dataset is named; type it right behind the command: {prog} code_alpaca")
-    refusal = _look_refusal(prog)
-    data, look = parse(build_look_parser(prog), words[count:], refusal, given=["--datasets", *words[:count]])
-    if prog.endswith("show") and len(data.datasets) > 1:
-        raise UsageError(f"show prints one dataset at a time; leave {' and '.join(data.datasets[1:])} out")
-    return LookRequest(data, look)
 
 
 def _look_refusal(prog: str) -> Refusal:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dylo_moe.commands.ending import asks_for_help
+from dylo_moe.commands.help import print_help
 
 
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
-    from dylo_moe.commands.eval.arguments import build_eval_parser, parse_eval
-
     if not words or asks_for_help(words):
-        build_eval_parser().print_help()
+        from dylo_moe.commands.eval.arguments import EVAL_LINE
+
+        print_help(EVAL_LINE)
         return 0
+    from dylo_moe.commands.eval.request import parse_eval
+
     request = parse_eval(words)
     from dylo_moe.commands.eval.run import evaluate_checkpoint
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
-from dylo_moe.commands.eval.arguments import EvalRequest
+from dylo_moe.commands.eval.request import EvalRequest
 from dylo_moe.evaluation.answers import Decoding
 from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.benchmark import Benchmark, files_of, run_benchmark

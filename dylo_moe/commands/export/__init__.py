@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dylo_moe.commands.ending import asks_for_help
+from dylo_moe.commands.help import print_help
 
 
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
-    from dylo_moe.commands.export.arguments import build_export_parser, parse_export
-
     if not words or asks_for_help(words):
-        build_export_parser().print_help()
+        from dylo_moe.commands.export.arguments import EXPORT_LINE
+
+        print_help(EXPORT_LINE)
         return 0
+    from dylo_moe.commands.export.request import parse_export
+
     request = parse_export(words)
     from dylo_moe.commands.export.run import export
 

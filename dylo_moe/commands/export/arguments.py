@@ -1,16 +1,13 @@
-"""The flags of `dylora export`."""
+"""The flags of `dylora export`, which come behind the checkpoint."""
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from dylo_moe.commands.parsing import Parser, parse_behind_checkpoint, plain_options
+from dylo_moe.commands.command_line import CommandLine
 from dylo_moe.routing.config import BASE
-from dylo_moe.utils.errors import UsageError
 
 VLLM, MERGED = "vllm", "merged"
 
@@ -18,10 +15,6 @@ MEASURED = "measured"
 """The mixture of the router's own shares."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-ONLY_FOR_MERGED = ("expert", "mixture", "dtype")
-
-ONLY_FOR_MEASURING = ("datasets", "data_dir", "eval_subset", "batch_size", "seed", "bf16")
 
 
 @dataclass
@@ -97,46 +90,15 @@ class ExportArguments:
             raise ValueError("; ".join(problems))
 
 
-class ExportRequest(NamedTuple):
-    """What `dylora export` was asked for."""
-
-    checkpoint: str
-    options: ExportArguments
-
-
-def build_export_parser() -> Parser:
-    """The parser of `dylora export`, without the checkpoint before the flags."""
-    parser = Parser(
-        (ExportArguments,),
-        prog="dylora export",
-        allow_abbrev=False,
-        add_help=False,
-        usage="dylora export CHECKPOINT --to vllm --output FOLDER\n"
-        "       dylora export CHECKPOINT --to merged --expert NAME --output FOLDER\n"
-        "       dylora export CHECKPOINT --to merged --mixture NAME=WEIGHT,NAME=WEIGHT --output FOLDER",
-        description="Write a checkpoint (the folder that holds dylora.json) for engines that do not route each token, "
-        "and say what that loses: the loss on held-out rows is measured both ways.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    return plain_options(parser)
-
-
-def parse_export(argv: Sequence[str]) -> ExportRequest:
-    """Read the command line.
-
-    Raises:
-        UsageError: without a checkpoint, for an unknown flag, a value out of range, or a flag that would do nothing.
-    """
-    checkpoint, options, given = parse_behind_checkpoint(argv, build_export_parser())
-    reasons = []
-    if options.to != MERGED:
-        reasons.append((given & set(ONLY_FOR_MERGED), f"--to {options.to} writes every expert as it is"))
-    if options.no_measure:
-        reasons.append((given & set(ONLY_FOR_MEASURING), "with --no_measure nothing is measured"))
-    idle = [f"{', '.join(f'--{name}' for name in sorted(names))}: {reason}" for names, reason in reasons if names]
-    if idle:
-        raise UsageError("these flags would change nothing: " + "; ".join(idle))
-    return ExportRequest(checkpoint, options)
+EXPORT_LINE = CommandLine(
+    prog="dylora export",
+    kinds=(ExportArguments,),
+    usage="dylora export CHECKPOINT --to vllm --output FOLDER\n"
+    "       dylora export CHECKPOINT --to merged --expert NAME --output FOLDER\n"
+    "       dylora export CHECKPOINT --to merged --mixture NAME=WEIGHT,NAME=WEIGHT --output FOLDER",
+    description="Write a checkpoint (the folder that holds dylora.json) for engines that do not route each token, and "
+    "say what that loses: the loss on held-out rows is measured both ways.",
+)
 
 
 def mixture_weights(text: str, members: Collection[str]) -> dict[str, float]:

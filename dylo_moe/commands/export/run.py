@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_base, load_tokenizer
 from dylo_moe.commands.export import losses
-from dylo_moe.commands.export.arguments import MEASURED, MERGED, ExportArguments, ExportRequest, mixture_weights
+from dylo_moe.commands.export.arguments import MEASURED, MERGED, ExportArguments, mixture_weights
 from dylo_moe.commands.export.losses import (
     PER_REQUEST,
     PLAIN,
@@ -31,6 +31,7 @@ from dylo_moe.commands.export.losses import (
 from dylo_moe.commands.export.merged import bake
 from dylo_moe.commands.export.padded_adapter import PaddedAdapter, padded
 from dylo_moe.commands.export.page import NOT_MEASURED, merged_page, vllm_page
+from dylo_moe.commands.export.request import ExportRequest
 from dylo_moe.commands.export.serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.commands.plan.simulated_step import BASE
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.training.arguments import TrainArguments
 from dylo_moe.training.sharding import Sharding, take_sharding
+from dylo_moe.training.trainer_arguments import TrainArguments
 
 BUCKETS = "DDP's copy of the gradients"
 

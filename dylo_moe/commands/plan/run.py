@@ -27,7 +27,7 @@ from dylo_moe.commands.plan.simulated_step import (
     Simulation,
 )
 from dylo_moe.commands.plan.workload import Workload, workload
-from dylo_moe.commands.train.arguments import Arguments
+from dylo_moe.commands.train.request import Arguments
 from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.build import ROUTER_START_ROWS, build_model

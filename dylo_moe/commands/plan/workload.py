@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.commands.plan.simulated_step import Batch
-from dylo_moe.commands.train.arguments import Arguments
+from dylo_moe.commands.train.request import Arguments
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.packing import PackedTexts, epoch_of
 from dylo_moe.training.build import ROUTER_START_ROWS

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import yaml
-
-from dylo_moe.commands.parsing import Parser, parse, refusal_of, training_parser
-from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
+from dylo_moe.commands.command_line import CommandLine, refusal_of
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.config import DataConfig
 from dylo_moe.experts.config import ExpertConfig
-from dylo_moe.report.stream_record import STREAM
 from dylo_moe.routing.config import RouterConfig
-from dylo_moe.training.arguments import ModelArguments, TrainArguments, check_four_bit
-from dylo_moe.training.resume import LOCATIONS
-from dylo_moe.training.run_folder import CONFIG_FILE
-from dylo_moe.utils.differences import differences, in_words
-from dylo_moe.utils.errors import UsageError
+from dylo_moe.training.arguments import ModelArguments, TrainerOptions
 
 OWN = "own"
 
@@ -55,16 +44,6 @@ NOT_OFFERED = {
     "wandb_checkpoint_artifact": "a stream goes on from its folder: --resume_from_checkpoint",
 }
 """Flags of `dylora train` that would do nothing, or something wrong, here; each with the reason."""
-
-CHECKPOINT_DECIDES = (  # noqa: SIM905
-    "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life load_in_4bit"
-).split()
-"""Flags that describe a new model."""
-
-MAY_CHANGE = (*LOCATIONS, "per_device_eval_batch_size", "save_steps", "save_total_limit", "dataloader_num_workers")
-
-MAY_CHANGE_PREFIXES = ("logging_", "log_")
-"""Settings that may be others when a stream goes on."""
 
 
 @dataclass
@@ -169,8 +148,8 @@ class StreamArguments:
 
 
 @dataclass
-class StageArguments(TrainArguments):
-    """The Trainer's arguments for each stage of a stream, with our defaults where they differ from `dylora train`'s."""
+class StageOptions(TrainerOptions):
+    """Arguments of the Trainer for each stage of a stream, where they differ from those of `dylora train`."""
 
     num_train_epochs: float = field(
         default=3.0, metadata={"help": "Passes over the training rows of each dataset or chunk."}
@@ -181,115 +160,20 @@ class StageArguments(TrainArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept within a stage."})
 
 
-STREAM_CONFIGS = (ModelArguments, ExpertConfig, RouterConfig, StreamArguments, GrowthConfig, DataConfig)
-"""The classes of our own flags; the Trainer's are in `StageArguments`."""
-
-
-class StreamRequest(NamedTuple):
-    """Everything a stream was asked for."""
-
-    model: ModelArguments
-    experts: ExpertConfig
-    router: RouterConfig
-    stream: StreamArguments
-    growth: GrowthConfig
-    data: DataConfig
-    train: StageArguments
-    resumed: Path | None = None
-    """The folder of the stream that goes on."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What it was resolved to, as plain values."""
-        ours = (self.model, self.experts, self.router, self.stream, self.growth, self.data)
-        return plain_settings(ours, self.train, stream_refusal)
-
-
 def stream_refusal(name: str) -> str | None:
     """Why `dylora stream` does not offer a flag of that name; None where it does."""
     return NOT_OFFERED.get(name) or refusal_of(name)
 
 
-def build_stream_parser(prog: str = "dylora stream", *, show_all: bool = False) -> Parser:
-    """The parser of `dylora stream`."""
-    return training_parser(
-        prog,
-        (*STREAM_CONFIGS, StageArguments),
-        description="Learn datasets one after another, and forget none: what is new grows an expert of its own. After "
-        "every stage all of them are evaluated, and the model is saved.",
-        refusal=stream_refusal,
-        show_all=show_all,
-    )
+STREAM_CONFIGS = (ModelArguments, ExpertConfig, RouterConfig, StreamArguments, GrowthConfig, DataConfig)
+"""The classes of our own flags; the Trainer's are in `StageArguments`."""
 
-
-def parse_stream(argv: Sequence[str], *, prog: str = "dylora stream") -> StreamRequest:
-    """Read the command line and the recipe it names.
-
-    Raises:
-        UsageError: for an unknown or refused flag, a value out of range, or settings that are not those of the stream
-            that is to go on.
-    """
-    parser = build_stream_parser(prog)
-    words = with_recipe(_split_ranks(argv), parser, stream_refusal)
-    wanted = last_value(words, "--resume_from_checkpoint")
-    resumed, saved = None, {}
-    if wanted:
-        resumed = Path(wanted)
-        saved = _settings_in(resumed)
-        words = [*as_words(saved), "--output_dir", str(resumed), *words]
-    model, experts, router, stream, growth, data, train = parse(parser, words, stream_refusal)
-    check_four_bit(model, train)
-    request = StreamRequest(model, experts, router, stream, growth, data, train, resumed)
-    _check(request, given={word.split("=", 1)[0] for word in words if word.startswith("--")})
-    if resumed is not None:
-        if train.output_dir != str(resumed):
-            raise UsageError(f"a stream goes on in its own folder, {resumed}; leave output_dir out")
-        offered = {name: value for name, value in in_full(saved, STREAM_CONFIGS).items() if not stream_refusal(name)}
-        _check_unchanged(resumed, offered, request.settings)
-    return request
-
-
-def _split_ranks(argv: Sequence[str]) -> list[str]:
-    """`--ranks 8,16,32` as the parser reads lists of numbers."""
-    words, is_rank = [], False
-    for word in argv:
-        name, sign, value = word.partition("=")
-        if name == "--ranks" and sign:
-            words += [name, *value.split(",")]
-            continue
-        is_rank = word == "--ranks" or (is_rank and not word.startswith("--"))
-        words += [part for part in word.split(",") if part] if is_rank else [word]
-    return words
-
-
-def _check(request: StreamRequest, given: set[str]) -> None:
-    """Raises UsageError for flags that do not go together."""
-    stream, data, problems = request.stream, request.data, []
-    if stream.ranks and len(stream.ranks) != len(data.datasets):
-        problems.append(f"ranks has {len(stream.ranks)} values for {len(data.datasets)} datasets; give one each")
-    others = [*stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
-    twice = sorted({*others} & {*data.datasets}) + sorted({name for name in others if others.count(name) > 1})
-    if twice:
-        problems.append(f"{', '.join(twice)} is named for two purposes; a dataset has one")
-    if stream.checkpoint is not None and request.resumed is None:
-        made = [f"--{name}" for name in CHECKPOINT_DECIDES if f"--{name}" in given]
-        if made:
-            problems.append(f"{', '.join(made)} cannot apply: the checkpoint says what its model is made of")
-    if problems:
-        raise UsageError("; ".join(problems))
-
-
-def _settings_in(run: Path) -> dict[str, Any]:
-    if not (run / CONFIG_FILE).is_file() or not (run / STREAM).is_file():
-        raise UsageError(f"{run} is no stream that could go on: it needs {CONFIG_FILE} and {STREAM}")
-    return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-
-
-def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [
-        item
-        for item in differences(saved, now)
-        if item.name not in MAY_CHANGE and not item.name.startswith(MAY_CHANGE_PREFIXES)
-    ]
-    if changed:
-        raise UsageError(f"cannot go on with {run} under other settings: {in_words(changed)}. Leave them out")
+STREAM_LINE = CommandLine(
+    prog="dylora stream",
+    kinds=STREAM_CONFIGS,
+    usage="dylora stream [--config RECIPE] [--FLAG VALUE ...]",
+    description="Learn datasets one after another, and forget none: what is new grows an expert of its own. After "
+    "every stage all of them are evaluated, and the model is saved.",
+    refusal=stream_refusal,
+    trainer=StageOptions,
+)

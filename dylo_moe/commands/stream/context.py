@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from dylo_moe.commands.stream.arguments import StreamRequest
+from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.training.stopping import StopRequest

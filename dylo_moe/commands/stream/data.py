@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.commands.stream.arguments import StreamRequest
+from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData, load_data
 

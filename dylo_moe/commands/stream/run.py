@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
-from dylo_moe.commands.stream.arguments import StreamRequest
 from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import Roles, read_data, roles_of, rows_of, sample_of, stages_of
 from dylo_moe.commands.stream.measure import measure_base
+from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.commands.stream.screen import how_to_resume, show_begin, show_end
 from dylo_moe.commands.stream.stage import run_stage
 from dylo_moe.commands.stream.state import (

@@ -7,9 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dylo_moe.commands.command_line import CommandLine, refusal_of
 from dylo_moe.commands.submit.machines import resolve
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
+from dylo_moe.training.arguments import TrainerOptions
 from dylo_moe.utils.redact import SECRET_NAME
+
+NOT_OFFERED = {
+    "output_dir": "it is made of --bucket and --display_name, so that the same command goes on where it was",
+    "resume_from_checkpoint": "a job always goes on where its run was; for a new run give another --display_name",
+}
+"""Flags of `dylora train` that have no meaning here; each with the reason."""
 
 STANDARD, SPOT, FLEX_START = "STANDARD", "SPOT", "FLEX_START"
 
@@ -221,3 +230,21 @@ def _hidden(pair: str) -> str:
     """A malformed pair as it may be shown: what may be a secret is left out."""
     name, sign, _ = pair.partition("=")
     return f"{name}=..." if sign else "a value without NAME="
+
+
+def submit_refusal(name: str) -> str | None:
+    """Why `dylora submit` does not offer a flag of that name; None where it does."""
+    return NOT_OFFERED.get(name) or refusal_of(name)
+
+
+SUBMIT_LINE = CommandLine(
+    prog="dylora submit",
+    kinds=(CloudArguments, *TRAIN_CONFIGS),
+    usage="dylora submit [--config RECIPE] [--FLAG VALUE ...]",
+    description="Train on a machine of Google Cloud: send a job to Vertex AI. The flags of the job come first below, "
+    "then those of `dylora train`, which are checked here, before anything is sent. Look at the job before you pay for "
+    "it: dylora submit --gcp_project PROJECT --bucket gs://BUCKET --image IMAGE:TAG --display_name NAME "
+    "--config RECIPE --dry_run",
+    refusal=submit_refusal,
+    trainer=TrainerOptions,
+)

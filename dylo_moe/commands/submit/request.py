@@ -10,23 +10,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from dylo_moe.commands.parsing import Parser, parse, refusal_of, training_parser
+from dylo_moe.commands.parsing import Parser, build_parser, parse
 from dylo_moe.commands.recipe import with_recipe
-from dylo_moe.commands.submit.arguments import IN_CLEAR, SPOT, CloudArguments
+from dylo_moe.commands.submit.arguments import IN_CLEAR, SPOT, SUBMIT_LINE, CloudArguments, submit_refusal
 from dylo_moe.commands.submit.machines import Machine
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE
-from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.locate import locate
-from dylo_moe.training.arguments import ModelArguments, TrainArguments, check_four_bit
+from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.tracking import REFERENCE
+from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
 from dylo_moe.utils.errors import UsageError
-
-NOT_OFFERED = {
-    "output_dir": "it is made of --bucket and --display_name, so that the same command goes on where it was",
-    "resume_from_checkpoint": "a job always goes on where its run was; for a new run give another --display_name",
-}
-"""Flags of `dylora train` that have no meaning here; each with the reason."""
 
 OF_THE_MACHINE = ("tf32", "use_liger_kernel")
 """Flags whose values depend on the machine that trains, which is another one: the job itself checks them."""
@@ -51,21 +45,7 @@ class SubmitRequest(NamedTuple):
 
 def build_submit_parser(*, show_all: bool = False) -> Parser:
     """The parser of `dylora submit`."""
-    return training_parser(
-        "dylora submit",
-        (CloudArguments, *TRAIN_CONFIGS, TrainArguments),
-        description="Train on a machine of Google Cloud: send a job to Vertex AI. The flags of the job come first "
-        "below, then those of `dylora train`, which are checked here, before anything is sent. Look at the job before "
-        "you pay for it: dylora submit --gcp_project PROJECT --bucket gs://BUCKET --image IMAGE:TAG "
-        "--display_name NAME --config RECIPE.yaml --dry_run",
-        refusal=submit_refusal,
-        show_all=show_all,
-    )
-
-
-def submit_refusal(name: str) -> str | None:
-    """Why `dylora submit` does not offer a flag of that name; None where it does."""
-    return NOT_OFFERED.get(name) or refusal_of(name)
+    return build_parser(SUBMIT_LINE, TrainArguments, show_all=show_all)
 
 
 def parse_submit(argv: Sequence[str]) -> SubmitRequest:

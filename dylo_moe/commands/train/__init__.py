@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dylo_moe.commands.ending import asks_for_help, until_stopped
+from dylo_moe.commands.help import print_help
 
 
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
-    from dylo_moe.commands.train.arguments import build_parser, parse_train
-
     if asks_for_help(words):
-        build_parser("dylora train", show_all="--help_all" in words).print_help()
+        from dylo_moe.commands.train.arguments import TRAIN_LINE
+
+        if "--help_all" in words or not print_help(TRAIN_LINE):
+            from dylo_moe.commands.train.request import build_train_parser
+
+            build_train_parser(show_all="--help_all" in words).print_help()
         return 0
+    from dylo_moe.commands.train.request import parse_train
     from dylo_moe.commands.train.run import train
 
     return until_stopped("train", lambda: train(parse_train(words)))

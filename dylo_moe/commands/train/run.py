@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
-from dylo_moe.commands.train.arguments import Arguments, settings_of
+from dylo_moe.commands.train.request import Arguments, settings_of
 from dylo_moe.commands.train.screen import Results, lost_process, show_begin, show_end, show_model, show_packing
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData, load_data

@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.base.frozen import count_parameters
-from dylo_moe.commands.train.arguments import Arguments
+from dylo_moe.commands.train.request import Arguments
 from dylo_moe.data.packing import PackedTexts, padding_share
 from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.model import DyLoRAMoE

@@ -1,0 +1,58 @@
+"""A command line of `dylora eval`, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import NamedTuple
+
+from dylo_moe.commands.eval.arguments import EVAL_LINE
+from dylo_moe.commands.parsing import build_parser, parse_behind_checkpoint
+from dylo_moe.evaluation.arguments import LOSSES, ONLY_FOR_CODE, ONLY_FOR_LOSSES, ONLY_FOR_SAMPLES, EvalArguments
+from dylo_moe.utils.errors import UsageError
+
+
+class EvalRequest(NamedTuple):
+    """What `dylora eval` was asked for."""
+
+    checkpoint: str
+    options: EvalArguments
+
+
+def parse_eval(argv: Sequence[str]) -> EvalRequest:
+    """Read the command line.
+
+    Raises:
+        UsageError: without a checkpoint, for an unknown flag, a value out of range, a flag that would do nothing, or
+            code to be run without leave.
+    """
+    checkpoint, options, given = parse_behind_checkpoint(argv, build_parser(EVAL_LINE))
+    check_given(options, given)
+    check_leave(options)
+    return EvalRequest(checkpoint, options)
+
+
+def check_given(options: EvalArguments, given: set[str]) -> None:
+    """Raises UsageError for flags that change nothing of what is asked for."""
+    known = {item.name for item in fields(EvalArguments)}
+    reasons = []
+    if LOSSES not in options.tasks:
+        reasons.append((given & set(ONLY_FOR_LOSSES), f"tasks is {','.join(options.tasks)}, without losses"))
+    if not options.benchmarks:
+        reasons.append((given & set(ONLY_FOR_CODE), f"tasks is {','.join(options.tasks)}, which runs no code"))
+    elif not options.num_samples:
+        reasons.append((given & set(ONLY_FOR_SAMPLES), "num_samples is 0, so nothing is sampled"))
+    for names, reason in reasons:
+        if names & known:
+            flags = ", ".join(f"--{name}" for name in sorted(names))
+            raise UsageError(f"{flags} would change nothing: {reason}")
+
+
+def check_leave(options: EvalArguments) -> None:
+    """Raises UsageError where a task runs generated code and that was not allowed."""
+    if options.benchmarks and not options.allow_code_execution:
+        verb = "runs" if len(options.benchmarks) == 1 else "run"
+        raise UsageError(
+            f"{' and '.join(options.benchmarks)} {verb} programs that the model writes, which nobody has read: add "
+            "--allow_code_execution to let each of them run, isolated from your files and the network (--sandbox: how)"
+        )

@@ -1,0 +1,98 @@
+"""The help of a command, without what takes seconds to import.
+
+A parser is made by Transformers' `HfArgumentParser`, and importing that and the Trainer's arguments takes seconds. The
+help needs neither: our flags are fields of dataclasses that import next to nothing, and the Trainer's flags, with the
+texts that Transformers gives them, are read from `trainer_flags.json`, which `python -m dylo_moe.commands.record_flags`
+writes. Where another version of Transformers is installed than the recorded one, the command makes its parser after
+all. tests/commands/test_help.py compares both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, get_origin, get_type_hints
+
+from dylo_moe.commands.command_line import SHOWN_FLAGS, CommandLine
+from dylo_moe.commands.flags import flags_class
+
+RECORD = Path(__file__).parent / "trainer_flags.json"
+"""The Trainer's flags that a help shows, and the version of Transformers that has them."""
+
+
+class HelpEntry(NamedTuple):
+    """One entry of a help."""
+
+    name: str
+    """The flag's name, which refusals know it by."""
+    options: list[str]
+    """What can be typed: the flag with its dashes, and its aliases."""
+    nargs: str | int | None
+    """How many values follow, as argparse counts them; 0: none."""
+    default: str
+    help: str
+
+
+def print_help(line: CommandLine) -> bool:
+    """Print the help of a command, unless it shows flags of the Trainer and these are not those of the record.
+
+    Returns:
+        Whether it was printed.
+    """
+    entries = [entry for kind in line.kinds for entry in entries_of(kind)]
+    if line.trainer is not None:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+        if record["transformers"] != version("transformers"):
+            return False
+        entries += _trainer_entries(line.trainer, [HelpEntry(**flag) for flag in record["flags"]])
+    parser = argparse.ArgumentParser(**line.layout)
+    for entry in entries:
+        if line.refusal(entry.name):
+            continue
+        options: dict[str, Any] = {"nargs": entry.nargs, "metavar": "VALUE"}
+        if entry.nargs == 0:
+            options = {"action": "store_false"}
+        parser.add_argument(*entry.options, default=entry.default, help=entry.help, **options)
+    parser.print_help()
+    return True
+
+
+def _trainer_entries(own: type, recorded: list[HelpEntry]) -> list[HelpEntry]:
+    """The Trainer's flags that a help shows, in its order; those that `own` declares are as they are there."""
+    theirs, ours = _by_name(recorded), _by_name(entries_of(own))
+    return [entry for name, entries in (theirs | ours).items() if name in SHOWN_FLAGS for entry in entries]
+
+
+def _by_name(entries: Iterable[HelpEntry]) -> dict[str, list[HelpEntry]]:
+    found: dict[str, list[HelpEntry]] = {}
+    for entry in entries:
+        found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def entries_of(kind: type) -> Iterator[HelpEntry]:
+    """The entries of a class of flags, as `HfArgumentParser` makes them of its fields."""
+    flags = flags_class(kind)
+    types = get_type_hints(flags)
+    for item in fields(flags):
+        if item.init:
+            yield from _entries(item, types[item.name])
+
+
+def _entries(item: Field[Any], kind: Any) -> Iterator[HelpEntry]:
+    aliases = item.metadata.get("aliases", [])
+    options = [f"--{item.name}", *([aliases] if isinstance(aliases, str) else aliases)]
+    default = item.default_factory() if item.default_factory is not MISSING else item.default
+    has_default = default is not MISSING
+    # A switch may stand alone or have a value; without a default, `bool | None` needs one.
+    is_switch = kind is bool or (kind == bool | None and has_default and default is not None)
+    nargs = "?" if is_switch else "+" if get_origin(kind) is list else None
+    shown = str(default if has_default else False if kind is bool else None)
+    text = item.metadata.get("help", "")
+    yield HelpEntry(item.name, options, nargs, shown, text)
+    if is_switch and default is True:
+        yield HelpEntry(item.name, [f"--no_{item.name}"], 0, "False", text)

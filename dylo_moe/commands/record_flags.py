@@ -1,0 +1,33 @@
+"""Write down the Trainer's flags that a help shows: python -m dylo_moe.commands.record_flags
+
+To be run after an update of Transformers in constraints.txt; a test fails until it was.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import transformers
+from transformers import TrainingArguments
+
+from dylo_moe.commands.command_line import SHOWN_FLAGS
+from dylo_moe.commands.help import RECORD, HelpEntry
+from dylo_moe.commands.parsing import Parser, plain_options
+from dylo_moe.utils.atomic_files import write_json
+
+
+def record() -> dict[str, Any]:
+    """The flags of the installed Transformers, in the order of their fields."""
+    parser = plain_options(Parser((TrainingArguments,), add_help=False))
+    entries = [
+        HelpEntry(action.dest, list(action.option_strings), action.nargs, str(action.default), action.help or "")
+        for action in parser._actions
+        if action.dest in SHOWN_FLAGS
+    ]
+    return {"transformers": transformers.__version__, "flags": [entry._asdict() for entry in entries]}
+
+
+if __name__ == "__main__":
+    write_json(RECORD, record())
+    print(f"{RECORD} has the flags of Transformers {json.loads(RECORD.read_text())['transformers']}")

@@ -1,0 +1,144 @@
+"""A command line of `dylora stream`, read with the recipe that it names and the stream that it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dylo_moe.commands.parsing import Parser, build_parser, parse
+from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
+from dylo_moe.commands.stream.arguments import (
+    STREAM_CONFIGS,
+    STREAM_LINE,
+    StageOptions,
+    StreamArguments,
+    stream_refusal,
+)
+from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.data.config import DataConfig
+from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.report.stream_record import STREAM
+from dylo_moe.routing.config import RouterConfig
+from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.training.resume import LOCATIONS
+from dylo_moe.training.run_folder import CONFIG_FILE
+from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
+from dylo_moe.utils.differences import differences, in_words
+from dylo_moe.utils.errors import UsageError
+
+CHECKPOINT_DECIDES = (  # noqa: SIM905
+    "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life load_in_4bit"
+).split()
+"""Flags that describe a new model."""
+
+MAY_CHANGE = (*LOCATIONS, "per_device_eval_batch_size", "save_steps", "save_total_limit", "dataloader_num_workers")
+
+MAY_CHANGE_PREFIXES = ("logging_", "log_")
+"""Settings that may be others when a stream goes on."""
+
+
+@dataclass
+class StageArguments(StageOptions, TrainArguments):  # type: ignore[misc]
+    """The Trainer's arguments for each stage of a stream, with our defaults where they differ from `dylora train`'s."""
+
+
+class StreamRequest(NamedTuple):
+    """Everything a stream was asked for."""
+
+    model: ModelArguments
+    experts: ExpertConfig
+    router: RouterConfig
+    stream: StreamArguments
+    growth: GrowthConfig
+    data: DataConfig
+    train: StageArguments
+    resumed: Path | None = None
+    """The folder of the stream that goes on."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was resolved to, as plain values."""
+        ours = (self.model, self.experts, self.router, self.stream, self.growth, self.data)
+        return plain_settings(ours, self.train, stream_refusal)
+
+
+def build_stream_parser(*, show_all: bool = False) -> Parser:
+    """The parser of `dylora stream`."""
+    return build_parser(STREAM_LINE, StageArguments, show_all=show_all)
+
+
+def parse_stream(argv: Sequence[str]) -> StreamRequest:
+    """Read the command line and the recipe it names.
+
+    Raises:
+        UsageError: for an unknown or refused flag, a value out of range, or settings that are not those of the stream
+            that is to go on.
+    """
+    parser = build_stream_parser()
+    words = with_recipe(_split_ranks(argv), parser, stream_refusal)
+    wanted = last_value(words, "--resume_from_checkpoint")
+    resumed, saved = None, {}
+    if wanted:
+        resumed = Path(wanted)
+        saved = _settings_in(resumed)
+        words = [*as_words(saved), "--output_dir", str(resumed), *words]
+    model, experts, router, stream, growth, data, train = parse(parser, words, stream_refusal)
+    check_four_bit(model, train)
+    request = StreamRequest(model, experts, router, stream, growth, data, train, resumed)
+    _check(request, given={word.split("=", 1)[0] for word in words if word.startswith("--")})
+    if resumed is not None:
+        if train.output_dir != str(resumed):
+            raise UsageError(f"a stream goes on in its own folder, {resumed}; leave output_dir out")
+        offered = {name: value for name, value in in_full(saved, STREAM_CONFIGS).items() if not stream_refusal(name)}
+        _check_unchanged(resumed, offered, request.settings)
+    return request
+
+
+def _split_ranks(argv: Sequence[str]) -> list[str]:
+    """`--ranks 8,16,32` as the parser reads lists of numbers."""
+    words, is_rank = [], False
+    for word in argv:
+        name, sign, value = word.partition("=")
+        if name == "--ranks" and sign:
+            words += [name, *value.split(",")]
+            continue
+        is_rank = word == "--ranks" or (is_rank and not word.startswith("--"))
+        words += [part for part in word.split(",") if part] if is_rank else [word]
+    return words
+
+
+def _check(request: StreamRequest, given: set[str]) -> None:
+    """Raises UsageError for flags that do not go together."""
+    stream, data, problems = request.stream, request.data, []
+    if stream.ranks and len(stream.ranks) != len(data.datasets):
+        problems.append(f"ranks has {len(stream.ranks)} values for {len(data.datasets)} datasets; give one each")
+    others = [*stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
+    twice = sorted({*others} & {*data.datasets}) + sorted({name for name in others if others.count(name) > 1})
+    if twice:
+        problems.append(f"{', '.join(twice)} is named for two purposes; a dataset has one")
+    if stream.checkpoint is not None and request.resumed is None:
+        made = [f"--{name}" for name in CHECKPOINT_DECIDES if f"--{name}" in given]
+        if made:
+            problems.append(f"{', '.join(made)} cannot apply: the checkpoint says what its model is made of")
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _settings_in(run: Path) -> dict[str, Any]:
+    if not (run / CONFIG_FILE).is_file() or not (run / STREAM).is_file():
+        raise UsageError(f"{run} is no stream that could go on: it needs {CONFIG_FILE} and {STREAM}")
+    return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        item
+        for item in differences(saved, now)
+        if item.name not in MAY_CHANGE and not item.name.startswith(MAY_CHANGE_PREFIXES)
+    ]
+    if changed:
+        raise UsageError(f"cannot go on with {run} under other settings: {in_words(changed)}. Leave them out")

@@ -1,0 +1,91 @@
+"""A command line of `dylora train`, read with the recipe that it names and the run that it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dylo_moe.commands.command_line import refusal_of
+from dylo_moe.commands.parsing import Parser, build_parser, parse
+from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
+from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, TRAIN_LINE
+from dylo_moe.data.config import DataConfig
+from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.routing.config import RouterConfig
+from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.training.resume import Resumption, changes, find, shared_out
+from dylo_moe.training.run_folder import CONFIG_FILE, NEW_RUN, fresh_folder
+from dylo_moe.training.tracking import download_checkpoint
+from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
+from dylo_moe.utils.distributed import from_first, num_ranks
+from dylo_moe.utils.errors import UsageError
+
+
+class Arguments(NamedTuple):
+    """Everything a training run was asked for."""
+
+    model: ModelArguments
+    experts: ExpertConfig
+    router: RouterConfig
+    data: DataConfig
+    train: TrainArguments
+    resumed: Resumption | None = None
+    """What the run goes on from."""
+    changed: tuple[str, ...] = ()
+    """Settings that are not those of the checkpoint, and may be others."""
+
+
+def build_train_parser(*, prog: str = TRAIN_LINE.prog, show_all: bool = False) -> Parser:
+    """The parser of `dylora train`; its help hides the Trainer's rarer flags unless `show_all`."""
+    return build_parser(TRAIN_LINE._replace(prog=prog), TrainArguments, show_all=show_all)
+
+
+def parse_train(argv: Sequence[str], *, prog: str = TRAIN_LINE.prog, num_processes: int | None = None) -> Arguments:
+    """Read the command line and the recipe it names.
+
+    Args:
+        num_processes: that the run will have; None: as many as it has.
+
+    Raises:
+        UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
+    """
+    parser = build_train_parser(prog=prog)
+    count = num_ranks() if num_processes is None else num_processes
+    words = with_recipe(argv, parser, refusal_of)
+    resumed = _resumption(words)
+    if resumed is not None:
+        own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
+        words = [*as_words(shared_out(resumed, count)), "--output_dir", str(own), *words]
+    model, experts, router, data, train = parse(parser, words, refusal_of)
+    check_four_bit(model, train)
+    arguments = Arguments(model, experts, router, data, train, resumed)
+    if resumed is None or resumed.checkpoint is None:
+        return arguments
+    saved = in_full(resumed.settings, TRAIN_CONFIGS)
+    processes = (resumed.record.get("world_size", 1), count)
+    refused, allowed = changes(saved, settings_of(arguments), processes=processes)
+    if refused:
+        raise UsageError(
+            f"cannot go on from {resumed.checkpoint} with other settings: {'; '.join(refused)}. Leave them out, or "
+            "start a new run"
+        )
+    if processes[0] != processes[1]:
+        allowed.append(f"the run has {processes[1]} processes, had {processes[0]}: a step has the same rows")
+    return arguments._replace(changed=tuple(allowed))
+
+
+def _resumption(words: list[str]) -> Resumption | None:
+    wanted, artifact = last_value(words, "--resume_from_checkpoint"), last_value(words, "--wandb_checkpoint_artifact")
+    if wanted and artifact:
+        raise UsageError("--resume_from_checkpoint and --wandb_checkpoint_artifact cannot both be given")
+    if artifact:
+        into = fresh_folder(Path("artifacts"), artifact.rpartition("/")[2])
+        wanted = from_first(lambda: str(download_checkpoint(artifact, into)))
+    return find(wanted, last_value(words, "--output_dir")) if wanted else None
+
+
+def settings_of(arguments: Arguments) -> dict[str, Any]:
+    """What a run was resolved to, without `NOT_SETTINGS`."""
+    ours = (arguments.model, arguments.experts, arguments.router, arguments.data)
+    return plain_settings(ours, arguments.train, refusal_of)

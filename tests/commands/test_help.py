@@ -1,0 +1,99 @@
+"""The help of every command: what its real parser would print, at once, and without what takes seconds to import."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import transformers
+from reference.paths import ROOT
+
+from dylo_moe.cli import COMMANDS
+from dylo_moe.commands import help as quick
+from dylo_moe.commands.compare.arguments import COMPARE_LINE
+from dylo_moe.commands.data.arguments import look_line
+from dylo_moe.commands.eval.arguments import EVAL_LINE
+from dylo_moe.commands.export.arguments import EXPORT_LINE
+from dylo_moe.commands.parsing import build_parser
+from dylo_moe.commands.plan.arguments import PLAN_LINE
+from dylo_moe.commands.record_flags import record
+from dylo_moe.commands.stream.arguments import STREAM_LINE
+from dylo_moe.commands.stream.request import StageArguments
+from dylo_moe.commands.submit.arguments import SUBMIT_LINE
+from dylo_moe.commands.train.arguments import TRAIN_LINE
+from dylo_moe.training.trainer_arguments import TrainArguments
+
+LINES = {
+    **{line.prog: (line, TrainArguments) for line in (TRAIN_LINE, PLAN_LINE, COMPARE_LINE, SUBMIT_LINE)},
+    STREAM_LINE.prog: (STREAM_LINE, StageArguments),
+    **{line.prog: (line, None) for line in (EVAL_LINE, EXPORT_LINE)},
+    **{prog: (look_line(prog), None) for prog in ("dylora data show", "dylora data check")},
+}
+HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "huggingface_hub", "matplotlib", "rich")
+IS_RECORDED = json.loads(quick.RECORD.read_text())["transformers"] == transformers.__version__
+NEEDS_RECORDED = pytest.mark.skipif(not IS_RECORDED, reason="the record is of another version of Transformers")
+
+
+def run(code, *words):
+    """A fresh Python; returns what it printed to stdout, where stderr must be empty."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@NEEDS_RECORDED
+def test_the_record_of_the_trainers_flags_is_that_of_the_installed_version():
+    """If not: python -m dylo_moe.commands.record_flags"""
+    assert json.loads(quick.RECORD.read_text()) == json.loads(json.dumps(record()))
+
+
+@NEEDS_RECORDED
+@pytest.mark.parametrize("columns", ["80", "131"])
+@pytest.mark.parametrize("prog", LINES)
+def test_the_help_is_the_real_parsers(monkeypatch, capsys, prog, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    line, trainer = LINES[prog]
+    assert quick.print_help(line)
+    assert capsys.readouterr().out == build_parser(line, trainer).format_help()
+
+
+def test_another_version_of_transformers_gets_no_recorded_help(monkeypatch, capsys):
+    monkeypatch.setattr(quick, "version", lambda name: "0.0.1")
+    assert not quick.print_help(TRAIN_LINE)
+    assert capsys.readouterr().out == ""
+    assert quick.print_help(EVAL_LINE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["tarin"],
+        *([name, "--help"] for name in COMMANDS),
+        ["data", "show", "--help"],
+        ["data", "check", "--help"],
+        ["experts", "refit", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_mistakes_import_nothing_heavy_and_print_no_line_of_others(words):
+    if words[-1] == "--help" and len(words) == 2 and not IS_RECORDED:
+        pytest.skip("the record is of another version of Transformers")
+    code = (
+        "import sys\nfrom dylo_moe.cli import main\n"
+        "try:\n    status = main(sys.argv[1:])\nexcept SystemExit as left:\n    status = left.code\n"
+        f"print('LOADED', status, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = run(code, *words)
+    is_mistake = words == ["tarin"]
+    assert done.stdout.splitlines()[-1] == f"LOADED {2 if is_mistake else 0} []"
+    assert done.stderr == ("dylora: there is no command 'tarin'; did you mean train?\n" if is_mistake else "")
+    assert len(done.stdout.splitlines()) > 1 or is_mistake
+
+
+def test_the_package_imports_nothing_heavy():
+    done = run(f"import sys, dylo_moe\nprint([name for name in {HEAVY} if name in sys.modules])")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
