@@ -7,7 +7,7 @@ from reference.paths import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 PAGE = (BENCHMARKS / "README.md").read_text()
 ROW = re.compile(
-    r"^\| `(?P<script>\w+\.py)` \| (?P<question>.+?) \| (?P<command>.*?) \| (?P<figures>.*?) ?\|$", re.MULTILINE
+    r"^\| `(?P<script>\w+\.py)` \| (?P<question>.+?) \| *(?P<command>.*?) *\| *(?P<figures>.*?) *\|$", re.MULTILINE
 )
 
 
