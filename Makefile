@@ -13,7 +13,7 @@ CANDIDATES := $(PYTHON)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart browser sandbox test test-oldest image-check lint format clean
+.PHONY: help quickstart browser sandbox test test-oldest docs image-check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: lint ## everything that CI checks: lint, types and tests; ends with the ta
 test-oldest: $(OLDEST)/.installed-dev ## the tests on the oldest supported versions, in a .venv-oldest of their own
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
 
+docs: $(VENV)/.installed-docs ## build the documentation as a site, in the folder site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 image-check: $(VENV)/.made ## run the container image's own install steps and entry point in a fresh environment
 	$(BIN)/python benchmarks/deployment/image_check.py
 
@@ -52,7 +55,7 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, .venv-oldest, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps keep an install from being repeated until what it depends on changes.
@@ -72,6 +75,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/.made
 
 $(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt | $(VENV)/.made
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,trl]"
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
 	@touch $(VENV)/.installed $@
 
 $(OLDEST)/.installed-dev: pyproject.toml setup.py constraints-oldest.txt | $(OLDEST)/.made

@@ -88,8 +88,7 @@ def _entries(item: Field[Any], kind: Any) -> Iterator[HelpEntry]:
     options = [f"--{item.name}", *([aliases] if isinstance(aliases, str) else aliases)]
     default = item.default_factory() if item.default_factory is not MISSING else item.default
     has_default = default is not MISSING
-    # A switch may stand alone or have a value; without a default, `bool | None` needs one.
-    is_switch = kind is bool or (kind == bool | None and has_default and default is not None)
+    is_switch = kind is bool or kind == bool | None  # it may stand alone or have a value
     nargs = "?" if is_switch else "+" if get_origin(kind) is list else None
     shown = str(default if has_default else False if kind is bool else None)
     text = item.metadata.get("help", "")

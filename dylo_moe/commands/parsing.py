@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from dylo_moe.commands.command_line import SHOWN_FLAGS, CommandLine, Refusal
 from dylo_moe.commands.flags import config_from, flags_class, flags_of
@@ -52,9 +53,11 @@ class Parser(HfArgumentParser):
 
 
 def plain_options(parser: Parser) -> Parser:
-    """Every flag under one spelling, with underscores."""
+    """Every flag under one spelling, with underscores; a switch may always be typed without a value."""
     for action in parser._actions:
         action.metavar = "VALUE"
+        if action.type is string_to_bool and action.nargs is None:  # how the parser takes `bool | None`
+            action.nargs, action.const = "?", True
         action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
     return parser
 

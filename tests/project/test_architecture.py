@@ -1,18 +1,11 @@
 """The structure: folders are layers that import only downwards, and no module takes part in a circle."""
 
 import ast
-import dataclasses
-import re
 
 import pytest
 from reference.paths import ROOT
 
 from dylo_moe.cli import COMMANDS
-from dylo_moe.commands.flags import flags_of, values_of
-from dylo_moe.commands.stream.arguments import StreamArguments
-from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
-from dylo_moe.commands.train.request import build_train_parser
-from dylo_moe.continual.config import GrowthConfig
 
 LAYERS = (
     ("utils",),
@@ -120,29 +113,3 @@ def test_the_reader_of_imports_sees_them(monkeypatch, tmp_path):
         ("model.model", False),
         ("data.sources.read", False),
     }
-
-
-def test_the_readme_shows_the_flags_of_the_command_with_their_defaults():
-    """Ours, all of them; a default that is one value is compared."""
-    table = re.findall(r"^\| (`--.*?`) \| (.*?) \| .* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    shown = {}
-    for flags, defaults in table:
-        names = re.findall(r"--(\w+)", flags)
-        values = [value.strip().strip("`") for value in defaults.split(",")]
-        shown |= dict(zip(names, values, strict=False))
-    ours = {flag: field for kind in TRAIN_CONFIGS for flag, field in flags_of(kind).items()}
-    assert ours.keys() <= shown.keys()
-    known = {option.lstrip("-") for action in build_train_parser()._actions for option in action.option_strings}
-    assert shown.keys() - {"config"} <= known
-    for name, field in ours.items():
-        if field.default not in (dataclasses.MISSING, None):  # the README says what None means
-            value = shown[name]
-            assert str(field.default) == value or float(field.default) == float(value), name
-
-
-def test_docs_have_every_flag_of_a_stream_with_its_default():
-    lines = (ROOT / "docs" / "continual.md").read_text().splitlines()
-    rows = {line.split("`")[1].removeprefix("--"): line.split("|")[2].strip(" `") for line in lines if "| `--" in line}
-    defaults = values_of(StreamArguments()) | values_of(GrowthConfig())
-    shown = {name: "none" if value in (None, []) else str(value) for name, value in defaults.items()}
-    assert rows == shown
