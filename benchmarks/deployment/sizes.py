@@ -3,29 +3,23 @@
     python benchmarks/deployment/sizes.py [--tables parts checkpoints nodes]
 
 Nothing is trained and no weights are read: parameters are counted, and the memory of a step is found, by the functions
-that `dylora plan` calls. A decoder's layers are alike, so that the activations of a step are a constant and so much for
-each layer: each base is built with two layers and with four, and the line through both is followed to its real depth,
-which is what the whole model takes (tests/project/test_sizes.py). MB and GB are 10^6 and 10^9 bytes.
+that `dylora plan` calls (docs/plan.md). MB and GB are 10^6 and 10^9 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-import torch
-
-from dylo_moe.commands.plan.known_shapes import base_config
+from dylo_moe.commands.plan.memory_account import ADAM_STATES, components
+from dylo_moe.commands.plan.outline import Outline, outline
 from dylo_moe.commands.plan.per_process import base_share
-from dylo_moe.commands.plan.run import components, routed_model
-from dylo_moe.commands.plan.simulated_step import ACTIVATIONS, ADAM_STATES, Batch, Simulation
+from dylo_moe.commands.plan.step_activations import FakeStep, StepActivations
+from dylo_moe.commands.plan.workload import Batch
 from dylo_moe.commands.train.request import parse_train
-from dylo_moe.model.loss import chunk_loss
-from dylo_moe.model.model import DyLoRAMoE
 
 BASES = (
     "HuggingFaceTB/SmolLM2-135M",
@@ -43,8 +37,8 @@ BATCHES = (Batch(1, 512), Batch(8, 512), Batch(8, 2048), Batch(1, 8192))
 USUAL = Batch(8, 512)
 SKILL_ROWS = 512
 """That a stream looks at before it learns a skill: the default of --skill_examples."""
-SHALLOW, DEEPER = 2, 4
-SIMULATED_EXPERTS = 4
+FOLLOWED_EXPERTS, FOLLOWED_RANK = 4, 16
+"""Of the model whose step is followed. Each token visits one expert, so that more of them take hardly more."""
 FP32, BF16 = 4, 2
 TRAINED = FP32 * (2 + ADAM_STATES)
 """Bytes for each trained number: itself, its gradient, AdamW's states."""
@@ -69,82 +63,51 @@ class Shape(NamedTuple):
     """One expert of rank 1 on all linears."""
     router_row: int
     """What one expert adds to the router."""
+    widest: int
+    """The largest width of a linear, in or out."""
 
 
-class Activations(NamedTuple):
-    """Bytes of what a step computes, at the two moments at which it can be largest."""
+def outlined(name: str, *more: str) -> Outline:
+    """The model of `dylora train --bf16 true`.
 
-    forward: int
-    """Before most gradients are there."""
-    backward: int
-    """In the last layer of the backward, with nearly all gradients."""
-
-
-def built(name: str, *, num_layers: int | None = None, num_experts: int = 1, rank: int = 1) -> DyLoRAMoE:
-    """The model of `dylora train --bf16 true`, on the meta device, with fewer layers where a number is given."""
-    config = base_config(name)
-    if num_layers is not None:
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        words = ["--model", folder, "--num_experts", str(num_experts), "--lora_r", str(rank)]
-        return routed_model(parse_train([*words, "--bf16", "true", "--use_cpu", "true"]), dtype=torch.bfloat16)
+    Args:
+        more: flags.
+    """
+    return outline(parse_train(["--model", name, "--bf16", "true", "--use_cpu", "true", *more]))
 
 
 @cache
 def shape(name: str) -> Shape:
-    """Counted on the built model."""
-    model = built(name, num_experts=2)
-    base, one, _, router = components(model)
-    own = {key: item.numel() for key, item in model.base.named_parameters() if ".lora_" not in key}
-    packed = [own[key] for key in own if key.endswith(".base_layer.weight")]
-    depth = model.base.config.num_hidden_layers
-    router_of_one = components(built(name, num_layers=SHALLOW))[-1].parameters
+    """Counted on the model."""
+    of = outlined(name, "--num_experts", "2", "--lora_r", "1")
+    base, one, _, router = components(of)
+    weights = {key: item for key, item in of.whole.base.named_parameters() if ".lora_" not in key}
+    packed = [item for key, item in weights.items() if key.endswith(".base_layer.weight")]
     return Shape(
         parameters=base.parameters,
-        linears=sum(packed),
-        largest_linear=max(packed),
-        layer=sum(count for key, count in own.items() if ".layers.0." in key),
-        num_layers=depth,
-        hidden=model.router.hidden_size,
+        linears=sum(item.numel() for item in packed),
+        largest_linear=max(item.numel() for item in packed),
+        layer=sum(item.numel() for key, item in weights.items() if ".layers.0." in key),
+        num_layers=of.whole.base.config.num_hidden_layers,
+        hidden=of.whole.router.hidden_size,
         expert=one.parameters,
-        router_row=router.parameters - router_of_one,
+        router_row=router.parameters // 2,
+        widest=max(max(item.shape) for item in packed),
     )
 
 
-def simulated(name: str, num_layers: int | None, batch: Batch, *, checkpointing: bool) -> Activations:
-    """Those of one step with four experts of rank 16, all training."""
-    model = built(name, num_layers=num_layers, num_experts=SIMULATED_EXPERTS, rank=16)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    simulation = Simulation(model, device="cpu", autocast=torch.bfloat16)
-    simulation.inside(lambda: chunk_loss(model, None))
-    trained = [item for item in model.base.parameters() if item.requires_grad]
-    missing, before_last = len(trained), 0
-
-    def count(_: torch.Tensor) -> None:
-        nonlocal missing, before_last
-        missing -= 1
-        if missing == len(trained) // model.base.config.num_hidden_layers:
-            before_last = simulation.tracker.peak[ACTIVATIONS]
-            simulation.tracker.peak = dict(simulation.tracker.live)
-
-    for item in trained:
-        item.register_post_accumulate_grad_hook(count)
-    last = simulation.train_step(batch)
-    if missing:
-        raise RuntimeError(f"{missing} matrices of {name} had no gradient")
-    return Activations(before_last, last[ACTIVATIONS])
+@cache
+def step(name: str, checkpointing: bool) -> FakeStep:
+    """A step with a few experts, all training."""
+    more = ("--gradient_checkpointing", "true") if checkpointing else ()
+    pool = ("--num_experts", str(FOLLOWED_EXPERTS), "--lora_r", str(FOLLOWED_RANK))
+    return FakeStep(outlined(name, *pool, *more))
 
 
 @cache
-def activations(name: str, batch: Batch, checkpointing: bool) -> Activations:
-    """Those of the whole model, from two of its layers and from four."""
-    few, more = (simulated(name, depth, batch, checkpointing=checkpointing) for depth in (SHALLOW, DEEPER))
-    steps = (shape(name).num_layers - SHALLOW) // (DEEPER - SHALLOW)
-    return Activations(*(low + steps * (high - low) for low, high in zip(few, more, strict=True)))
+def activations(name: str, batch: Batch, checkpointing: bool) -> StepActivations:
+    """What it computes."""
+    return step(name, checkpointing).training(batch)
 
 
 def base_bytes(of: Shape, *, four_bit: bool = False) -> float:
@@ -167,8 +130,10 @@ def peak_bytes(name: str, num_trained: int, rank: int, batch: Batch, checkpointi
     frozen = int(more.get("num_frozen", 0)) * (rank * of.expert + of.router_row)
     held = base_bytes(of, four_bit=bool(more.get("four_bit"))) + FP32 * (frozen + trained)
     states = FP32 * ADAM_STATES * trained
+    # A product with the experts' matrices casts and stacks those of one linear.
+    stacked = 2 * BF16 * of.widest * max(num_trained * rank - FOLLOWED_EXPERTS * FOLLOWED_RANK, 0)
     features = 2 * FP32 * of.hidden * SKILL_ROWS * batch.seq if "num_frozen" in more else 0
-    return held + max(states + seen.forward, states + FP32 * trained + seen.backward, features)
+    return held + max(states + stacked + max(seen.forward, FP32 * trained + seen.backward), features)
 
 
 def most(fits: Callable[[int], bool]) -> int:
@@ -283,7 +248,7 @@ def nodes() -> Iterator[str]:
         "base gathered, MB a forward",
     )
     for name in BASES:
-        of, base = shape(name), built(name).base
+        of, base = shape(name), outlined(name).whole.base
         trained = 4 * (16 * of.expert + of.router_row)
         for count in (2, 8, 32):
             others, share = (count - 1) / count, base_share(base, count, reshard_after_forward=True)

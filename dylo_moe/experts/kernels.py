@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from dylo_moe.experts.memory_layout import stacked
@@ -231,4 +230,4 @@ def has_grouped_kernel(x_NV: Tensor, matrix: Tensor) -> bool:
     """Whether PyTorch can multiply all groups in one call: not in fp64 or odd widths, and on a GPU only in bf16."""
     dtypes = (torch.bfloat16,) if x_NV.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = all(width * x_NV.itemsize % ALIGNMENT_BYTES == 0 for width in matrix.shape)
-    return aligned and x_NV.dtype in dtypes and not isinstance(x_NV, FakeTensor) and hasattr(F, "grouped_mm")
+    return aligned and x_NV.dtype in dtypes and hasattr(F, "grouped_mm")

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 MOVED_EXPERTS = 16
 """The most experts whose matrices move to a new block when an expert is added. Moving more would make growth more
@@ -36,8 +35,6 @@ def stacked(matrices: Sequence[Tensor]) -> Tensor:
 def _adjacent(matrices: Sequence[Tensor]) -> bool:
     """Whether the matrices follow one another, row by row, as one block of the first one's storage."""
     first = matrices[0]
-    if isinstance(first, FakeTensor):  # of a simulated step: no address, but the storage that `pack` gave
-        return len({matrix.untyped_storage()._cdata for matrix in matrices}) == 1
     if type(first) not in (Tensor, nn.Parameter):
         return False
     stride = (first.shape[1], 1)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 GROUPING_TOKENS = 96
 """The cost of gathering tokens by expert and adding them back, in tokens of one expert's products."""
@@ -129,17 +128,13 @@ def dispatch_to_selected(
 
 
 class _Selection:
-    """Who selected whom. Of tokens without values, in a simulated step, each expert gets its equal share."""
+    """Which tokens selected which experts."""
 
     def __init__(self, names: Sequence[str], selected_TK: Tensor) -> None:
         self.num_tokens, self.top_k = selected_TK.shape
         self.position = {name: index for index, name in enumerate(names)}
         self._expert_N = selected_TK.reshape(-1)
-        if isinstance(selected_TK, FakeTensor):
-            total, members = selected_TK.numel(), len(names)
-            self._counts = [0, *(total * (e + 1) // members - total * e // members for e in range(members))]
-        else:
-            self._counts = torch.bincount(self._expert_N + 1, minlength=len(names) + 1).tolist()
+        self._counts = torch.bincount(self._expert_N + 1, minlength=len(names) + 1).tolist()
         self._order_N: Tensor | None = None
 
     def count(self, name: str) -> int:
@@ -206,8 +201,7 @@ def _grouped(
         expert_N1 = expert_G.repeat_interleave(repeats, output_size=len(rows_N))[:, None]
         chosen_N1 = weights_TE.index_select(0, rows_N).gather(1, expert_N1)
         weights_N1 = chosen_N1 * (shapes[0].scaling if weights_N1 is None else weights_N1)
-    in_order = len(rows_N) == selection.num_tokens and not isinstance(rows_N, FakeTensor)
-    in_order = in_order and torch.equal(rows_N, torch.arange(len(rows_N), device=device))
+    in_order = len(rows_N) == selection.num_tokens and torch.equal(rows_N, torch.arange(len(rows_N), device=device))
     return Grouped(
         names,
         lengths,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.tiny import LORA, tiny_base, tiny_moe, tokens
+from reference.paths import ROOT
+from reference.real_steps import evaluation_activations, step_activations
+from reference.tiny import LORA, MIXED_LAYERS, tiny_base, tiny_moe, tokens
 from reference.trainers import train_flags
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
@@ -15,22 +17,17 @@ from transformers import AutoModelForCausalLM
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.cli import main
 from dylo_moe.commands.plan.known_shapes import KNOWN, base_config
-from dylo_moe.commands.plan.run import Plan, components, make_plan, peak_memory
-from dylo_moe.commands.plan.simulated_step import (
-    ACTIVATIONS,
-    BASE,
-    GRADIENTS,
-    OPTIMIZER,
-    Batch,
-    MemoryTracker,
-    Simulation,
-)
-from dylo_moe.commands.plan.workload import Workload, workload
+from dylo_moe.commands.plan.memory_account import ACTIVATIONS, GRADIENTS, OPTIMIZER, Component, Peak, peak_memory
+from dylo_moe.commands.plan.outline import outline
+from dylo_moe.commands.plan.run import Plan, make_plan
+from dylo_moe.commands.plan.step_activations import FakeStep, TensorTracker
+from dylo_moe.commands.plan.workload import Batch, Workload, workload
 from dylo_moe.commands.train.request import parse_train
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.packing import epoch_of
 from dylo_moe.model.loss import FullLogitsNeeded, chunk_loss
+from dylo_moe.training.build import build_model
 from dylo_moe.training.trainer import DyLoRATrainer
 
 PUBLISHED = {
@@ -73,8 +70,11 @@ def test_an_unknown_name_is_told_what_is_known():
 def test_what_is_counted_is_the_built_model(config_folder):
     """Every component, and nothing is left out; no weights lie in the folder."""
     real = tiny_moe(num_experts=3, lora=LORA)
-    assert planned(config_folder).components == components(real)
-    assert sum(part.parameters for part in components(real)) == sum(item.numel() for item in real.parameters())
+    base, *experts, router = found = planned(config_folder).components
+    assert experts == [Component(expert.name, expert.parameters, True) for expert in real.experts]
+    assert router == Component("router", sum(item.numel() for item in real.router.parameters()), True)
+    assert base == Component("base", tiny_base("llama").num_parameters(), False)
+    assert sum(part.parameters for part in found) == sum(item.numel() for item in real.parameters())
     assert [path.name for path in config_folder.iterdir()] == ["config.json"]
 
 
@@ -88,76 +88,102 @@ def test_memory_of_one_expert_served_and_trained(config_folder):
 
 def test_the_tracker_finds_the_peak_of_a_product_by_hand():
     """exp saves its result; its gradient needs another tensor of that size, while the sum's gradient is expanded."""
-    with FakeTensorMode(), MemoryTracker() as tracker:
+    with FakeTensorMode(), TensorTracker() as tracker:
         x = torch.empty(1000, requires_grad=True)  # 4000 bytes
         y = x.exp()  # saved: 8000
         z = y * 2.0  # 12000
         del y
-        assert sum(tracker.live.values()) == 12_000
+        assert tracker.live == 12_000
         total = z.sum()  # and 4
         del z  # the product by a number saves nothing
-        assert sum(tracker.live.values()) == 8004
+        assert tracker.live == 8004
         total.backward()  # one number; then 2 * it, then times y: 8000 more than x, y and two numbers
-        assert sum(tracker.peak.values()) == 4000 * 4 + 8
+        assert tracker.peak == 4000 * 4 + 8
         del total
-        assert sum(tracker.live.values()) == 8000  # x and its gradient
+        assert tracker.live == 8000  # x and its gradient
+        tracker.leave_out([x.grad])
+        assert tracker.live == 4000
+        assert (tracker.restart(), tracker.peak) == (4000 * 4 + 8, 4000)
 
 
 def test_views_and_what_is_given_back_count_once():
-    with FakeTensorMode(), MemoryTracker() as tracker:
+    with FakeTensorMode(), TensorTracker() as tracker:
         x = torch.empty(10, 10)
         y = x.t()[2:]
-        assert tracker.live[ACTIVATIONS] == 400
+        assert tracker.live == 400
         del x
-        assert tracker.live[ACTIVATIONS] == 400
+        assert tracker.live == 400
         del y
-        assert tracker.live[ACTIVATIONS] == 0
-    assert tracker.peak[ACTIVATIONS] == 400
+        assert tracker.live == 0
+    assert tracker.peak == 400
 
 
-@pytest.mark.parametrize("num_experts", [3, 6])
-def test_a_simulated_step_takes_what_the_real_one_takes(num_experts):
-    """Bytes of storages, on both kernel paths: 3 experts are all computed, of 6 only the selected (where padding and
-    the runs of the routing differ a little)."""
-    real = tiny_moe(num_experts=num_experts).train()
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(tiny_base().config)
-    simulated = Simulation(tiny_moe_on(base, num_experts))
-    ids = tokens(4, 32)
-    mask = torch.ones_like(ids)
-    mask[0, 30:] = 0
-    tracker = MemoryTracker()
-    tracker.hold(real.parameters(), BASE)
-    tracker.hold(real.base.buffers(), BASE)
-    tracker.hold(real.router.buffers(), BASE)
-    with tracker:
-        out = real(input_ids=ids, attention_mask=mask, labels=ids)
-        loss = out.loss
-        del out
-        loss.backward()
-    found = simulated.train_step(Batch(4, 32))
-    assert found[ACTIVATIONS] == pytest.approx(tracker.peak[ACTIVATIONS], rel=0.02)
-    trained = sum(item.nbytes for item in real.parameters() if item.requires_grad)
-    assert found[OPTIMIZER] == 2 * trained
-    assert simulated.train_step(Batch(4, 32), micro_batches=2)[GRADIENTS] == trained
+DEEP = {"num_hidden_layers": 6}
 
 
-def tiny_moe_on(base, num_experts):
-    from peft import LoraConfig
+@pytest.mark.parametrize(
+    ("family", "shape", "more"),
+    [
+        ("llama", {}, ()),
+        ("llama", {}, ("--num_experts", "6")),  # of which only the selected are computed
+        ("llama", DEEP, ()),
+        ("llama", DEEP, ("--gradient_checkpointing", "true")),
+        ("llama", DEEP, ("--router_layer", "2")),  # layers of two kinds: without experts and with
+        ("llama", DEEP, ("--router_layer", "final", "--granularity", "sequence")),
+        ("gemma3", {**DEEP, "layer_types": MIXED_LAYERS * 3}, ()),
+        ("gpt2", DEEP, ("--loss_chunk_size", "8")),
+    ],
+)
+def test_a_step_takes_what_a_real_one_takes(family, shape, more, tmp_path):
+    """Bytes of the tensors of a real step through all layers, found with three at most. Padding and the routing's runs
+    differ a little, as each expert is taken to get an equal share of the tokens."""
+    base = tiny_base(family, **shape)
+    base.config.save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--num_experts", "3", "--lora_r", "4", "--use_cpu", "true", *more]
+    step = FakeStep(outline(parse_train(words)))
+    found, evaluated = step.training(Batch(4, 48)), step.evaluation(Batch(4, 48))
+    arguments = parse_train(words)
+    real = build_model(arguments.model, arguments.experts, arguments.router, bf16=False, load=lambda *_, **__: base)
+    chunk_loss(real, arguments.model.loss_chunk_size)
+    if "--gradient_checkpointing" in more:
+        real.gradient_checkpointing_enable()
+    ids = tokens(4, 48)
+    taken, evaluation = step_activations(real, ids), evaluation_activations(real, ids)
+    assert found.forward == pytest.approx(taken.forward, rel=0.02)
+    assert found.backward == pytest.approx(taken.backward, rel=0.03)
+    assert evaluated == pytest.approx(evaluation, rel=0.02)
+    assert evaluated <= found.forward  # why an evaluation is looked at only where its batch is larger
 
-    from dylo_moe import DyLoRAMoE, RouterConfig
 
-    router = RouterConfig(router_half_life=1.5)
-    return DyLoRAMoE.from_base(base, num_experts=num_experts, lora=LoraConfig(**LORA), router=router)
+def peak(folder: Path, *more: str, rows: int = 8, eval_seq: int = 64) -> Peak:
+    words = ["--model", str(folder), "--num_experts", "3", "--lora_r", "4", "--use_cpu", "true", *more]
+    return peak_memory(outline(parse_train(words)), Workload(0, 0, 0, 0, Batch(rows, 64), Batch(8, eval_seq), 0))
+
+
+def test_optimizer_states_and_with_accumulation_gradients_are_there_from_the_beginning(config_folder):
+    trained = sum(item.nbytes for item in tiny_moe(num_experts=3, lora=LORA).parameters() if item.requires_grad)
+    once, twice = peak(config_folder), peak(config_folder, "--gradient_accumulation_steps", "2")
+    assert once.parts[OPTIMIZER] == twice.parts[OPTIMIZER] == 2 * trained
+    assert (once.parts[GRADIENTS], twice.parts[GRADIENTS]) == (0, trained)
+    assert once.parts[ACTIVATIONS] == twice.parts[ACTIVATIONS]
 
 
 def test_checkpointing_and_smaller_batches_take_less(config_folder):
-    def peak(*more: str, rows: int = 8) -> int:
-        words = ["--model", str(config_folder), "--num_experts", "3", "--lora_r", "4", "--use_cpu", "true", *more]
-        return peak_memory(parse_train(words), Workload(0, 0, 0, 0, Batch(rows, 64), Batch(1, 8), 0), bf16=False).total
+    usual = peak(config_folder).total
+    assert peak(config_folder, "--gradient_checkpointing", "true").total < usual
+    assert peak(config_folder, rows=4).total < usual
 
-    assert peak("--gradient_checkpointing", "true") < peak()
-    assert peak(rows=4) < peak()
+
+def test_an_evaluation_with_a_large_batch_is_the_peak(config_folder):
+    small, large = (peak(config_folder, eval_seq=seq) for seq in (65, 512))
+    assert (small.when, large.when) == ("a training step", "an evaluation")
+    assert large.total > small.total
+
+
+def test_nothing_but_the_planner_knows_of_tensors_without_values():
+    sources = [path for path in (ROOT / "dylo_moe").rglob("*.py") if "plan" not in path.parts]
+    assert len(sources) > 100
+    assert [path for path in sources if "fake_tensor" in path.read_text(encoding="utf-8").lower()] == []
 
 
 def test_without_data_the_reason_is_given_and_the_rest_is_planned(config_folder, capsys):
@@ -198,34 +224,26 @@ def test_the_command_needs_no_weights_for_the_steps(tiny_folder, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("size", [None, 8])
-def test_a_simulated_loss_takes_what_the_real_one_takes(size):
-    """A vocabulary that outweighs the rest; every token predicted and some padding, as the simulation assumes."""
-    wide = {"vocab_size": 3000}
-    real = tiny_moe(tiny_base(**wide)).train()
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(tiny_base(**wide).config)
-    simulation = Simulation(tiny_moe_on(base, 3))
-    simulation.inside(lambda: chunk_loss(simulation.model, size))
-    real.loss_chunk_size = simulation.model.loss_chunk_size
-    assert real.loss_chunk_size == size
-    ids, tracker = tokens(4, 32), MemoryTracker()
-    mask = torch.ones_like(ids)
-    mask[0, 30:] = 0
-    tracker.hold([*real.parameters(), *real.base.buffers(), *real.router.buffers()], BASE)
-    with tracker:
-        loss = real(input_ids=ids, attention_mask=mask, labels=ids).loss
-        loss.backward()
-    found = simulation.train_step(Batch(4, 32))[ACTIVATIONS]
-    assert found == pytest.approx(tracker.peak[ACTIVATIONS], rel=0.03)
-    logits = 4 * 4 * 32 * wide["vocab_size"]
-    assert found > 2 * logits if size is None else found < logits
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_followed_loss_takes_what_the_real_one_takes(size, tmp_path):
+    """A vocabulary that outweighs the rest; every token predicted and some padding, as a plan assumes."""
+    base = tiny_base(vocab_size=3000)
+    base.config.save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--num_experts", "3", "--lora_r", "4", "--lora_dropout", "0"]
+    step = FakeStep(outline(parse_train([*words, "--use_cpu", "true", "--loss_chunk_size", str(size)])))
+    real = tiny_moe(base)
+    chunk_loss(real, size)
+    assert real.loss_chunk_size == step.model.loss_chunk_size == (size or None)
+    found = max(step.training(Batch(4, 32)))
+    assert found == pytest.approx(max(step_activations(real, tokens(4, 32))), rel=0.03)
+    logits = 4 * 4 * 32 * 3000
+    assert found < logits if size else found > 2 * logits
 
 
 def test_a_plan_of_a_base_that_keeps_full_logits(tmp_path):
     tiny_base("gemma2", head_dim=8, sliding_window=6, final_logit_softcapping=30.0).config.save_pretrained(tmp_path)
     words = ["--model", str(tmp_path), "--use_cpu", "true", "--loss_chunk_size"]
     load = Workload(0, 0, 0, 0, Batch(2, 16), Batch(1, 8), 0)
-    assert peak_memory(parse_train([*words, "0"]), load, bf16=False).total > 0
+    assert peak_memory(outline(parse_train([*words, "0"])), load).total > 0
     with pytest.raises(FullLogitsNeeded):
-        peak_memory(parse_train([*words, "7"]), load, bf16=False)
+        peak_memory(outline(parse_train([*words, "7"])), load)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,19 @@ from reference.runs import flags, tiny_run_folder
 from reference.tiny import LORA, tiny_base, tiny_moe
 
 from dylo_moe.cli import main
+from dylo_moe.commands.plan.memory_account import EXPERTS, GRADIENTS, OPTIMIZER, Peak, peak_memory
+from dylo_moe.commands.plan.outline import outline
 from dylo_moe.commands.plan.per_process import (
+    BASE,
     BUCKETS,
     FLAT,
     GATHERED,
     Processes,
     base_share,
     processes_of,
-    trained_bytes,
 )
 from dylo_moe.commands.plan.request import parse_plan
-from dylo_moe.commands.plan.run import Peak, peak_memory
-from dylo_moe.commands.plan.simulated_step import BASE, EXPERTS, GRADIENTS, OPTIMIZER, Batch, Simulation
-from dylo_moe.commands.plan.workload import Workload, workload
+from dylo_moe.commands.plan.workload import Batch, Workload, workload
 from dylo_moe.commands.train.request import parse_train
 from dylo_moe.training.sharding import Sharding
 from dylo_moe.training.trainer_arguments import TrainArguments
@@ -50,14 +49,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """Call it, and training would be on a GPU, which this machine may not have: its step is simulated on the CPU."""
+    """Call it, and training would be on a GPU, which this machine may not have."""
 
     def switch() -> None:
         monkeypatch.setattr(TrainArguments, "device", property(lambda self: torch.device("cuda")))
-        on_cpu = partial(Simulation, device="cpu")
-        monkeypatch.setattr(
-            "dylo_moe.commands.plan.run.Simulation", lambda model, device, autocast: on_cpu(model, autocast=autocast)
-        )
 
     return switch
 
@@ -65,7 +60,7 @@ def a_gpu(monkeypatch):
 def peak(folder: Path, processes: Processes, *more: str, batch: Batch = USUAL, start_tokens: int = 0) -> Peak:
     words = ["--model", str(folder / "base"), "--num_experts", "3", "--lora_r", "4", "--use_cpu", "true", *more]
     load = Workload(0, 0, 0, 0, batch, Batch(1, 8), start_tokens)
-    return peak_memory(parse_train(words), load, bf16=False, processes=processes)
+    return peak_memory(outline(parse_train(words)), load, processes=processes)
 
 
 def test_a_share_by_hand():
@@ -128,7 +123,8 @@ def test_ddp_adds_its_buckets_to_what_one_process_holds(folder):
     alone, pair = peak(folder, Processes()), peak(folder, Processes(2))
     assert alone.when == pair.when == "a training step"
     assert alone.parts.get(BUCKETS, 0) == 0
-    assert pair.parts == {**alone.parts, BUCKETS: trained_bytes(tiny_moe(num_experts=3, lora=LORA))}
+    trained = [item for item in tiny_moe(num_experts=3, lora=LORA).parameters() if item.requires_grad]
+    assert pair.parts == {**alone.parts, BUCKETS: sum(item.nbytes for item in trained)}
 
 
 @pytest.mark.parametrize("how", [DROPS, KEEPS])

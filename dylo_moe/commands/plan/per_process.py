@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylo_moe.base.frozen import decoder_layers
-from dylo_moe.commands.plan.simulated_step import BASE
-from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.sharding import Sharding, take_sharding
 from dylo_moe.training.trainer_arguments import TrainArguments
+
+BASE = "base weights"
 
 BUCKETS = "DDP's copy of the gradients"
 
 GATHERED = "base weights gathered for now"
 
 FLAT = "gradients in one message"
-"""What several processes add to the parts of a step."""
+"""The part of a process's memory that several processes can share, and what they add to it."""
 
 
 class Processes(NamedTuple):
@@ -75,23 +75,19 @@ def processes_of(train: TrainArguments, num_processes: int) -> Processes:
     return Processes(num_processes, take_sharding(train, num_processes=num_processes))
 
 
-def one_process(model: DyLoRAMoE, processes: Processes, *, device: str) -> OneProcess:
-    """One of these, which train the model.
+def one_process(base: PreTrainedModel, processes: Processes, *, trained: int, device: str) -> OneProcess:
+    """One of these, which train experts on the base.
 
     Args:
+        trained: bytes of the weights that have gradients, which take as much.
         device: where: "cpu", or a GPU's kind.
     """
     if processes.sharding is None:
-        return OneProcess(trained_bytes(model) if processes.num > 1 else 0, None)
+        return OneProcess(trained if processes.num > 1 else 0, None)
     how = processes.sharding
-    share = base_share(model.base, processes.num, reshard_after_forward=how.reshard_after_forward)
+    share = base_share(base, processes.num, reshard_after_forward=how.reshard_after_forward)
     in_host = how.cpu_offload and device != "cpu"
     return OneProcess(0, share._replace(kept=0) if in_host else share)
-
-
-def trained_bytes(model: DyLoRAMoE) -> int:
-    """Of the weights that have gradients, which take as much."""
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
 def base_share(base: PreTrainedModel, num_processes: int, *, reshard_after_forward: bool) -> BaseShare:

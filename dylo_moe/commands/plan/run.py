@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dylo_moe.commands.plan.known_shapes import base_config
-from dylo_moe.commands.plan.per_process import FLAT, Processes, one_process, processes_of, trained_bytes
-from dylo_moe.commands.plan.simulated_step import (
+from dylo_moe.commands.plan.memory_account import (
     ADAM_STATES,
-    BASE,
-    EXPERTS,
-    GRADIENTS,
-    OPTIMIZER,
+    ALONE,
     PARTS,
-    Batch,
-    Simulation,
+    Component,
+    Peak,
+    components,
+    describe_head,
+    peak_memory,
+    weights,
 )
-from dylo_moe.commands.plan.workload import Workload, workload
+from dylo_moe.commands.plan.outline import outline
+from dylo_moe.commands.plan.per_process import Processes, processes_of
+from dylo_moe.commands.plan.workload import Batch, Workload, workload
 from dylo_moe.commands.train.request import Arguments
-from dylo_moe.model.loss import chunk_loss
-from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.training.build import ROUTER_START_ROWS, build_model
+from dylo_moe.training.build import ROUTER_START_ROWS
 
 BF16_BYTES = 2
 
@@ -39,27 +35,13 @@ MB = 1e6
 EXPERTS_LISTED = 8
 """Up to so many experts get a line each."""
 
-ALONE = Processes()
+ON_CPU = (
+    "On a CPU the C library may keep more than this (docs/plan.md compares plans with runs). On a GPU Python and "
+    "libraries do not count, but the CUDA context and workspaces do. No plan was checked on a GPU."
+)
+"""Printed below the memory."""
 
-
-class Component(NamedTuple):
-    """A part of the model."""
-
-    name: str
-    parameters: int
-    trainable: bool
-
-
-class Peak(NamedTuple):
-    """The most memory that one process holds at once, in bytes by part, and when."""
-
-    when: str
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """Bytes."""
-        return sum(self.parts.values())
+ON_GPU = "The CUDA context and workspaces come on top. No plan was checked on a GPU."
 
 
 class Plan(NamedTuple):
@@ -88,93 +70,14 @@ class Plan(NamedTuple):
     """That train; memory is of one of them."""
 
 
-def routed_model(arguments: Arguments, *, dtype: torch.dtype | None = None) -> DyLoRAMoE:
-    """The model of a run, on the meta device.
-
-    Args:
-        dtype: of the base; None: what its config says, else fp32.
-
-    Raises:
-        ValueError: where the config cannot be had, or the flags do not fit it.
-    """
-
-    def without_weights(name: str, **options: Any) -> PreTrainedModel:
-        config = base_config(name)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, **{**options, "dtype": dtype or config.dtype or torch.float32}
-            )
-
-    return build_model(
-        arguments.model, arguments.experts, arguments.router, bf16=arguments.train.bf16, load=without_weights
-    )
-
-
-def components(model: DyLoRAMoE) -> list[Component]:
-    """Base, each expert and the router, counted from the model itself; together all of its parameters."""
-    base = sum(item.numel() for name, item in model.base.named_parameters() if ".lora_" not in name)
-    router = sum(item.numel() for item in model.router.parameters())
-    experts = [Component(expert.name, expert.parameters, expert.trainable) for expert in model.experts]
-    return [Component("base", base, False), *experts, Component("router", router, True)]
-
-
-def describe_head(model: DyLoRAMoE) -> str:
-    """The output head's size, and whether it is counted once with the embeddings."""
-    head = cast(nn.Module, model.base.get_output_embeddings())
-    weight = cast(torch.Tensor, cast(Any, head).weight)
-    tied = weight is cast(Any, model.base.get_input_embeddings()).weight
-    shared = "the embeddings' own matrix, counted once" if tied else "a matrix of its own"
-    return f"of the base, the output head has {weight.numel():,} parameters: {shared}"
-
-
-def peak_memory(arguments: Arguments, load: Workload, *, bf16: bool, processes: Processes = ALONE) -> Peak:
-    """The largest moment of one process: the router's start, a training step, or an evaluation.
-
-    On a GPU the router's start is none, for the model is not there yet.
-
-    Args:
-        bf16: as with that flag; else as the flags say.
-    """
-    train = arguments.train
-    device = train.device.type
-    autocast = torch.bfloat16 if bf16 else torch.float16 if train.fp16 else None
-    model = routed_model(arguments, dtype=torch.bfloat16 if bf16 else None)
-    if getattr(train, "activation_checkpointing", False) or train.gradient_checkpointing:  # the newer name, the older
-        model.gradient_checkpointing_enable()
-    one, trained = one_process(model, processes, device=device), trained_bytes(model)
-    simulation = Simulation(model, device=device, autocast=autocast)
-    simulation.inside(lambda: chunk_loss(model, arguments.model.loss_chunk_size))
-    live = simulation.tracker.live
-    held = {part: size for part, size in live.items() if part in (BASE, EXPERTS)}
-    step = simulation.train_step(
-        load.batch, micro_batches=train.gradient_accumulation_steps, label_smoothing=train.label_smoothing_factor
-    )
-    stages = [
-        Peak("a training step", one.holds(step)),
-        Peak("an evaluation", one.holds(simulation.evaluation(load.eval_batch))),
-    ]
-    if device == "cpu":
-        # The features of the texts, fp32, once text by text and once behind one another. The base is not shared yet.
-        features = 2 * 4 * model.router.hidden_size * load.start_tokens
-        stages.append(Peak("the start of the router", {**held, "features of the first rows": features}))
-    if processes.sharding is not None:  # when the backward is over
-        after = {**held, OPTIMIZER: live[OPTIMIZER], GRADIENTS: trained, FLAT: trained}
-        stages.append(Peak("the averaging of gradients", one.holds(after, gathers=False)))
-    return max(stages, key=lambda stage: stage.total)
-
-
 def make_plan(arguments: Arguments, processes: Processes = ALONE) -> Plan:
     """What the run would be. No weights are read or made.
 
     Raises:
         ValueError: where the model's config cannot be had, or a flag is out of range.
     """
-    model = routed_model(arguments)
-    parts, head = components(model), describe_head(model)
-    trained = trained_bytes(model)
-    one = model.experts[0].parameters
-    expert_bytes = sum(item.nbytes for item in model.experts.parameters(model.experts[0].name))
-    del model
+    of = outline(arguments)
+    held = weights(of)
     load, not_known = None, ""
     try:
         load = workload(arguments, num_processes=processes.num)
@@ -185,19 +88,19 @@ def make_plan(arguments: Arguments, processes: Processes = ALONE) -> Plan:
     full = Batch(train.per_device_train_batch_size, seq, arguments.data.packing)
     eval_full = Batch(train.per_device_eval_batch_size, seq)
     assumed = load or Workload(0, 0, 0, 0, full, eval_full, ROUTER_START_ROWS * seq)
-    peak_bf16 = peak_memory(arguments, assumed, bf16=True, processes=processes)
+    peak = peak_memory(of, assumed, processes=processes)
     return Plan(
-        components=parts,
-        head=head,
+        components=components(of),
+        head=describe_head(of),
         workload=load,
         not_known=not_known,
         batch=assumed.batch,
-        peak=peak_bf16 if train.bf16 else peak_memory(arguments, assumed, bf16=False, processes=processes),
-        peak_bf16=peak_bf16,
+        peak=peak,
+        peak_bf16=peak if train.bf16 else peak_memory(outline(arguments, bf16=True), assumed, processes=processes),
         process_bytes=process_bytes,
-        checkpoint_bytes=(1 + ADAM_STATES) * trained,
-        expert_served_bytes=BF16_BYTES * one,
-        expert_training_bytes=(2 + ADAM_STATES) * expert_bytes,
+        checkpoint_bytes=(1 + ADAM_STATES) * held.trained,
+        expert_served_bytes=BF16_BYTES * of.whole.experts[0].parameters,
+        expert_training_bytes=(2 + ADAM_STATES) * held.expert,
         processes=processes,
     )
 
@@ -304,3 +207,4 @@ def show_memory(console: Console, arguments: Arguments, plan: Plan) -> None:
     table.add_row("peak", *(f"{(peak.total + process) / MB:,.0f}" for _, peak in columns), style="bold")
     table.add_row("reached in", *(peak.when for _, peak in columns), style="dim")
     console.print(table)
+    console.print(ON_CPU if train.device.type == "cpu" else ON_GPU, highlight=False)

@@ -6,11 +6,20 @@ import math
 from typing import NamedTuple
 
 from dylo_moe.base.loading import load_tokenizer
-from dylo_moe.commands.plan.simulated_step import Batch
 from dylo_moe.commands.train.request import Arguments
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.packing import PackedTexts, epoch_of
 from dylo_moe.training.build import ROUTER_START_ROWS
+
+
+class Batch(NamedTuple):
+    """The largest batch of a run."""
+
+    rows: int
+    seq: int
+    """Tokens of its longest row."""
+    packed: bool = False
+    """Whether rows hold several texts."""
 
 
 class Workload(NamedTuple):
