@@ -156,7 +156,7 @@ def test_differences_are_taken_row_by_row_and_pooled_over_runs():
     shuffled = {"a": worse[0]["a"]._replace(documents=[str(generator.integers(9)) for _ in range(30)])}
     with pytest.raises(ValueError, match="same held-out rows"):
         estimates([shuffled], better[:1], seed=0)
-    with pytest.raises(ValueError, match="other datasets"):
+    with pytest.raises(ValueError, match="on different datasets: a, b"):
         estimates([better[0], {"b": better[0]["a"]}], seed=0)
 
 
