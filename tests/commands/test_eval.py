@@ -408,7 +408,7 @@ def test_a_killed_process_goes_on_to_the_same_samples(places, tmp_path):
     assert start(tmp_path / "killed").wait(timeout=300) == 0, (tmp_path / "said").read_text()
     said = (tmp_path / "said").read_text()
     assert "going on: 5 of 5 answers" in said and f"going on: {there} of 100 answers" in said
-    assert "1 lines of answers were cut off" in said and "1 lines of verdicts" in said
+    assert "1 answer was cut off when the last run was killed" in said and "1 verdict was cut off" in said
     for name in ("humaneval-greedy.jsonl", "humaneval-sampled.jsonl"):
         assert lines_of(tmp_path / "killed" / name) == lines_of(tmp_path / "whole" / name)
     for name in ("humaneval-greedy-verdicts.jsonl", "humaneval-sampled-verdicts.jsonl"):
