@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base.loading import load_base
-from dylo_moe.continual.growth import GROWN
+from dylo_moe.continual.config import GROWN
 from dylo_moe.routing.config import BASE
 
 SAMPLE_ROWS = 16

@@ -20,6 +20,9 @@ FRESH = "fresh"
 
 NEAREST = "nearest"
 
+GROWN, CONSOLIDATED, SKIPPED, REPORTED = "grown", "consolidated", "skipped", "reported"
+"""The actions of a `SkillDecision`. They are here, so that a reader of a stream's folder need not import PyTorch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthConfig:

@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 
 from dylo_moe.continual.base_texts import write_texts
-from dylo_moe.continual.config import GROW, NEAREST, SKIP, GrowthConfig
+from dylo_moe.continual.config import CONSOLIDATED, GROW, GROWN, NEAREST, REPORTED, SKIP, SKIPPED, GrowthConfig
 from dylo_moe.continual.gate_fit import fit_row, refit_rows
 from dylo_moe.continual.novelty_detector import Novelty, judge
 from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.experts.expert import check_name
 from dylo_moe.routing.config import BASE
-
-GROWN = "grown"
-
-CONSOLIDATED = "consolidated"
-
-SKIPPED = "skipped"
-
-REPORTED = "reported"
 
 GateRows = dict[str, tuple[Tensor, Tensor]]
 """A gate row, fp32 [hidden], and its bias, fp32 scalar, of each expert."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.continual.growth import CONSOLIDATED, GROWN, REPORTED, SKIPPED
+from dylo_moe.continual.config import CONSOLIDATED, GROWN, REPORTED, SKIPPED
 from dylo_moe.utils.atomic_files import write_whole
 
 MATRIX = "matrix.json"

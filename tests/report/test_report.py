@@ -6,6 +6,8 @@ import html
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.browser import BROWSER, needs_browser, open_page, screenshot
 from reference.pages import HOSTILE, KNOWN_TAGS, Reader, read, shown_and_written
+from reference.paths import ROOT
 from reference.runs import flags, tiny_run_folder
 
 from dylo_moe.cli import main
@@ -207,6 +210,13 @@ def test_a_point_without_a_neighbour_is_a_dot(values):
     svg = line_chart("x", [Series("a", [*enumerate(values), (8, 1.0), (9, 1.0)], 0)]).svg
     before_the_line = 1 if values[-1] is not None else 0
     assert len(spots(svg, "dots")) == sum(value is not None for value in values) - before_the_line
+
+
+def test_a_page_needs_no_pytorch_and_a_stream_without_charts_no_matplotlib():
+    """They would take most of the time of the command."""
+    code = "import sys, dylo_moe.report.run_page; print(*{'torch', 'transformers', 'matplotlib'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):

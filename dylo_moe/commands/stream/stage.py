@@ -14,7 +14,8 @@ from dylo_moe.commands.stream.measure import measure_stage
 from dylo_moe.commands.stream.screen import show_decision, show_stage
 from dylo_moe.commands.stream.stage_trainer import StageTrainer
 from dylo_moe.commands.stream.state import StreamState, save_stage, stage_folder
-from dylo_moe.continual.growth import GROWN, SkillDecision
+from dylo_moe.continual.config import GROWN
+from dylo_moe.continual.growth import SkillDecision
 from dylo_moe.data.packing import epoch_of
 from dylo_moe.evaluation.loss_matrix import Stage
 from dylo_moe.model.model import DyLoRAMoE
