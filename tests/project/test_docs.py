@@ -110,7 +110,7 @@ def test_the_reader_of_links_sees_them():
     assert links(text) == ["b.md#c", "q.svg", "l.md"] and anchors(text) == {"one-two-x"}
 
 
-MENTION = re.compile(r"(?<![\w./-])((?:docs|recipes|tests|benchmarks)/[\w./-]+\.(?:md|py|yaml|svg|png))")
+MENTION = re.compile(r"(?<![\w./-])((?:docs|dylo_moe|recipes|tests|benchmarks)/[\w./-]+\.(?:md|py|yaml|svg|png))")
 HAS_MENTIONS = (".md", ".py", ".yaml", ".yml", ".sh", ".toml", "")
 
 
