@@ -16,7 +16,7 @@ COMMANDS = {
     "stream": "learn datasets one after another: what is new grows an expert, and nothing is forgotten",
     "submit": "train on Google Cloud: any flags of train as a job of Vertex AI that resumes after a preemption",
     "plan": "parameters, steps, memory and checkpoint size of a training run, without running it",
-    "data": "list datasets, show examples as the model sees them, check what training would be on",
+    "data": "list datasets, show examples as the model sees them, count the rows that training would use",
     "experts": "the experts of a checkpoint: list them, remove one, fit the gate again",
     "eval": "held-out losses with intervals, and pass@k of HumanEval and MBPP, of a trained model",
     "compare": "ours against the base, single LoRAs of equal size, and routing that is not learned; says if it wins",
@@ -24,8 +24,8 @@ COMMANDS = {
     "export": "an adapter for each expert with the command that serves them, or one plain model; says what that loses",
     "report": "one page about a run or a stream: losses, routing, matrix, settings; it needs no network",
 }
-"""Each command with its summary. `dylo_moe.commands.NAME.main` runs it; that package is imported only when its
-command is typed, so that this overview and a mistyped command answer at once."""
+"""The summary of each command. `dylo_moe.commands.NAME.main` runs the command; its package is imported only when the
+command is typed, so that the overview and the answer to a mistyped command appear at once."""
 
 DESCRIPTION = (
     "One frozen language model, many small LoRA experts, and a router that sends each token to the right ones."
@@ -33,7 +33,7 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    """Run one command and return its exit status; a user's mistake ends in one line on stderr and status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _silence_other_libraries() -> None:
-    """Keep quiet what others print about themselves and no user of the command can act on."""
-    # PEFT reads a name that Transformers is about to rename.
+    """Suppress messages of other libraries that a user of the command can do nothing about."""
+    # PEFT reads an attribute that Transformers has deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # bitsandbytes, where it is installed, misses an optional package at every start on some CPUs.
+    # On some CPUs, bitsandbytes logs at every start that an optional package is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

@@ -1,1 +1,1 @@
-"""The commands of `dylora`, a module or folder each."""
+"""The commands of `dylora`: each one is a package, beside the modules that they share."""

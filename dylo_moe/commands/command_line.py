@@ -1,4 +1,4 @@
-"""What the flags of a command are, declared once for its parser and for its help; it imports next to nothing."""
+"""The flags of a command, declared once for its parser and for its help; this module imports next to nothing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TRAINER_EPILOG = (
 )
 
 REFUSED = {
-    "save_only_model": "training could not go on from it; the run's final folder, checkpoint, is the model alone",
-    "ignore_data_skip": "training would not go on where it was",
+    "save_only_model": "training could not resume from it; the run's final folder, checkpoint, holds the model alone",
+    "ignore_data_skip": "training would not resume at the row where it was",
     "enable_jit_checkpoint": "SIGTERM always saves, at the end of the running step",
     "restore_callback_states_from_checkpoint": "what must be restored always is",
     "neftune_noise_alpha": "noise on the embeddings would change what the router reads",
@@ -33,16 +33,16 @@ REFUSED = {
     "torch_compile_mode": "not tested with routing yet",
     "deepspeed": "not tested with routing yet",
     "parallelism_config": "not tested with routing yet",
-    "ddp_find_unused_parameters": "experts that no token chose have no gradient, which has to be allowed for",
+    "ddp_find_unused_parameters": "experts that no token chose have no gradient, so this must stay on",
     "ddp_static_graph": "which experts take part differs from step to step",
-    "average_tokens_across_devices": "a step's loss is over the tokens of all processes",
-    "dataloader_drop_last": "rows would be left out; where a pass does not come out even, its last batch is smaller",
+    "average_tokens_across_devices": "a step's loss is always the mean over the tokens of all processes",
+    "dataloader_drop_last": "rows would be left out; the last batch of a pass is smaller instead",
     "auto_find_batch_size": "it would restart on experts that were already trained",
     "push_to_hub": "upload the checkpoint folder with the `hf` command instead",
     "do_train": "this command always trains",
     "do_eval": "this command evaluates before and after training, and as eval_strategy says",
     "do_predict": "this command does not predict",
-    "remove_unused_columns": "the batches hold just what training needs",
+    "remove_unused_columns": "the batches hold only what training needs",
     "prediction_loss_only": "evaluation is by loss",
     "label_names": "the batches' labels are called labels",
     "include_for_metrics": "evaluation is by loss",
@@ -51,23 +51,23 @@ REFUSED = {
     "disable_tqdm": "this command has its own progress bar",
     "config": "give --config once, on the command line",
 }
-"""Flags of the Trainer that would do nothing, or something wrong, here; each with the reason."""
+"""The Trainer's flags that would have no effect or a wrong one here, each with the reason why it is not offered."""
 
 REFUSED_PREFIXES = ("hub_", "trackio_")
 
 Refusal = Callable[[str], str | None]
-"""Why a flag of that name is not offered; None where it is."""
+"""A function that says why a flag of a given name is not offered; it returns None where the flag is offered."""
 
 
 def refusal_of(name: str) -> str | None:
-    """Why `dylora train` does not offer a flag of that name; None where it does."""
+    """Say why `dylora train` does not offer a flag; None where it offers the flag."""
     if name.startswith(REFUSED_PREFIXES):
         return "this command has no such destination"
     return REFUSED.get(name)
 
 
 def refuses_nothing(name: str) -> str | None:
-    """For commands that offer every flag that they have."""
+    """Refuse no flag: the refusal of commands that offer every flag that they have."""
     return None
 
 
@@ -81,13 +81,14 @@ class CommandLine(NamedTuple):
     description: str
     usage: str
     refusal: Refusal = refuses_nothing
-    """Which of the flags are not offered."""
+    """Says which of the flags are not offered, and why."""
     trainer: type | None = None
-    """Our part of the Trainer's flags, where the command has these too; the others are Transformers' own."""
+    """The class that declares our defaults of the Trainer's flags; None where the command has no flags of the
+    Trainer."""
 
     @property
     def layout(self) -> dict[str, Any]:
-        """Arguments of `argparse.ArgumentParser`."""
+        """The keyword arguments of `argparse.ArgumentParser`."""
         return {
             "prog": self.prog,
             "usage": self.usage,

@@ -15,7 +15,7 @@ def asks_for_help(words: list[str]) -> bool:
 
 
 def print_error(text: str) -> None:
-    """Print why a command ends; of several processes, which may all know, one prints it."""
+    """Print why a command ends, on stderr; where several processes run the command, one of them prints it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from dylo_moe.utils.distributed import prints_for_all  # late: it needs torch, and one process does not need it
 
@@ -25,7 +25,7 @@ def print_error(text: str) -> None:
 
 
 def until_stopped(name: str, run: Callable[[], object]) -> int:
-    """Run a command that saves and leaves when it is asked to stop, or when another process is lost.
+    """Run a command that saves and exits when a signal asks it to stop, or exits when another process is lost.
 
     Returns:
         The exit status.

@@ -3,9 +3,9 @@
 A field's metadata holds what argparse takes (help, choices, aliases), and, where the flag differs from the field:
 
     flag    the flag's name, where it is not the field's own; None where the field has no flag
-    read    makes the value of the text that is typed, where a field takes values of several types
+    read    the function that makes a value from typed text, where a field takes values of several types
 
-A recipe and the settings of a run hold a value of such a field as text, as it is typed.
+A recipe and the settings of a run hold the value of a field with `read` as text, as it is typed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def as_typed(item: Field[Any], value: Any) -> Any:
 
 
 def config_from(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The config that these flags describe, each under its name, as argparse read it."""
+    """Make a config from the values of its flags, each under the flag's name, as argparse read it."""
     given = {item.name: (flag, item) for flag, item in flags_of(kind).items() if item.init and flag in values}
     return kind(**{name: item.metadata.get("read", _as_is)(values[flag]) for name, (flag, item) in given.items()})
 
 
 def flags_class(kind: type) -> type:
-    """What `HfArgumentParser` makes the flags of `kind` from: it names each flag after a field, and gives all of the
-    field's metadata to argparse.
+    """The dataclass from which `HfArgumentParser` makes the flags of `kind`: the parser names each flag after a field,
+    and passes all of the field's metadata to argparse.
 
     Returns:
         `kind` itself where its flags are its fields.

@@ -1,10 +1,10 @@
-"""The help of a command, without what takes seconds to import.
+"""The help of a command, printed without the imports that take seconds.
 
 A parser is made by Transformers' `HfArgumentParser`, and importing that and the Trainer's arguments takes seconds. The
 help needs neither: our flags are fields of dataclasses that import next to nothing, and the Trainer's flags, with the
 texts that Transformers gives them, are read from `trainer_flags.json`, which `python -m dylo_moe.commands.record_flags`
-writes. Where another version of Transformers is installed than the recorded one, the command makes its parser after
-all. tests/commands/test_help.py compares both.
+writes. Where the installed version of Transformers is not the recorded one, the command makes its parser to print the
+help. tests/commands/test_help.py checks that both ways print the same.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ RECORD = Path(__file__).parent / "trainer_flags.json"
 
 
 class HelpEntry(NamedTuple):
-    """One entry of a help."""
+    """One entry of a command's help: a flag, with its values, its default and its text."""
 
     name: str
-    """The flag's name, which refusals know it by."""
+    """The flag's name without dashes, by which a `Refusal` refers to it."""
     options: list[str]
-    """What can be typed: the flag with its dashes, and its aliases."""
+    """The spellings that can be typed: the flag with its dashes, and its aliases."""
     nargs: str | int | None
-    """How many values follow, as argparse counts them; 0: none."""
+    """The number of values that follow the flag, in argparse's notation; 0: no value."""
     default: str
     help: str
 
 
 def print_help(line: CommandLine) -> bool:
-    """Print the help of a command, unless it shows flags of the Trainer and these are not those of the record.
+    """Print the help of a command, unless it shows the Trainer's flags and the record is of another Transformers
+    version.
 
     Returns:
-        Whether it was printed.
+        Whether the help was printed.
     """
     entries = [entry for kind in line.kinds for entry in entries_of(kind)]
     if line.trainer is not None:
@@ -62,7 +63,7 @@ def print_help(line: CommandLine) -> bool:
 
 
 def _trainer_entries(own: type, recorded: list[HelpEntry]) -> list[HelpEntry]:
-    """The Trainer's flags that a help shows, in its order; those that `own` declares are as they are there."""
+    """The Trainer's flags that a help shows, in the Trainer's order; entries of `own` replace recorded ones."""
     theirs, ours = _by_name(recorded), _by_name(entries_of(own))
     return [entry for name, entries in (theirs | ours).items() if name in SHOWN_FLAGS for entry in entries]
 
@@ -75,7 +76,7 @@ def _by_name(entries: Iterable[HelpEntry]) -> dict[str, list[HelpEntry]]:
 
 
 def entries_of(kind: type) -> Iterator[HelpEntry]:
-    """The entries of a class of flags, as `HfArgumentParser` makes them of its fields."""
+    """The help entries of a class of flags, equal to those that `HfArgumentParser` makes from its fields."""
     flags = flags_class(kind)
     types = get_type_hints(flags)
     for item in fields(flags):
@@ -88,7 +89,7 @@ def _entries(item: Field[Any], kind: Any) -> Iterator[HelpEntry]:
     options = [f"--{item.name}", *([aliases] if isinstance(aliases, str) else aliases)]
     default = item.default_factory() if item.default_factory is not MISSING else item.default
     has_default = default is not MISSING
-    is_switch = kind is bool or kind == bool | None  # it may stand alone or have a value
+    is_switch = kind is bool or kind == bool | None  # a switch may be typed alone or with a value
     nargs = "?" if is_switch else "+" if get_origin(kind) is list else None
     shown = str(default if has_default else False if kind is bool else None)
     text = item.metadata.get("help", "")

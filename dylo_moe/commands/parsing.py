@@ -1,4 +1,4 @@
-"""What the parsers of the commands share: one spelling of each flag, and an answer for every wrong one."""
+"""The parser that all commands share: it knows one spelling of each flag, and has an answer to every wrong one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dylo_moe.utils.errors import UsageError
 
 
 class Parser(HfArgumentParser):
-    """The flags of several config classes; a mistake raises instead of ending the program.
+    """A parser for the flags of several config classes, which raises at a mistake instead of ending the program.
 
     Args:
-        kinds: the classes; the Trainer's arguments come last where they are among them.
+        kinds: the config classes; the Trainer's arguments, where they are among them, must come last.
     """
 
     def __init__(self, kinds: Sequence[type], **options: Any) -> None:
@@ -27,11 +27,11 @@ class Parser(HfArgumentParser):
         self.kinds = tuple(kinds)
 
     def configs(self, words: Sequence[str]) -> tuple[Any, ...]:
-        """What a command line describes, an instance of each class.
+        """Make an instance of each class from a command line.
 
         Raises:
-            ValueError: with the problems of all classes. The last is only made where the others have no problem, for
-                the Trainer's arguments set up the device.
+            ValueError: with the problems of all classes. The last class is made only where the others have no problem,
+                because making the Trainer's arguments sets up the device.
         """
         values = vars(self.parse_args(words))
         made: list[Any] = []
@@ -48,12 +48,12 @@ class Parser(HfArgumentParser):
         return tuple(made)
 
     def error(self, message: str) -> Any:
-        """Called with what is wrong."""
+        """Raise UsageError with the message that argparse would print before it ends the program."""
         raise UsageError(message)
 
 
 def plain_options(parser: Parser) -> Parser:
-    """Every flag under one spelling, with underscores; a switch may always be typed without a value."""
+    """Reduce every flag of a parser to one spelling, with underscores, and let a switch be typed without a value."""
     for action in parser._actions:
         action.metavar = "VALUE"
         if action.type is string_to_bool and action.nargs is None:  # how the parser takes `bool | None`
@@ -63,7 +63,8 @@ def plain_options(parser: Parser) -> Parser:
 
 
 def parse(parser: Parser, words: list[str], refusal: Refusal, given: Sequence[str] = ()) -> tuple[Any, ...]:
-    """The configs of a parser; `given` words are not the user's own."""
+    """Read a command line into the configs of a parser; words in `given` come first and are not checked as typed
+    flags."""
     _check_names(words, parser, refusal)
     try:
         return parser.configs([*given, *words])
@@ -74,7 +75,7 @@ def parse(parser: Parser, words: list[str], refusal: Refusal, given: Sequence[st
 
 
 def parse_behind_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any, set[str]]:
-    """`CHECKPOINT [--FLAG VALUE ...]`: the checkpoint, the dataclass of the flags, and which flags were typed.
+    """Read `CHECKPOINT [--FLAG VALUE ...]`: returns the checkpoint, the dataclass of the flags, and the flags typed.
 
     Raises:
         UsageError: where no checkpoint comes first, and as `parse` does.
@@ -82,7 +83,7 @@ def parse_behind_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, A
     words = list(argv)
     if not words or words[0].startswith("--"):
         raise UsageError(
-            f"no checkpoint is named; type its folder right behind the command: {parser.prog} RUN/checkpoint"
+            f"no checkpoint is named; type its folder right after the command: {parser.prog} RUN/checkpoint"
         )
     (values,) = parse(parser, words[1:], lambda name: None)
     return words[0], values, {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
@@ -104,7 +105,7 @@ def _check_names(words: list[str], parser: Parser, refusal: Refusal) -> None:
 
 
 def unknown(name: str, parser: Parser, refusal: Refusal) -> str:
-    """What to tell who typed an unknown or refused flag."""
+    """The message about an unknown or refused flag: the reason, or the nearest flag that is offered."""
     reason = refusal(name.lstrip("-"))
     if reason:
         return f"{name} is not offered: {reason}"
@@ -114,7 +115,7 @@ def unknown(name: str, parser: Parser, refusal: Refusal) -> str:
 
 
 def build_parser(line: CommandLine, trainer: type | None = None, *, show_all: bool = False) -> Parser:
-    """The parser of a command.
+    """Build the parser of a command.
 
     Args:
         trainer: the Trainer's arguments, where the command has them.

@@ -19,11 +19,12 @@ from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
 
 NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifact", "fsdp", "fsdp_config")
-"""Where a run is written and goes on from, and how its processes share the work: none of it makes another run of it."""
+"""Flags that are not part of a run's settings: they say where it is written, what it resumes from, and how its
+processes share the work, and do not change what is trained."""
 
 
 def with_recipe(argv: Sequence[str], parser: Parser, refusal: Refusal) -> list[str]:
-    """A command line whose --config, if it has one, is replaced by the recipe's words; those typed come later.
+    """Replace --config in a command line, if it is there, by the recipe's words; typed flags come later, and so win.
 
     Raises:
         UsageError: for a recipe that cannot be read, or has a flag that the parser does not offer.
@@ -33,7 +34,7 @@ def with_recipe(argv: Sequence[str], parser: Parser, refusal: Refusal) -> list[s
 
 
 def last_value(words: list[str], flag: str) -> str | None:
-    """The value of a flag as typed."""
+    """The last value of a flag in a command line, as typed; None where the flag is not there."""
     value = None
     for place, word in enumerate(words):
         if word == flag and place + 1 < len(words):
@@ -59,7 +60,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _words_of_file(path: Path, parser: Parser, refusal: Refusal) -> list[str]:
-    """A recipe as the command line that means the same."""
+    """Read a recipe into the command line that means the same."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +76,7 @@ def _words_of_file(path: Path, parser: Parser, refusal: Refusal) -> list[str]:
 
 
 def as_words(settings: dict[str, Any]) -> list[str]:
-    """Settings as the command line that means the same."""
+    """Write settings as the command line that means the same."""
     words: list[str] = []
     for key, value in settings.items():
         if value is None or value == []:
@@ -89,7 +90,7 @@ def as_words(settings: dict[str, Any]) -> list[str]:
 
 
 def in_full(saved: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
-    """The settings of a run, whose version may not have had every flag of today's: those were at their default."""
+    """Complete the settings of a run by the defaults of flags that the version which wrote them may not have had."""
     known = {flag: item for kind in kinds for flag, item in flags_of(kind).items()}
     defaults = {flag: item.default for flag, item in known.items() if item.default is not MISSING}
     return {
@@ -98,7 +99,7 @@ def in_full(saved: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
 
 
 def plain_settings(parts: Sequence[Any], train: TrainArguments, refusal: Refusal) -> dict[str, Any]:
-    """Flags as plain values: ours in full; of the Trainer's what differs from its defaults or is shown by --help."""
+    """Write flags as plain values: all of ours, and the Trainer's that --help shows or that differ from the default."""
     values: dict[str, Any] = {}
     for part in parts:
         for name, value in values_of(part).items():

@@ -1,4 +1,4 @@
-"""Which file `--config` names: one of the user's own, or a recipe that comes with the package."""
+"""The file that `--config` names: a file of the user's, or a recipe that comes with the package."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import dylo_moe
 from dylo_moe.utils.errors import UsageError
 
 LAUNCH_PREFIX = "accelerate_"
-"""What the names of launch configs begin with: files for `accelerate launch`, which are no recipes."""
+"""The prefix of the names of configs for `accelerate launch`, which are in the folder of the recipes but are none."""
 
 
 def recipe_file(name: str) -> Path:
-    """The file that `--config name` means; a file of that path goes before a shipped recipe of that name.
+    """The file that `--config name` means; a file at that path takes precedence over a shipped recipe of that name.
 
     Raises:
         UsageError: where there is neither; the message lists the recipes that are shipped.
@@ -30,7 +30,7 @@ def recipe_file(name: str) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, each under its name, in alphabetical order."""
+    """The files of the recipes that come with the package, by their names, in alphabetical order."""
     files = sorted(_folder().glob("*.yaml"))
     return {path.stem: path for path in files if not path.stem.startswith(LAUNCH_PREFIX)}
 

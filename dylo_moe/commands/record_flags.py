@@ -1,6 +1,6 @@
-"""Write down the Trainer's flags that a help shows: python -m dylo_moe.commands.record_flags
+"""Record the Trainer's flags that a help shows: python -m dylo_moe.commands.record_flags
 
-To be run after an update of Transformers in constraints.txt; a test fails until it was.
+Run it after Transformers was updated in constraints.txt; a test fails until that is done.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dylo_moe.utils.atomic_files import write_json
 
 
 def record() -> dict[str, Any]:
-    """The flags of the installed Transformers, in the order of their fields."""
+    """The Trainer's flags that a help shows, from the installed Transformers, in the order of their fields."""
     parser = plain_options(Parser((TrainingArguments,), add_help=False))
     entries = [
         HelpEntry(action.dest, list(action.option_strings), action.nargs, str(action.default), action.help or "")

@@ -407,7 +407,7 @@ def test_a_killed_process_goes_on_to_the_same_samples(places, tmp_path):
             file.write(b'{"task_id": "HumanEval/')
     assert start(tmp_path / "killed").wait(timeout=300) == 0, (tmp_path / "said").read_text()
     said = (tmp_path / "said").read_text()
-    assert "going on: 5 of 5 answers" in said and f"going on: {there} of 100 answers" in said
+    assert "resuming: 5 of 5 answers" in said and f"resuming: {there} of 100 answers" in said
     assert "1 answer was cut off when the last run was killed" in said and "1 verdict was cut off" in said
     for name in ("humaneval-greedy.jsonl", "humaneval-sampled.jsonl"):
         assert lines_of(tmp_path / "killed" / name) == lines_of(tmp_path / "whole" / name)

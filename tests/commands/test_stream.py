@@ -327,7 +327,7 @@ def test_experts_are_listed_removed_and_refitted(done, tmp_path, capsys):
     assert all(less[name] == all_of_them[name] for name in kept)
     capsys.readouterr()
     assert main(["experts", "refit", checkpoint]) == 0
-    assert "Nothing was changed" in capsys.readouterr().out
+    assert "Nothing was written" in capsys.readouterr().out
     assert main(["experts", "refit", checkpoint, "--output", str(tmp_path / "refit")]) == 0
     refitted = DyLoRAMoE.from_pretrained(str(tmp_path / "refit"))
     assert refitted.router.names == DyLoRAMoE.from_pretrained(checkpoint).router.names

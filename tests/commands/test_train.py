@@ -238,7 +238,7 @@ def test_a_gate_row_moves_only_with_its_gradient():
     [
         (["--num_expert", "4"], "no flag --num_expert; did you mean --num_experts"),
         (["--learning-rates", "1"], "did you mean --learning_rate"),
-        (["--save_only_model", "true"], "--save_only_model is not offered: training could not go on from it"),
+        (["--save_only_model", "true"], "--save_only_model is not offered: training could not resume from it"),
         (["--hub_model_id", "x"], "--hub_model_id is not offered"),
         (["--num_experts", "four"], "four"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
@@ -261,7 +261,7 @@ def test_recipes_are_overridden_and_checked(tmp_path):
         ("num_expert: 7\n", "no flag num_expert; did you mean num_experts"),
         ("- a\n", "it is a list"),
         ("a: [\n", "not valid YAML"),
-        ("save_only_model: true\n", "training could not go on from it"),
+        ("save_only_model: true\n", "training could not resume from it"),
     ):
         recipe.write_text(text)
         with pytest.raises(UsageError) as raised:

@@ -154,7 +154,7 @@ def test_losses_of_a_run_lie_beside_its_checkpoint_which_stays_whole(runs, capsy
     assert results[0]["losses"]["base"] == results[1]["losses"]["base"] != results[1]["losses"]["model"]
     capsys.readouterr()
     assert main(["eval", str(checkpoint)]) == 0
-    assert "losses are there already" in capsys.readouterr().out
+    assert "losses were already measured" in capsys.readouterr().out
     assert main(["eval", str(checkpoint), "--eval_subset", "50"]) == 2
     assert "eval_subset is 50.0, was None" in capsys.readouterr().err
 

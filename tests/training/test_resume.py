@@ -142,7 +142,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_its_beginning(whole,
     for _, path in checkpoints_in(interrupted):
         shutil.rmtree(path)
     train(parse_train(["--resume_from_checkpoint", "latest", "--output_dir", str(interrupted)]))
-    assert "starts at its beginning" in capsys.readouterr().out
+    assert "starts from the beginning" in capsys.readouterr().out
     ours, theirs = ((path / "metrics.jsonl").read_text().splitlines() for path in (interrupted, whole))
     assert [json.loads(line)["step"] for line in ours] == [json.loads(line)["step"] for line in theirs]
     assert files_of(interrupted / "checkpoint") == files_of(whole / "checkpoint")

@@ -1,4 +1,4 @@
-"""`dylora data`: datasets listed, shown as the model sees them, and checked."""
+"""`dylora data`: list datasets, show one as the model sees it, or check them."""
 
 from __future__ import annotations
 

@@ -17,19 +17,24 @@ NOT_SHOWN = {
     "decontaminate",
     "per_device_train_batch_size",
 }
-"""Flags that change nothing of what `dylora data show` prints."""
+"""Flags that do not change what `dylora data show` prints."""
 
 
 @dataclass
 class LookArguments:
-    """Flags of `dylora data show` and `dylora data check` beside those of the data."""
+    """The flags that `dylora data show` and `dylora data check` have besides those of the data."""
 
     model: str = field(
-        default=DEFAULT_BASE, metadata={"help": "Whose tokenizer and chat template: as in dylora train."}
+        default=DEFAULT_BASE,
+        metadata={"help": "The model whose tokenizer and chat template are used, as in dylora train."},
     )
-    examples: int = field(default=3, metadata={"help": "Examples to print (show)."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "For the share of padding (check)."})
-    seed: int = field(default=42, metadata={"help": "Which examples are printed; how check splits and mixes."})
+    examples: int = field(default=3, metadata={"help": "Number of examples to print (show)."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Rows of a batch, for the share of padding (check)."}
+    )
+    seed: int = field(
+        default=42, metadata={"help": "Seed of the choice of examples (show), and of the split and the mixing (check)."}
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -44,7 +49,7 @@ class LookArguments:
 def look_line(prog: str) -> CommandLine:
     """The flags of `dylora data show` or `dylora data check`, as `prog` says."""
     is_show = prog.endswith("show")
-    what = "Print examples as the model will see them" if is_show else "Count what training would be on"
+    what = "Print examples as the model will see them" if is_show else "Count the rows that training would use"
     return CommandLine(
         prog=prog,
         kinds=(DataConfig, LookArguments),
@@ -57,9 +62,9 @@ def look_line(prog: str) -> CommandLine:
 def _look_refusal(prog: str) -> Refusal:
     def refusal(name: str) -> str | None:
         if name == "datasets":
-            return f"name the datasets right behind {prog}"
+            return f"name the datasets right after {prog}"
         if name in NOT_SHOWN and prog.endswith("show"):
-            return "it changes nothing of what is shown"
+            return "it does not change what is shown"
         return "it is for dylora data show" if name == "examples" and prog.endswith("check") else None
 
     return refusal

@@ -22,12 +22,12 @@ def parse_look(argv: Sequence[str], *, prog: str) -> LookRequest:
     """Read the command line of `dylora data show` or `check`.
 
     Raises:
-        UsageError: as `parse_train`, and where no dataset is named.
+        UsageError: for an unknown or refused flag, a value out of range, or where no dataset is named.
     """
     words = list(argv)
     count = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
     if not count:
-        raise UsageError(f"no dataset is named; type it right behind the command: {prog} code_alpaca")
+        raise UsageError(f"no dataset is named; type it right after the command: {prog} code_alpaca")
     line = look_line(prog)
     data, look = parse(build_parser(line), words[count:], line.refusal, given=["--datasets", *words[:count]])
     if prog.endswith("show") and len(data.datasets) > 1:

@@ -1,4 +1,4 @@
-"""Data looked at before it is trained on; the commands `dylora data list`, `show` and `check`."""
+"""The commands `dylora data list`, `show` and `check`, which inspect data before it is trained on."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ TRAINED_SPECIAL_STYLE = "bold black on green"
 """Styles of tokens."""
 
 MAX_OVERLAPS = 5
-"""Contaminated rows named of one dataset."""
+"""The most overlaps that are listed for one dataset."""
 
 
 def list_datasets() -> None:
-    """Every dataset that has a name."""
+    """Print every dataset of the catalog."""
     console = Console()
     width = max(map(len, CATALOG)) + 2
     for source in CATALOG.values():
@@ -59,8 +59,8 @@ def list_datasets() -> None:
         grid.add_row("", Text(origin, style="dim"))
         console.print(grid)
     console.print(
-        "\nThose of the hub are read from there, or from --data_dir FOLDER with a folder per name. Anything else is a "
-        "dataset too: the path of a file or folder, or a hub id. docs/datasets.md has more.",
+        "\nDatasets of the hub are read from there, or from --data_dir FOLDER, which has a folder for each name. The "
+        "path of a file or folder, or a hub id, names a dataset too. docs/datasets.md has more.",
         highlight=False,
     )
 
@@ -109,14 +109,14 @@ def _show_head(console: Console, reading: SourceRows, rows: Rows, num_good: int)
 def coloured(
     ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: set[int], *, marked: bool
 ) -> Text:
-    """A row's text: prompt, trained and special tokens in styles of their own.
+    """The text of a row, with its prompt, trained and special tokens in different styles.
 
     Args:
-        special: ids of the template's and the end tokens, written out.
-        marked: also with ⟦ and ⟧ around what is trained, for where colours are lost.
+        special: the ids of special tokens, such as the template's and the end token; their text is shown too.
+        marked: whether trained tokens are also enclosed in ⟦ and ⟧, for output without colours.
     """
     text = Text()
-    # The first label predicts from nothing, so a plain text's first token is read, not learned.
+    # No token precedes the first one to predict it from, so the first token of a plain text is not trained.
     kinds = [
         (place > 0 and label != IGNORED, index in special)
         for place, (index, label) in enumerate(zip(ids, labels, strict=True))
@@ -140,7 +140,7 @@ def coloured(
 
 
 def check_datasets(config: DataConfig, look: LookArguments) -> None:
-    """Count what training on these datasets would be on."""
+    """Print what training on these datasets would use: rows, lengths, padding, and overlap with benchmarks."""
     console = Console()
     tokenizer = load_tokenizer(look.model)
     data = load_data(config, tokenizer, seed=look.seed)
@@ -157,7 +157,7 @@ def check_datasets(config: DataConfig, look: LookArguments) -> None:
 
 
 def _show_lengths(console: Console, tables: Sequence[Rows], config: DataConfig) -> None:
-    """Quantiles of the rows' lengths, before anything is cut."""
+    """Print quantiles of the rows' lengths in tokens, before long rows are cut."""
     table = Table(title="tokens of a row, before anything is cut")
     table.add_column("dataset")
     for quantile in QUANTILES:
@@ -182,7 +182,7 @@ def _show_padding(console: Console, data: LoadedData, config: DataConfig, batch_
 def _show_overlaps(
     console: Console, tables: Sequence[Rows], num_problems: int, unfindable: int, *, removed: bool
 ) -> None:
-    """Rows that overlap with a benchmark."""
+    """Print how many rows overlap with a benchmark, and which problems they overlap with."""
     done = ", removed" if removed else ", kept; --decontaminate removes them"
     short = f" ({unfindable} of them too short to be found)" if unfindable else ""
     total = sum(rows.num(Fate.CONTAMINATED) for rows in tables)

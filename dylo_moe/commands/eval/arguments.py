@@ -1,4 +1,4 @@
-"""The flags of `dylora eval`, which come behind the checkpoint."""
+"""The flags of `dylora eval`, which are typed after the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ EVAL_LINE = CommandLine(
     kinds=(EvalArguments,),
     usage="dylora eval CHECKPOINT [--FLAG VALUE ...]",
     description="Held-out losses with intervals, and pass@k of HumanEval and MBPP, of a trained model. Run again with "
-    "the same flags, it goes on where it was.",
+    "the same flags, it resumes where it was.",
 )

@@ -20,11 +20,11 @@ class EvalRequest(NamedTuple):
 
 
 def parse_eval(argv: Sequence[str]) -> EvalRequest:
-    """Read the command line.
+    """Read the command line of `dylora eval`.
 
     Raises:
-        UsageError: without a checkpoint, for an unknown flag, a value out of range, a flag that would do nothing, or
-            code to be run without leave.
+        UsageError: for a missing checkpoint, an unknown flag, a value out of range, a flag that would have no effect,
+            or tasks that run code without --allow_code_execution.
     """
     checkpoint, options, given = parse_behind_checkpoint(argv, build_parser(EVAL_LINE))
     check_given(options, given)
@@ -33,7 +33,7 @@ def parse_eval(argv: Sequence[str]) -> EvalRequest:
 
 
 def check_given(options: EvalArguments, given: set[str]) -> None:
-    """Raises UsageError for flags that change nothing of what is asked for."""
+    """Raise UsageError for flags that would have no effect on the chosen tasks."""
     known = {item.name for item in fields(EvalArguments)}
     reasons = []
     if LOSSES not in options.tasks:
@@ -49,10 +49,10 @@ def check_given(options: EvalArguments, given: set[str]) -> None:
 
 
 def check_leave(options: EvalArguments) -> None:
-    """Raises UsageError where a task runs generated code and that was not allowed."""
+    """Raise UsageError where a task runs generated code and --allow_code_execution is not given."""
     if options.benchmarks and not options.allow_code_execution:
         verb = "runs" if len(options.benchmarks) == 1 else "run"
         raise UsageError(
-            f"{' and '.join(options.benchmarks)} {verb} programs that the model writes, which nobody has read: add "
+            f"{' and '.join(options.benchmarks)} {verb} programs that the model writes and no person has read: add "
             "--allow_code_execution to let each of them run, isolated from your files and the network (--sandbox: how)"
         )

@@ -1,4 +1,4 @@
-"""The command `dylora eval`."""
+"""The command `dylora eval`: held-out losses and pass@k of a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from dylo_moe.utils.words import counted
 
 
 class Exam(NamedTuple):
-    """A benchmark that is to be run."""
+    """A benchmark to run: its problems, and how they are put to the model."""
 
     asking: Asking
     problems: list[Problem]
 
 
 def evaluate_checkpoint(request: EvalRequest) -> Path:
-    """Evaluate as the flags say, and show what came of it; returns the folder of the results.
+    """Evaluate as the flags say, and print the results; returns the folder of the results.
 
     Raises:
-        ValueError: for a checkpoint that is not whole, data that is not to be had, other settings than those of an
-            evaluation that is to go on.
+        ValueError: for an incomplete checkpoint, data that is not available, or settings that differ from those of the
+            evaluation that is to be resumed.
         SandboxError: where generated code cannot be isolated.
     """
     transformers_logging.disable_progress_bar()
@@ -76,7 +76,7 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     if exams and options.prompt == CHAT:
         check_chat(tokenizer)
     if LOSSES in read_results(folder) and LOSSES in options.tasks:
-        console.print(f"losses are there already: {folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
+        console.print(f"losses were already measured: {folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
     elif LOSSES in options.tasks:
         add_result(folder, (LOSSES,), evaluate_losses(console, model, tokenizer, checkpoint, options))
     for exam in exams:
@@ -89,7 +89,7 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
 
 
 def check_expert(manifest: dict[str, Any], expert: str | None) -> None:
-    """Raises ValueError for an expert that the checkpoint does not have."""
+    """Raise ValueError for an expert that the checkpoint does not have."""
     names = [entry["name"] for entry in manifest["experts"]]
     if expert is not None and expert not in (BASE, *names):
         raise ValueError(
@@ -99,7 +99,7 @@ def check_expert(manifest: dict[str, Any], expert: str | None) -> None:
 
 @contextmanager
 def forced(model: DyLoRAMoE, expert: str | None) -> Iterator[None]:
-    """Every token to one expert; None: as the router decides."""
+    """Route every token to one expert within the `with` block; None: route as the router decides."""
     if expert is None:
         yield
         return
@@ -108,14 +108,14 @@ def forced(model: DyLoRAMoE, expert: str | None) -> Iterator[None]:
 
 
 def read_exam(name: str, options: EvalArguments) -> Exam:
-    """The problems of a benchmark, and how they are asked. Raises ValueError where they are not to be had."""
+    """Read the problems of a benchmark. Raises ValueError where they are not available."""
     examples = load_examples(name, options.data_dir) if options.prompt == COMPLETION else []
     problems = load_problems(name, options.data_dir)[: options.limit]
     return Exam(Asking(name, options.prompt, tuple(examples)), problems)
 
 
 def say_trained_on(console: Console, trained: dict[str, Any], options: EvalArguments) -> None:
-    """Say where what is judged is near what was trained, and where that is not known."""
+    """Print a note where training data may overlap with a benchmark, or where that is not known."""
     if not options.benchmarks:
         return
     datasets = trained.get("datasets", [])
@@ -133,7 +133,7 @@ def say_trained_on(console: Console, trained: dict[str, Any], options: EvalArgum
 def evaluate_losses(
     console: Console, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, options: EvalArguments
 ) -> dict[str, Any]:
-    """The task losses."""
+    """Measure the held-out losses of a checkpoint; returns them as JSON values."""
     from dylo_moe.evaluation.losses import run_losses
 
     return run_losses(
@@ -159,7 +159,10 @@ def run_exam(
     options: EvalArguments,
     folder: Path,
 ) -> None:
-    """One benchmark: an example, greedy answers, samples where they are asked for; each result is kept at once."""
+    """Run one benchmark: greedy answers, then samples if wanted; each result is saved as soon as it is known.
+
+    The first answer is printed, so that a wrong prompt is seen at once.
+    """
     plans = [(Decoding("greedy"), [1])]
     if options.num_samples:
         sampled = Decoding("sampled", options.num_samples, options.temperature, options.top_p)
@@ -182,7 +185,7 @@ def run_exam(
             show_example(console, benchmark, example, tokenizer)
             room = benchmark.room(model, tokenizer)
             if room is not None and room < options.max_new_tokens:
-                text = f"the base's context has room for {room} tokens of an answer behind the longest prompt"
+                text = f"the base's context has room for {room} tokens of an answer after the longest prompt"
                 console.print(Text(f"Note: {text}.", style="yellow"), soft_wrap=True)
         with live_rate(console, f"{TITLES[name]} {decoding.name}", len(benchmark.keys)) as tell:
             outcome = run_benchmark(
@@ -194,9 +197,12 @@ def run_exam(
 
 
 def say_taken_up(console: Console, samples: SampleFile, num_dropped_verdicts: int) -> None:
-    """What there is of an earlier run, and what of it was not whole."""
+    """Print how many answers an earlier run left, and how many of its answers and verdicts were cut off."""
     if samples.samples:
-        console.print(f"going on: {len(samples.samples)} of {len(samples.keys)} answers are there", highlight=False)
+        console.print(
+            f"resuming: {len(samples.samples)} of {counted(len(samples.keys), 'answer')} already generated",
+            highlight=False,
+        )
     for count, what in ((samples.num_dropped, "answer"), (num_dropped_verdicts, "verdict")):
         if count:
             verb = "was" if count == 1 else "were"
@@ -205,13 +211,13 @@ def say_taken_up(console: Console, samples: SampleFile, num_dropped_verdicts: in
 
 
 def say_exported(console: Console, path: Path, name: str, options: EvalArguments) -> None:
-    """Where the samples lie for EvalPlus, and what it will want besides."""
+    """Print the path of the samples for EvalPlus, and which answers it expects besides them."""
     console.print(f"for EvalPlus {path}", highlight=False, soft_wrap=True)
     missing = []
     if options.limit is not None:
-        missing.append(f"here are the first {options.limit} only")
+        missing.append(f"this file has the first {options.limit} only")
     if name != HUMANEVAL:
         missing.append("MBPP+ also has tasks of MBPP's other splits")
     if missing:
-        text = f"EvalPlus wants an answer to every task of its set: {'; '.join(missing)}"
+        text = f"EvalPlus expects an answer to every task of its set: {'; '.join(missing)}"
         console.print(Text(f"Note: {text}.", style="yellow"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`dylora experts`: a checkpoint's experts listed, one removed, or the gate fitted again."""
+"""`dylora experts`: list a checkpoint's experts, remove one, or fit the gate again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 COMMANDS = {
     "list": "the experts of a checkpoint in gate order, and the skills that each one knows",
-    "remove": "write the checkpoint without one expert, its gate row and its skills; the others stay bit for bit",
-    "refit": "fit all gate rows anew against the skill library: show what changes, and write it where --output says",
+    "remove": "write the checkpoint without one expert, its gate row and its skills; the others stay bit-equal",
+    "refit": "fit all gate rows again to the skill library: show what changes, and with --output write the result",
 }
 
 
@@ -26,11 +26,11 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=COMMANDS[command])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder (the one that holds dylora.json)")
     if command == "remove":
-        parser.add_argument("name", metavar="EXPERT", help="the expert that goes")
+        parser.add_argument("name", metavar="EXPERT", help="the expert to remove")
         parser.add_argument("--output", required=True, help="a new folder for the checkpoint without it")
     if command == "refit":
         parser.add_argument("--output", help="a new folder for the refitted checkpoint; without it nothing is written")
-        parser.add_argument("--seed", type=int, default=0, help="of the draws from the skills' statistics")
+        parser.add_argument("--seed", type=int, default=0, help="seed of the draws from the skills' statistics")
     arguments = parser.parse_args(rest)
     from dylo_moe.commands.experts.run import list_experts, refit, remove_expert
 

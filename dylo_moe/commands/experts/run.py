@@ -1,4 +1,4 @@
-"""The experts of a checkpoint: list them, remove one, fit all gate rows anew; the command `dylora experts`."""
+"""The command `dylora experts`: list the experts of a checkpoint, remove one, or fit all gate rows again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.routing.config import BASE
 
 REHEARSED = 1000
-"""Draws of each skill that tell where its tokens would go."""
+"""The number of draws from each skill's statistics that estimate where its tokens are routed."""
 
 
 def list_experts(checkpoint: str) -> None:
-    """A table of the experts of a checkpoint, in gate order, and of the skills that each one knows."""
+    """Print a table of a checkpoint's experts, in gate order, with the skills that each one knows."""
     manifest = read_manifest(checkpoint)
     growth = manifest.get("growth")
     skills = {} if growth is None else skills_by_expert(growth["skills"])
@@ -42,11 +42,11 @@ def list_experts(checkpoint: str) -> None:
     if growth is None:
         console.print("It has no skill library: it was trained jointly, and its pool is fixed.", highlight=False)
     elif not growth["allow_expert_growth"]:
-        console.print("Its pool is fixed: what is new is reported.", highlight=False)
+        console.print("Its pool is fixed: new data is reported, and grows no expert.", highlight=False)
 
 
 def remove_expert(checkpoint: str, name: str, output: str) -> None:
-    """Write a checkpoint without one expert, its gate row and its skills; the others stay bit for bit."""
+    """Write a checkpoint without one expert, its gate row and its skills; the other experts stay bit-equal."""
     check_output(output)
     model = DyLoRAMoE.from_pretrained(checkpoint)
     gone = model.remove_expert(name)
@@ -57,24 +57,25 @@ def remove_expert(checkpoint: str, name: str, output: str) -> None:
 
 
 class Change(NamedTuple):
-    """What a refit would do to one skill."""
+    """What a refit of the gate rows changes for one skill."""
 
     skill: str
     expert: str
     before: float
-    """Share of draws from its statistics that go to its own expert, by the rows as they are."""
+    """The share of draws from the skill's statistics that are routed to its own expert by the present gate rows."""
     after: float
+    """The share of the same draws that are routed to its own expert by the refitted gate rows."""
     alike: float
-    """Cosine between the expert's row as it is and as it would be."""
+    """The cosine between the expert's present gate row and its refitted one."""
 
 
 def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
-    """Fit all gate rows anew against the library; show what that changes, and where `output` is given write it."""
+    """Fit all gate rows again to the skill library, print what changes, and write the model to `output` if given."""
     if output is not None:
         check_output(output)
     model = DyLoRAMoE.from_pretrained(checkpoint)
     if model.growth is None:
-        raise ValueError(f"{checkpoint} has no skill library to fit gate rows against; it was trained jointly")
+        raise ValueError(f"{checkpoint} has no skill library to fit gate rows to; it was trained jointly")
     rows = model.growth.refit(seed=seed)
     changes = refit_changes(model, rows, seed=seed)
     table = Table("skill", "expert", "to it now", "after a refit", "row's cosine", box=SIMPLE_HEAD, pad_edge=False)
@@ -85,7 +86,7 @@ def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
     console.print(f"Of {REHEARSED:,} draws from each skill's statistics:", highlight=False)
     console.print(table)
     if output is None:
-        console.print("Nothing was changed. With --output FOLDER the refitted model is written there.", highlight=False)
+        console.print("Nothing was written. With --output FOLDER the refitted model is written there.", highlight=False)
         return
     set_rows(model, rows)
     save_checkpoint(model, output)
@@ -93,14 +94,14 @@ def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
 
 
 def set_rows(model: DyLoRAMoE, rows: GateRows) -> None:
-    """Give the gate rows their new values."""
+    """Set the gate rows of the given experts to new values."""
     for expert, (row, bias) in rows.items():
         model.router.set_row(expert, row, bias)
 
 
 @torch.no_grad()
 def refit_changes(model: DyLoRAMoE, rows: GateRows, *, seed: int) -> list[Change]:
-    """What other gate rows would change, skill by skill; the model stays as it is."""
+    """Compare the model's gate rows with other ones, skill by skill; the model is unchanged afterwards."""
     router, library = model.router, model.library
     before = {name: (router.gate[name].clone(), router.gate_bias[name].clone()) for name in router.names}
     skills = library.skills
@@ -137,7 +138,7 @@ def check_output(output: str) -> None:
 
 
 def skills_by_expert(record: dict) -> dict[str, list[str]]:
-    """Of each expert what a library's record says of its skills, in words."""
+    """Describe the skills of each expert in words, from the record of a skill library."""
     found: dict[str, list[str]] = {}
     for skill in record["skills"]:
         if skill["name"] != BASE:

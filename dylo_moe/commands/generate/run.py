@@ -1,4 +1,4 @@
-"""Continue a prompt and say which expert each token used; the command `dylora generate`."""
+"""The command `dylora generate`: continue a prompt and show which expert each token used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def generate(
     temperature: float,
     seed: int,
 ) -> None:
-    """The command: load, generate, print in colours. Arguments as its flags."""
+    """Load a checkpoint, continue a prompt, and print the text in the colours of its experts.
+
+    The arguments are the flags of `dylora generate`.
+    """
     if not prompt:
         raise ValueError("--prompt is empty; give a question, or with --raw a text to continue")
     if max_new_tokens < 1:

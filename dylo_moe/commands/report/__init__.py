@@ -13,7 +13,7 @@ def main(words: list[str]) -> int:
         description="Write one page about a run or a stream: losses, routing, matrix, settings. It needs no network.",
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run or a stream, finished or not")
-    parser.add_argument("--output", help="the page to write; without it, report.html in that folder")
+    parser.add_argument("--output", help="the page to write; default: report.html in that folder")
     arguments = parser.parse_args(words)
     from dylo_moe.report.run_page import write_report
 

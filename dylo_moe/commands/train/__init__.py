@@ -1,4 +1,4 @@
-"""`dylora train`, and `python train.py`: several experts and their router trained together."""
+"""`dylora train`, and `python train.py`: train several experts and their router together."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from dylo_moe.training.tracking import download_checkpoint
 from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
 from dylo_moe.utils.distributed import from_first, num_ranks
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.words import counted
 
 
 class Arguments(NamedTuple):
@@ -31,9 +32,9 @@ class Arguments(NamedTuple):
     data: DataConfig
     train: TrainArguments
     resumed: Resumption | None = None
-    """What the run goes on from."""
+    """The run and the checkpoint that this run resumes from; None: it is a new run."""
     changed: tuple[str, ...] = ()
-    """Settings that are not those of the checkpoint, and may be others."""
+    """Settings that differ from the checkpoint's and may do so, in words."""
 
 
 def build_train_parser(*, prog: str = TRAIN_LINE.prog, show_all: bool = False) -> Parser:
@@ -42,10 +43,10 @@ def build_train_parser(*, prog: str = TRAIN_LINE.prog, show_all: bool = False) -
 
 
 def parse_train(argv: Sequence[str], *, prog: str = TRAIN_LINE.prog, num_processes: int | None = None) -> Arguments:
-    """Read the command line and the recipe it names.
+    """Read the command line and the recipe that it names.
 
     Args:
-        num_processes: that the run will have; None: as many as it has.
+        num_processes: the number of processes that the run will have; None: as many as it has now.
 
     Raises:
         UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
@@ -67,11 +68,13 @@ def parse_train(argv: Sequence[str], *, prog: str = TRAIN_LINE.prog, num_process
     refused, allowed = changes(saved, settings_of(arguments), processes=processes)
     if refused:
         raise UsageError(
-            f"cannot go on from {resumed.checkpoint} with other settings: {'; '.join(refused)}. Leave them out, or "
+            f"cannot resume from {resumed.checkpoint} with other settings: {'; '.join(refused)}. Leave them out, or "
             "start a new run"
         )
     if processes[0] != processes[1]:
-        allowed.append(f"the run has {processes[1]} processes, had {processes[0]}: a step has the same rows")
+        allowed.append(
+            f"the run has {counted(processes[1], 'process', 'processes')}, had {processes[0]}: a step has the same rows"
+        )
     return arguments._replace(changed=tuple(allowed))
 
 
@@ -86,6 +89,6 @@ def _resumption(words: list[str]) -> Resumption | None:
 
 
 def settings_of(arguments: Arguments) -> dict[str, Any]:
-    """What a run was resolved to, without `NOT_SETTINGS`."""
+    """The settings of a run, with every default filled in, as a recipe holds them; `NOT_SETTINGS` are left out."""
     ours = (arguments.model, arguments.experts, arguments.router, arguments.data)
     return plain_settings(ours, arguments.train, refusal_of)

@@ -1,4 +1,4 @@
-"""Joint training: several experts and their router, together, on several kinds of data."""
+"""Joint training, the command `dylora train`: several experts and their router, together, on several datasets."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def train(arguments: Arguments) -> Path:
 
 
 def _train(arguments: Arguments, stop: StopRequest) -> Path:
-    """The life of a run, from its flags to its final checkpoint."""
+    """Run a training from its flags to its final checkpoint."""
     started = time.time()
     transformers_logging.disable_progress_bar()
     console = distributed.console()
@@ -117,10 +117,10 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
 
 
 def benchmark_schedule(arguments: Arguments, sharding: Sharding | None) -> BenchmarkSchedule | None:
-    """Which benchmarks are judged while the run trains, and when; None where none is.
+    """Decide which benchmarks are run during training, and when; None where none is.
 
     Raises:
-        ValueError: where the flags ask for what cannot be judged.
+        ValueError: for a benchmark that cannot be run.
     """
     train = arguments.train
     schedule = plan_benchmarks(
@@ -133,16 +133,17 @@ def benchmark_schedule(arguments: Arguments, sharding: Sharding | None) -> Bench
     )
     if schedule is not None and sharding is not None:
         raise ValueError(
-            "eval_benchmark has one process answer, and with FSDP that holds a part of the base: leave one of them out"
+            "eval_benchmark generates answers in one process, which with FSDP holds only a part of the base: leave one "
+            "of them out"
         )
     return schedule
 
 
 def read_data(arguments: Arguments, console: Console) -> tuple[PreTrainedTokenizerBase, LoadedData]:
-    """The base's tokenizer and the datasets; a resumed run must find the rows that it was trained on.
+    """Read the base's tokenizer and the datasets.
 
     Raises:
-        ValueError: where it does not.
+        ValueError: where the rows are not those that a resumed run was trained on.
     """
     tokenizer = load_tokenizer(arguments.model.model)
     with arguments.train.main_process_first(desc="tokenising"):
@@ -153,7 +154,7 @@ def read_data(arguments: Arguments, console: Console) -> tuple[PreTrainedTokeniz
 
 
 def make_model(arguments: Arguments, console: Console) -> DyLoRAMoE:
-    """The base with fresh experts and router."""
+    """Load the base and give it new experts and a new router."""
     model = build_model(arguments.model, arguments.experts, arguments.router, bf16=arguments.train.bf16)
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
@@ -188,7 +189,7 @@ def open_run(
 
 
 def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any]) -> Path:
-    """The folder of this run, with its settings in it: a new one, or that of the run which is resumed.
+    """Make the folder of a new run, or take that of the resumed run, and write the settings into it.
 
     Raises:
         ValueError: for a folder that holds another run, or later checkpoints than the one to resume from.
@@ -217,7 +218,7 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
 
 
 def make_trainer(run: TrainingRun, rows: Any, stop: StopRequest) -> DyLoRATrainer:
-    """The Trainer of the run, with what logs, tracks and stops it."""
+    """Make the Trainer of the run, with the callbacks that log, track and stop it."""
     train = run.arguments.train
     callbacks: list[TrainerCallback] = [run.metrics, ProgressBar(run.console), stop]
     if "wandb" in list(train.report_to or ()):
@@ -240,7 +241,7 @@ def make_trainer(run: TrainingRun, rows: Any, stop: StopRequest) -> DyLoRATraine
 
 
 def alarm_printer(run: TrainingRun) -> Callable[[int, list[str]], None]:
-    """What prints the alarms about the routing and logs them, on rank 0."""
+    """Make the function that prints the alarms about the routing and logs them, on rank 0."""
 
     def print_alarms(step: int, sentences: list[str]) -> None:
         if not distributed.is_first():
@@ -253,7 +254,8 @@ def alarm_printer(run: TrainingRun) -> Callable[[int, list[str]], None]:
 
 
 def benchmark_callback(run: TrainingRun, schedule: BenchmarkSchedule, trainer: DyLoRATrainer) -> BenchmarkCallback:
-    """What judges benchmarks during training; a signal ends it between two batches, as it ends an evaluation."""
+    """Make the callback that runs benchmarks during training; a signal ends it between two batches, like an
+    evaluation."""
     return BenchmarkCallback(
         schedule,
         run.tokenizer,
@@ -266,7 +268,7 @@ def benchmark_callback(run: TrainingRun, schedule: BenchmarkSchedule, trainer: D
 
 
 def losses_before(run: TrainingRun, trainer: DyLoRATrainer) -> dict[str, float]:
-    """The held-out loss of each dataset before training; a resumed run has it in its checkpoint."""
+    """Measure the held-out loss of each dataset before training; a resumed run reads it from its checkpoint."""
     if run.arguments.resumed is not None and run.checkpoint is not None:
         return run.arguments.resumed.record["losses_before"]
     return {name: reading.loss for name, reading in evaluate(trainer, run.console, "before training").items()}
@@ -276,9 +278,10 @@ def losses_before(run: TrainingRun, trainer: DyLoRATrainer) -> dict[str, float]:
 
 
 def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Path:
-    """Save the final checkpoint, evaluate it, and show what came of the run; returns the checkpoint's folder.
+    """Save the final checkpoint, evaluate it, and print the results; returns the checkpoint's folder.
 
-    The checkpoint is saved before the evaluation, so that a kill during that loses no training, and again with it.
+    The checkpoint is saved before the evaluation, so that a kill during the evaluation loses no training, and saved
+    again with the losses afterwards.
     """
     final = run.folder / "checkpoint"
     record = {**run.record, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
@@ -299,7 +302,7 @@ def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Pat
 
 
 def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[RoutedText]:
-    """A text from each dataset's prompt. All ranks generate the same, because none holds all of a sharded base."""
+    """Generate a text from a prompt of each dataset. All ranks take part, because none holds all of a sharded base."""
     model.eval()
     return [
         sample(model, ids, end_ids=end_ids(tokenizer), max_new_tokens=SAMPLE_TOKENS, label=domain)

@@ -1,4 +1,4 @@
-"""What a training run prints: what it begins with, what came of it, and what to type next."""
+"""What a training run prints: what it begins with, its results, and what to type next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTION = "Write the Python function clamp. Limit a number to a range."
 
 
 class Results(NamedTuple):
-    """What came of a run."""
+    """The results of a run: losses, readings, generated texts and plots."""
 
     before: dict[str, float]
     """The held-out loss of each dataset before training."""
@@ -44,13 +44,13 @@ class Results(NamedTuple):
 
 
 def show_begin(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
-    """Which processes train, and what a resumed run resumes from."""
+    """Print how many processes train, and what a resumed run resumes from."""
     _show_processes(console, arguments, sharding)
     _show_resumption(console, arguments)
 
 
 def _show_processes(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
-    """How many processes train together, and GPUs of this machine that do not take part."""
+    """Print how many processes train together, and how many GPUs of this machine are idle."""
     train, count = arguments.train, distributed.num_ranks()
     if count > 1:
         each, turns = train.per_device_train_batch_size, train.gradient_accumulation_steps
@@ -60,7 +60,9 @@ def _show_processes(console: Console, arguments: Arguments, sharding: Sharding |
     if count == 1 and idle > 0 and train.device.type == "cuda":
         verb = "is" if idle == 1 else "are"
         console.print(
-            f"one process trains on one GPU; {idle} more {verb} idle here (docs/distributed.md)", style="yellow"
+            f"one process trains on one GPU; {counted(idle, 'other GPU')} of this machine {verb} idle "
+            "(docs/distributed.md)",
+            style="yellow",
         )
 
 
@@ -71,7 +73,7 @@ def _show_resumption(console: Console, arguments: Arguments) -> None:
     for problem in resumed.broken:
         console.print(Text(f"passed over: {problem}", style="yellow"), soft_wrap=True)
     if resumed.checkpoint is None:
-        text = f"{resumed.run} was interrupted before its first checkpoint: it starts at its beginning."
+        text = f"{resumed.run} was interrupted before its first checkpoint: it starts from the beginning."
         console.print(Text(text, style="yellow"), soft_wrap=True)
         return
     console.print(f"resuming from {resumed.checkpoint}, step {resumed.record['step']}", highlight=False, soft_wrap=True)
@@ -80,7 +82,7 @@ def _show_resumption(console: Console, arguments: Arguments) -> None:
 
 
 def show_packing(console: Console, rows: Any, *, batch_size: int) -> None:
-    """How full packed rows are, against the same texts in rows of their own."""
+    """Print how full packed rows are, compared with one text in each row."""
     if isinstance(rows, PackedTexts):
         padding = padding_share(rows.lengths, batch_size)
         console.print(
@@ -92,7 +94,7 @@ def show_packing(console: Console, rows: Any, *, batch_size: int) -> None:
 
 
 def show_model(console: Console, model: DyLoRAMoE) -> None:
-    """What is frozen and what trains, counted from the model itself."""
+    """Print how many parameters are frozen and how many are trained, counted from the model itself."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = count_parameters(parameter for parameter in model.parameters() if not parameter.requires_grad)
     expert = model.experts[0]
@@ -117,7 +119,7 @@ def show_end(
     *,
     seconds: float,
 ) -> None:
-    """The best checkpoint, tables and samples, the files of the run, and what to type next."""
+    """Print the best checkpoint, tables and samples, the files of the run, and what to type next."""
     _show_best(console, trainer)
     _show_results(console, folder, tokenizer, trainer.own_model(), results)
     _show_files(console, folder, results.plots)
@@ -142,7 +144,7 @@ def _show_best(console: Console, trainer: DyLoRATrainer) -> None:
 def _show_results(
     console: Console, folder: Path, tokenizer: PreTrainedTokenizerBase, model: DyLoRAMoE, results: Results
 ) -> None:
-    """Losses, routing and samples; kept as samples.json, and as a picture in result.svg."""
+    """Print losses, routing and samples, and save them as samples.json and as a picture, result.svg."""
     write_json(folder / "samples.json", [readable(item, tokenizer) for item in results.samples])
     recorder = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     for target in (console, recorder):
@@ -156,7 +158,7 @@ def _show_results(
 
 
 def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A sample as samples.json keeps it: the text of each token, and the expert that it was routed to."""
+    """Write a sample as JSON values for samples.json: the text of each token, and the expert that it was routed to."""
     tokens = [str(tokenizer.decode([token])) for token in item.ids]
     return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}
 
@@ -177,15 +179,15 @@ def _show_files(console: Console, folder: Path, plots: list[Path]) -> None:
 
 
 def _show_next(console: Console, checkpoint: Path) -> None:
-    console.print("\nNext, ask it something:\n")
+    console.print("\nNext, ask the model something:\n")
     words = f"  {command()} generate --checkpoint {checkpoint} --prompt {QUESTION!r}\n"
     console.print(words, highlight=False, soft_wrap=True, markup=False)
 
 
 def lost_process(arguments: Arguments) -> str:
-    """Why a run ends that has lost one of its processes, and how to resume it."""
+    """The message of a run that ends because one of its processes is gone: how to resume it."""
     folder = Path(arguments.train.output_dir)
     found = checkpoints_in(folder)
     if not found:
-        return f"another process of this run has gone; {folder} has no checkpoint yet: start again"
+        return f"another process of this run has gone; {folder} has no checkpoint yet: start the run again"
     return f"another process of this run has gone; the last whole checkpoint is {found[-1][1]}. {how_to_resume(folder)}"
