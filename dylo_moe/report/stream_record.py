@@ -24,7 +24,7 @@ class StreamRecord(NamedTuple):
     is_finished: bool | None
     """Whether the stream has ended; None if that is not known."""
     pages: list[Path | None]
-    """For each stage of the matrix the page about its run, if there is one."""
+    """The page about the run of each stage of the matrix; None where there is none."""
     missing: list[str]
     """Sentences about files that are not there or cannot be read."""
 

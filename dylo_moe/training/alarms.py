@@ -10,7 +10,7 @@ DEAD_SHARE = 0.01
 """An expert that gets less than this share of the tokens is called dead."""
 
 ALARM_TOKENS = 4096
-"""An alarm must hold for so many tokens; over fewer, the shares vary by chance."""
+"""The number of tokens for which an alarm must hold; over fewer, the shares vary by chance."""
 
 COLLAPSED_SHARE = 0.9
 """The router has collapsed where one of several experts gets more than this share of the tokens of several datasets."""
@@ -46,7 +46,7 @@ class AlarmBell:
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
-        """For how many tokens each alarm has held."""
+        """The number of tokens for which each alarm has held."""
 
     def changes(self, found: dict[str, str], num_tokens: int) -> list[str]:
         """The sentences to report after a stretch of training.

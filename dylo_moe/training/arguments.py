@@ -79,7 +79,7 @@ class TrainerOptions:
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Go on with a run: its folder, one of its checkpoints, or latest, the newest in --output_dir; "
+            "help": "Resume a run: its folder, one of its checkpoints, or latest, the newest in --output_dir; "
             "auto: the same, and a new run where --output_dir has none. Settings are the checkpoint's; those that are "
             "given are compared with them."
         },

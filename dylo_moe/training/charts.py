@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
 
 COLOURS = ("#0072b2", "#d55e00", "#00856a", "#b8569a", "#b07a00", "#4a4fb5", "#5f6b73")
-"""After Okabe and Ito's palette, which colour-blind people can tell apart; darker, to be read on white."""
+"""Colours of series: Okabe and Ito's palette, which colour-blind people can distinguish, darkened for white paper."""
 
 DASHES = ("solid", (0, (6, 3)), (0, (2, 3)), (0, (8, 3, 2, 3)))
 """Line styles: where there are more series than colours, the colours begin again with the next style."""

@@ -25,7 +25,7 @@ class MeterReading(NamedTuple):
     shares: dict[str, float]
     """The share of all real tokens that each expert got."""
     domain_shares: dict[str, dict[str, float]]
-    """The same within each domain."""
+    """The share of each domain's real tokens that each expert got."""
     token_entropy: float
     """Mean entropy of one token's gate probabilities; low: the router is sure of each token."""
     num_tokens: int

@@ -58,7 +58,7 @@ class StopRequest(TrainerCallback):
             raise Stopped(number)
 
     def agree(self) -> None:
-        """Take up, on all ranks, a signal that any of them has received."""
+        """Make all ranks act on a signal that any of them has received."""
         self.number = largest(self._heard) or None
 
     def leave(self) -> None:
@@ -67,11 +67,11 @@ class StopRequest(TrainerCallback):
         self._is_leaving = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on, a signal takes effect at the end of the running step."""
+        """Let a signal take effect at the end of the running step."""
         self.is_training = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on, a signal ends the program at once; the ranks agree on those received by now."""
+        """Let a signal end the program at once again; the ranks agree on a signal received until now."""
         self.is_training = False
         self.agree()
 

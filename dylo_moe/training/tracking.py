@@ -312,7 +312,7 @@ def _offline(wandb: Any) -> bool:
 
 
 def _check_key(wandb: Any) -> None:
-    """Raises ValueError where there is no key; it never asks for one, because a job has nobody who could answer."""
+    """Raises ValueError where there is no key; it never asks for one, because no user can answer in a job."""
     try:
         found = wandb.login(prompt=False, verify=False)
     except TypeError:  # older clients know no `verify`, and raise by themselves where a key is needed

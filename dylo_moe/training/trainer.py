@@ -177,9 +177,9 @@ class DyLoRATrainer(CheckpointingTrainer):
         """Clip the gradients of the experts and the router that are trained.
 
         Why this private method is overridden: the Trainer's own walks through all parameters at every step, which takes
-        the longer the more experts are frozen, about 0.1 s for 50 experts of 210 linears each. No public method lies
-        between the backward and the clipping. Without clipping (`--max_grad_norm 0`) the Trainer's own walk remains.
-        """
+        the longer the more experts are frozen, about 0.1 s for 50 experts of 210 linears each. No public method is
+        called between the backward and the clipping. Without clipping (`--max_grad_norm 0`) the Trainer's own walk
+        remains."""
         own = self.own_model()
         learning = [*own.experts.learning(), *own.router.parameters()]
         return super()._clip_grad_norm(SimpleNamespace(parameters=lambda: learning))

@@ -1,4 +1,4 @@
-"""dylora submit: the job field by field, what is refused before it is sent, and the run that goes on in the bucket."""
+"""dylora submit: the job field by field, what is refused before it is sent, and the run that resumes in the bucket."""
 
 import dataclasses
 import errno
@@ -318,7 +318,7 @@ def test_all_that_is_missing_is_named_at_once(capsys):
         (["--lora_r", "eight"], "lora_r: invalid int value: 'eight'"),
         (["word"], "unrecognized arguments: word"),
         (["--output_dir", "x"], "it is made of --bucket and --display_name"),
-        (["--resume_from_checkpoint", "x"], "a job always goes on"),
+        (["--resume_from_checkpoint", "x"], "a job always resumes its run"),
         (["--bf16", "--fp16"], "At most one of fp16 and bf16"),
         (["--bucket", "my-runs"], "bucket is 'my-runs'; it must be gs://BUCKET"),
         (["--image", "dylora-moe"], "it must be HOST/PATH/NAME:TAG"),
@@ -333,7 +333,7 @@ def test_all_that_is_missing_is_named_at_once(capsys):
         (["--timeout_hours", "0"], "it must be above 0"),
         (["--max_wait_hours", "2"], "only FLEX_START waits"),
         (["--strategy", "FLEX_START", "--timeout_hours", "169"], "at most 168"),
-        (["--strategy", "SPOT", "--persistent_resource_id", "p"], "they are there already"),
+        (["--strategy", "SPOT", "--persistent_resource_id", "p"], "they already exist"),
         (["--boot_disk_gb", "10"], "at least 100"),
         (["--datasets", "code_alpacca"], "the nearest known one is 'code_alpaca'"),
         (["--datasets", "gs://my-runs/rows.jsonl"], "write /gcs/my-runs/rows.jsonl"),

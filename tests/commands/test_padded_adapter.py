@@ -118,7 +118,7 @@ def test_ranks_that_no_server_has(tmp_path):
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is set"),
         ({"target_modules": ".*q_proj"}, "must be a list of names"),
         ({"r": 12}, "r is 12; it must be one of 1, 8, 16, 32, 64, 128, 256, 320, 512"),
-        ({"r": 16}, "r is 16, but not of"),
+        ({"r": 16}, "r is 16, but these have another rank: base_model."),
     ],
 )
 def test_each_rule_refuses_what_breaks_it(change, reason, tmp_path):
@@ -137,7 +137,7 @@ def test_foreign_tensors_are_refused(name, tmp_path):
 def test_an_adapter_without_a_b_is_refused(tmp_path):
     config, state = read(save_stock(tmp_path / "adapter"))
     del state[next(name for name in state if ".lora_B." in name)]
-    with pytest.raises(ValueError, match=r"no pairs of A and B: base_model\.model\..*lora_A\.weight"):
+    with pytest.raises(ValueError, match=r"not pairs of A and B: base_model\.model\..*lora_A\.weight"):
         padded(config, state)
 
 

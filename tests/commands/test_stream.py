@@ -302,7 +302,7 @@ def test_a_stream_does_not_go_on_under_other_settings(done, tmp_path, capsys):
     assert main([*resume, "--seeding_share", "0.2"]) == 2
     assert "seeding_share is 0.2, was 0.7" in capsys.readouterr().err
     assert main(["stream", "--resume_from_checkpoint", str(tmp_path)]) == 2
-    assert "is no stream" in capsys.readouterr().err
+    assert "is not a stream" in capsys.readouterr().err
 
 
 def test_a_dataset_is_not_both_learned_and_measured(done, tmp_path, capsys):

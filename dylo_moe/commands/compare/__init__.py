@@ -1,4 +1,5 @@
-"""`dylora compare`: a routed model beside the base, single LoRAs of equal size, and routing that is not learned."""
+"""`dylora compare`: compare a routed model with the base, single LoRAs of equal size, and routing that is not
+learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of `dylora compare`: all of `dylora train`, and what is compared."""
+"""The flags of `dylora compare`: those of `dylora train`, and what is compared."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ARMS = {
     "random": "random routing",
     OURS: "ours",
 }
-"""What is compared, in the order of the table, with what people call it."""
+"""The arms of a comparison in the order of the table, each with its title for readers."""
 
 NOT_OFFERED = {
     "seed": "give --seeds",
     "router_policy": "every policy is an arm of its own; --arms chooses",
-    "resume_from_checkpoint": "type the same command again, and it goes on",
-    "wandb_checkpoint_artifact": "type the same command again, and it goes on",
+    "resume_from_checkpoint": "type the same command again, and it resumes",
+    "wandb_checkpoint_artifact": "type the same command again, and it resumes",
     "early_stopping_patience": "all arms train on the same tokens",
     "early_stopping_threshold": "all arms train on the same tokens",
     "load_best_model_at_end": "it would choose a checkpoint by the very rows that the arms are compared on",
-    "eval_benchmark": "every arm is judged when it is trained: --tasks",
-    "eval_benchmark_steps": "every arm is judged when it is trained: --tasks",
+    "eval_benchmark": "every arm is evaluated once it is trained: --tasks",
+    "eval_benchmark_steps": "every arm is evaluated once it is trained: --tasks",
     "include_num_input_tokens_seen": "tokens are always counted here",
 }
-"""Flags of `dylora train` that would do nothing, or something wrong, here; each with the reason."""
+"""Flags of `dylora train` that would have no effect or a wrong one here, each with the reason."""
 
 OF_CODE = ("timeout_seconds", "memory_mib", "limit", "max_new_tokens")
 """Flags of `dylora eval` that have no meaning without a task that runs code."""
@@ -45,7 +45,7 @@ EVAL = {item.name: item for item in fields(EvalArguments)}
 
 @dataclass
 class CompareArguments:
-    """Flags of `dylora compare` beside those of `dylora train`.
+    """The flags that `dylora compare` has besides those of `dylora train`.
 
     Raises:
         ValueError: for values out of range; all problems in one message.
@@ -53,13 +53,14 @@ class CompareArguments:
 
     seeds: list[str] = field(
         default_factory=lambda: ["1", "2", "3"],
-        metadata={"help": "Every arm is trained with each of these; a seed decides what is held out, too."},
+        metadata={"help": "Seeds with each of which every arm is trained; a seed also decides what is held out."},
     )
     arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": "What is compared: " + ", ".join(ARMS) + "."}
+        default_factory=lambda: list(ARMS), metadata={"help": "The arms that are compared: " + ", ".join(ARMS) + "."}
     )
     tasks: list[str] = field(
-        default_factory=lambda: [LOSSES], metadata={"help": "How: " + ", ".join(TASKS) + "; losses always."}
+        default_factory=lambda: [LOSSES],
+        metadata={"help": "The evaluations: " + ", ".join(TASKS) + "; losses are always measured."},
     )
     timeout_seconds: float = field(
         default=EvalArguments.timeout_seconds, metadata=dict(EVAL["timeout_seconds"].metadata)
@@ -102,7 +103,7 @@ COMPARE_LINE = CommandLine(
     usage="dylora compare [--config RECIPE] [--FLAG VALUE ...]",
     description="Train and evaluate on the same data, tokens and seeds: the base, one LoRA of equal total parameters, "
     "one of equal active parameters, uniform routing, random routing, and ours; one table says whether ours wins. "
-    "Killed, it goes on where it was when it is started again.",
+    "Started again after a kill, it resumes where it was.",
     refusal=compare_refusal,
     trainer=TrainerOptions,
 )

@@ -1,4 +1,4 @@
-"""The files of one arm with one seed, and what is read back from them."""
+"""The files of one arm with one seed: their paths, and the functions that read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dylo_moe.routing.config import UNIFORM
 
 
 class ArmFolder(NamedTuple):
-    """Where the files of one arm with one seed are."""
+    """The paths of the files of one arm with one seed."""
 
     folder: Path
     """The folder of the seed."""
@@ -25,42 +25,43 @@ class ArmFolder(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The name of the arm and its seed in messages."""
         return f"seed {self.seed}, {self.arm}"
 
     @property
     def run(self) -> Path:
-        """The folder of its training run."""
+        """The folder of the arm's training run."""
         return self.folder / self.arm
 
     @property
     def checkpoint(self) -> Path:
-        """The final checkpoint of its training run."""
+        """The final checkpoint of the arm's training run."""
         return self.run / "checkpoint"
 
     @property
     def is_trained(self) -> bool:
-        """Whether its training has ended; the base needs none."""
+        """Whether the arm's training has ended; true for the base, which needs none."""
         return self.arm == BASE_ARM or (self.checkpoint / MANIFEST).is_file()
 
     @property
     def losses(self) -> Path:
-        """The file of its losses, row by row."""
+        """The file of the arm's losses, row by row."""
         return self.folder / "losses" / f"{self.arm}.json"
 
     @property
     def evaluation(self) -> Path:
-        """The folder of its answers to benchmarks."""
+        """The folder of the arm's answers to benchmarks."""
         return self.folder / "evaluation" / self.arm
 
 
 def identity(place: ArmFolder) -> str:
-    """The hash of an arm's checkpoint, so that the losses of an arm that was trained again are measured again."""
+    """The hash of an arm's checkpoint, by which the losses of an arm that was trained again are recognised as
+    outdated."""
     return BASE_ARM if place.arm == BASE_ARM else sha256((place.checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
 def read_losses(place: ArmFolder) -> Losses | None:
-    """The losses of an arm's rows; None where they were not measured, or not with this checkpoint."""
+    """Read an arm's losses; None where they were not measured, or were measured with another checkpoint."""
     if not place.losses.is_file():
         return None
     content = json.loads(place.losses.read_text(encoding="utf-8"))
@@ -68,13 +69,13 @@ def read_losses(place: ArmFolder) -> Losses | None:
 
 
 def read_benchmarks(place: ArmFolder) -> dict[str, Any]:
-    """The results of `dylora eval`; empty where it has none yet."""
+    """Read the results of `dylora eval` for an arm; empty where there are none yet."""
     path = place.evaluation / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_run(place: ArmFolder, benchmarks: Sequence[str]) -> ArmRun:
-    """An arm that was trained and judged."""
+    """Read the sizes, losses and pass rates of an arm that was trained and evaluated."""
     losses = read_losses(place)
     assert losses is not None
     results = read_benchmarks(place)

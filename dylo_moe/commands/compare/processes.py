@@ -1,4 +1,4 @@
-"""Commands that run in processes of their own, one after another, and end when the process that started them ends."""
+"""Run commands in separate processes, one after another; they end when the process that started them ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 LOCK = ".lock"
 
 LONGEST_WAIT_SECONDS = 180.0
-"""How long to wait for a process of an earlier, killed call, which saves before it ends."""
+"""The longest wait for a process that an earlier, killed call has started, and which saves before it ends."""
 
 LINE_SECONDS = 30.0
 """The time between two lines of progress where there is no terminal."""
@@ -37,7 +37,7 @@ def hold(folder: Path, console: Console) -> Iterator[None]:
     """Lock a folder against other comparisons.
 
     Raises:
-        ValueError: where another one works in it for longer than `LONGEST_WAIT_SECONDS`.
+        ValueError: where another comparison holds the lock for longer than `LONGEST_WAIT_SECONDS`.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -48,9 +48,9 @@ def hold(folder: Path, console: Console) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() - started > LONGEST_WAIT_SECONDS:
-                    raise ValueError(f"another comparison is at work in {folder}; wait for it, or end it") from None
+                    raise ValueError(f"another comparison is running in {folder}; wait for it, or end it") from None
                 if not told:
-                    console.print(f"waiting for a process at work in {folder}", highlight=False, soft_wrap=True)
+                    console.print(f"waiting for a process that still runs in {folder}", highlight=False, soft_wrap=True)
                 told = True
                 time.sleep(0.5)
         _held.append(descriptor)
@@ -63,14 +63,14 @@ def hold(folder: Path, console: Console) -> Iterator[None]:
 
 
 def run_program(words: Sequence[str], *, log: Path, title: str, console: Console) -> None:
-    """Run a command to its end; its output goes into a file, and its newest line is shown.
+    """Run a command to its end; its output is appended to a file, and its newest line is shown.
 
-    Whatever ends the waiting, such as a signal, ends the command, too.
+    An exception that ends the wait, such as one from a signal, ends the command too.
 
     Args:
         words: the command line.
-        log: the file, which is appended to.
-        title: shown beside the line.
+        log: the file of the output.
+        title: the text that is shown beside the newest line.
 
     Raises:
         ValueError: where the command fails, with its last line and the file with all of them.
@@ -82,7 +82,7 @@ def run_program(words: Sequence[str], *, log: Path, title: str, console: Console
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that a terminal's Ctrl-C reaches this process alone, which passes it on once
+            start_new_session=True,  # a terminal's Ctrl-C then reaches this process alone, which ends the command once
             pass_fds=_held,
             preexec_fn=_end_with_parent,
         )
@@ -98,8 +98,8 @@ def run_program(words: Sequence[str], *, log: Path, title: str, console: Console
             raise
         raise
     if process.returncode != 0:
-        last = _last_line(log, start) or "it said nothing"
-        raise ValueError(f"{title} failed with status {process.returncode}: {last} (all of it: {log})")
+        last = _last_line(log, start) or "it printed nothing"
+        raise ValueError(f"{title} failed with status {process.returncode}: {last} (whole output: {log})")
 
 
 def _watch(process: subprocess.Popen[bytes], log: Path, start: int, title: str, console: Console) -> None:
@@ -129,6 +129,6 @@ def _last_line(log: Path, start: int) -> str:
 
 
 def _end_with_parent() -> None:
-    """In the new process: ask for SIGTERM when the parent ends, even by SIGKILL. Only Linux can do that."""
+    """Ask the kernel, in the new process, to send SIGTERM when the parent ends, even by SIGKILL; only Linux can."""
     if sys.platform == "linux":
         LIBC.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

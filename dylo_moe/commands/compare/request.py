@@ -15,7 +15,7 @@ from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
 
 LEAVE = ("allow_code_execution", "sandbox")
-"""Flags that are for the tasks, not for the training."""
+"""Flags that concern the evaluation, not the training."""
 
 OF_GATE = ("balance_coefficient", "z_loss_coefficient", "entropy_coefficient")
 """Settings that shape how a gate learns."""
@@ -27,11 +27,11 @@ class CompareRequest(NamedTuple):
     output: Path
     options: CompareArguments
     settings: dict[str, Any]
-    """Of every arm's training, as a recipe; without what the arms differ in, this is what they share."""
+    """The settings of our arm's training, as a recipe; `settings_of_arm` derives the other arms' from them."""
     evaluation: dict[str, Any]
     """Flags of `dylora eval`; empty where no task runs code."""
     batch_size: int
-    """Rows of one forward where losses are measured."""
+    """The number of rows in one forward where losses are measured."""
 
 
 def build_compare_parser(*, show_all: bool = False) -> Parser:
@@ -40,16 +40,16 @@ def build_compare_parser(*, show_all: bool = False) -> Parser:
 
 
 def parse_compare(argv: Sequence[str]) -> CompareRequest:
-    """Read the command line and the recipe it names.
+    """Read the command line and the recipe that it names.
 
     Raises:
-        UsageError: for an unknown or refused flag, a value out of range, or a model that nothing can be compared with.
+        UsageError: for an unknown or refused flag, a value out of range, or a model without routing to compare.
     """
     parser = build_compare_parser()
     words = with_recipe(argv, parser, compare_refusal)
     model, experts, router, data, options, train = parse(parser, words, compare_refusal)
     if train.output_dir == NEW_RUN:
-        raise UsageError("output_dir is not given; name a folder, so that the same command can go on where it was")
+        raise UsageError("output_dir is not given; name a folder, so that the same command can resume where it was")
     if experts.num_experts < 2:
         raise UsageError(f"num_experts is {experts.num_experts}; with one there is no routing to compare")
     if router.top_k > experts.num_experts:
@@ -67,9 +67,10 @@ def _evaluation(options: CompareArguments, train: TrainArguments, given: set[str
             raise UsageError(f"{', '.join(useless)} would change nothing: no task runs code (--tasks)")
         return {}
     if not train.allow_code_execution:
+        verb = "runs" if len(options.benchmarks) == 1 else "run"
         raise UsageError(
-            f"{' and '.join(options.benchmarks)} run programs that the model writes: add --allow_code_execution to let "
-            "each of them run, isolated from your files and the network (--sandbox: how)"
+            f"{' and '.join(options.benchmarks)} {verb} programs that the model writes: add --allow_code_execution to "
+            "let each of them run, isolated from your files and the network (--sandbox: how)"
         )
     flags = {name: getattr(options, name) for name in OF_CODE} | {"allow_code_execution": True}
     return flags | ({} if train.sandbox is None else {"sandbox": train.sandbox})
@@ -79,11 +80,11 @@ def settings_of_arm(arm: str, settings: dict[str, Any], *, seed: int) -> dict[st
     """The recipe of one arm's training.
 
     Both single LoRAs have the scale of ours, alpha / rank; `lora_total` is as large as all experts together,
-    `lora_active` as large as those that one token uses. What has no meaning for an arm is left out.
+    `lora_active` as large as those that one token uses. Settings that have no meaning for an arm are left out.
 
     Args:
-        arm: of `ARMS`, but for the base.
-        settings: of ours.
+        arm: one of `ARMS` other than the base.
+        settings: the settings of our arm's training.
     """
     own = {**settings, "seed": seed, "include_num_input_tokens_seen": "non_padding"}
     num_experts, top_k = settings["num_experts"], settings["top_k"]
@@ -98,7 +99,9 @@ def settings_of_arm(arm: str, settings: dict[str, Any], *, seed: int) -> dict[st
     else:
         own["router_policy"] = LEARNED
     if own["router_layer"] == "final" and arm in ("lora_total", "lora_active", "uniform"):
-        own = _without(own, ("router_layer",))  # nothing is read there, and all layers carry experts all the same
+        own = _without(
+            own, ("router_layer",)
+        )  # without a learned router no layer is read, and experts are in all layers anyway
     return own
 
 

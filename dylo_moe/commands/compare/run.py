@@ -1,12 +1,12 @@
-"""Does routing help? The command `dylora compare`: ours and what it must beat, with the same data, tokens and seeds.
+"""The command `dylora compare`: train and evaluate our model and its rivals on the same data, tokens and seeds.
 
-Every arm with every seed is one `dylora train` in a process of its own:
+Every arm with every seed is one `dylora train` in a separate process. These are the files:
 
-    OUTPUT/settings.json                   what was asked for
+    OUTPUT/settings.json                   the settings and the arms, seeds and tasks
     OUTPUT/seed-S/ARM/                     its run, as dylora train leaves it; its recipe ARM.yaml, its output ARM.log
     OUTPUT/seed-S/losses/ARM.json          its loss on every held-out row
-    OUTPUT/seed-S/evaluation/ARM/          the results of `dylora eval`, where code is judged
-    OUTPUT/compare.json, compare.md        the table, and what it says
+    OUTPUT/seed-S/evaluation/ARM/          the results of `dylora eval`, where tasks run code
+    OUTPUT/compare.json, compare.md        the table, and its conclusions in words
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CAN_GROW = ("seeds", "arms", "tasks")
 
 
 def compare(request: CompareRequest) -> Path:
-    """Train, judge and compare as the flags say; returns OUTPUT.
+    """Train, evaluate and compare as the flags say; returns the output folder.
 
     Raises:
         ValueError: where a training or an evaluation failed, with its last line; for an output folder of another
@@ -84,7 +84,7 @@ def _compare(request: CompareRequest) -> Path:
 
 
 def arm_folders(request: CompareRequest) -> dict[int, list[ArmFolder]]:
-    """The folders of each seed's arms, in the order of the flags."""
+    """List the folders of each seed's arms, in the order of the flags."""
     options = request.options
     return {
         seed: [ArmFolder(request.output / f"seed-{seed}", arm, seed) for arm in options.arms]
@@ -95,7 +95,7 @@ def arm_folders(request: CompareRequest) -> dict[int, list[ArmFolder]]:
 def write_result(
     request: CompareRequest, runs: dict[str, list[ArmRun]], seeds: Sequence[int], console: Console
 ) -> None:
-    """Write the table as JSON and Markdown, and print it with what it says."""
+    """Write the table as JSON and Markdown, and print it with its conclusions in words."""
     output, lines = request.output, make_lines(runs)
     said = sentences(lines, seeds)
     write_json(output / "compare.json", {"seeds": seeds, "settings": request.settings, **as_json(lines, said)})
@@ -112,7 +112,7 @@ def write_result(
 
 
 def _changes(before: Settings, now: Settings) -> list[Difference]:
-    """Settings of the trainings that differ, and of the evaluations where both have some."""
+    """List the settings of the trainings that differ, and those of the evaluations where both comparisons have some."""
     pairs = [(in_full(before["settings"], TRAIN_CONFIGS), in_full(now["settings"], TRAIN_CONFIGS))]
     if before["evaluation"] and now["evaluation"]:
         pairs.append((before["evaluation"], now["evaluation"]))
@@ -134,7 +134,7 @@ def train_all(places: Sequence[ArmFolder], request: CompareRequest, console: Con
     num_done = len(places) - len(left)
     if num_done:
         verb = "is" if num_done == 1 else "are"
-        console.print(f"{num_done} of {counted(len(places), 'training')} {verb} done already", highlight=False)
+        console.print(f"{num_done} of {counted(len(places), 'training')} {verb} already done", highlight=False)
     started = time.monotonic()
     for number, place in enumerate(left):
         seconds = (time.monotonic() - started) / number * (len(left) - number) if number else None
@@ -151,7 +151,7 @@ def time_left(seconds: float | None) -> str:
 
 
 def train_arm(place: ArmFolder, request: CompareRequest, console: Console, title: str) -> None:
-    """Train one arm in a process of its own; an interrupted training is resumed."""
+    """Train one arm in a separate process; an interrupted training is resumed."""
     place.folder.mkdir(parents=True, exist_ok=True)
     recipe = place.folder / f"{place.arm}.yaml"
     save_config(settings_of_arm(place.arm, request.settings, seed=place.seed), recipe)
@@ -169,11 +169,11 @@ def train_arm(place: ArmFolder, request: CompareRequest, console: Console, title
     console.print(f"{place.title}: trained to step {step} in {time.monotonic() - began:.0f} s", highlight=False)
 
 
-# Judging.
+# Evaluating.
 
 
 def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, console: Console) -> None:
-    """Measure the arms of one seed that are not measured yet; the base is loaded through a trained arm's checkpoint."""
+    """Measure the arms of one seed that are not measured yet; the base is loaded from a trained arm's checkpoint."""
     trained = [place for place in places if place.arm != BASE_ARM]
     check_arms_share_data(trained)
     held: HeldOut | None = None
@@ -187,7 +187,7 @@ def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, console:
 
 
 def check_arms_share_data(trained: Sequence[ArmFolder]) -> None:
-    """Raises ValueError, with each difference, unless all arms of a seed were trained on the same rows."""
+    """Raise ValueError, with each difference, unless all arms of a seed were trained on the same rows."""
     records = {place.arm: read_manifest(place.checkpoint)["training"] for place in trained}
     names = [item["name"] for item in records[OURS]["facts"]["data"]]
     for place in trained:
@@ -202,7 +202,7 @@ def measure_losses(
     """Measure and write the loss of an arm on every held-out row.
 
     Args:
-        held: the held-out rows of the seed; None: they are read.
+        held: the held-out rows of the seed; None: read them.
 
     Returns:
         The held-out rows, which are the same for all arms of a seed.
@@ -220,7 +220,7 @@ def measure_losses(
 
 
 def load(checkpoint: Path, request: CompareRequest) -> DyLoRAMoE:
-    """A trained arm, in the dtype and on the kind of device that it was trained on."""
+    """Load a trained arm, in the dtype and on the kind of device that it was trained with."""
     dtype = torch.bfloat16 if request.settings["bf16"] else "auto"
     model = DyLoRAMoE.from_pretrained(str(checkpoint), dtype=dtype).eval()
     if torch.cuda.is_available() and not request.settings.get("use_cpu") and model.device.type != "cuda":
@@ -229,10 +229,10 @@ def load(checkpoint: Path, request: CompareRequest) -> DyLoRAMoE:
 
 
 def run_benchmarks(place: ArmFolder, trained: ArmFolder, request: CompareRequest, console: Console) -> None:
-    """Run `dylora eval` for one arm in a process of its own; it keeps the answers that it has already.
+    """Run `dylora eval` for one arm in a separate process; answers that it already has are kept.
 
     Args:
-        trained: the arm whose checkpoint names the base, for the arm that is the base.
+        trained: an arm whose checkpoint is used to load the base, where `place` is the base.
     """
     tasks = request.options.benchmarks
     results = read_benchmarks(place)

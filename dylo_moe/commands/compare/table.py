@@ -17,7 +17,7 @@ from dylo_moe.evaluation.losses import Estimate, Estimates, Losses, estimates, m
 from dylo_moe.utils.markdown import Markdown, markdown_table
 
 WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "unknown"
-"""How ours fares against another arm."""
+"""The verdicts on our model against another arm."""
 
 
 class Rate(NamedTuple):
@@ -28,22 +28,22 @@ class Rate(NamedTuple):
 
 
 class ArmRun(NamedTuple):
-    """One arm, trained with one seed and judged."""
+    """The figures of one arm, trained with one seed and evaluated."""
 
     losses: Losses
     """The losses of the seed's held-out rows."""
     parameters: int
-    """Trained parameters: adapters, and the gate where it learns."""
+    """The number of trained parameters: those of the adapters, and of the gate where it is trained."""
     active: int
-    """Those of them that one token uses."""
+    """The number of trained parameters that one token uses."""
     tokens: int
-    """Real tokens that it was trained on."""
+    """The number of real tokens that the arm was trained on."""
     pass_at_1: dict[str, Rate]
-    """The rate of each benchmark."""
+    """The pass rate of each benchmark."""
 
 
 class ArmLine(NamedTuple):
-    """One arm over all seeds; lists have a value for each seed."""
+    """The figures of one arm over all seeds; lists have a value for each seed."""
 
     arm: str
     parameters: int
@@ -54,14 +54,14 @@ class ArmLine(NamedTuple):
     difference: Estimates | None
     """This arm's losses minus ours, row by row; None for ours itself."""
     by_seed: list[float]
-    """The mean loss over datasets."""
+    """The arm's mean loss over datasets, for each seed."""
     difference_by_seed: list[float]
-    """This arm's mean loss minus ours; empty for ours itself."""
+    """This arm's mean loss minus ours, for each seed; empty for ours itself."""
     pass_at_1: dict[str, list[Rate]]
 
     @property
     def verdict(self) -> str | None:
-        """How ours fares against this arm by the mean loss; None for ours itself."""
+        """The verdict on our model against this arm, by the mean loss; None for ours itself."""
         if self.difference is None:
             return None
         interval = self.difference.mean.interval
@@ -71,14 +71,14 @@ class ArmLine(NamedTuple):
 
 
 def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[ArmLine]:
-    """The lines of the table, in the order of `ARMS`.
+    """Make the lines of the table, in the order of `ARMS`.
 
     Args:
         runs: the runs of each arm, ours included, in the order of the seeds.
         seed: the seed of the resampling.
 
     Raises:
-        ValueError: for arms that were trained on different numbers of tokens, or judged on different rows.
+        ValueError: for arms that were trained on different numbers of tokens, or measured on different rows.
     """
     ours = runs[OURS]
     lines = []
@@ -86,8 +86,8 @@ def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[A
         mine = runs[arm]
         if arm != BASE_ARM and [run.tokens for run in mine] != [run.tokens for run in ours]:
             raise ValueError(
-                f"{arm} trained on {[run.tokens for run in mine]} tokens and {OURS} on {[run.tokens for run in ours]}; "
-                "they cannot be compared"
+                f"{arm} was trained on {[run.tokens for run in mine]} tokens and {OURS} on "
+                f"{[run.tokens for run in ours]}; they cannot be compared"
             )
         losses = [run.losses for run in mine]
         means = [mean_loss(one) for one in losses]
@@ -111,7 +111,7 @@ def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[A
 
 
 def sentences(lines: Sequence[ArmLine], seeds: Sequence[int]) -> list[str]:
-    """What the table says in words: a sentence for each arm, a conclusion, and what the intervals mean."""
+    """Put the table into words: a sentence for each arm, a conclusion, and what the intervals mean."""
     found = [_sentence(line, len(seeds)) for line in lines if line.difference is not None]
     others = [ARMS[line.arm] for line in lines if line.verdict not in (None, WINS)]
     if others:
@@ -125,7 +125,7 @@ def sentences(lines: Sequence[ArmLine], seeds: Sequence[int]) -> list[str]:
     unit = lines[0].losses.mean
     several = len(seeds) > 1
     runs = f"{len(seeds)} runs (seeds {', '.join(map(str, seeds))})" if several else f"one run (seed {seeds[0]})"
-    other = "turn out: for that see the range over seeds" if several else "turn out, which one seed cannot tell"
+    other = "turn out: for that see the range over seeds" if several else "turn out, which one seed cannot show"
     found.append(
         "Losses are in nats per token; the mean counts every dataset alike. The 95 % intervals are from resampling the "
         f"{unit.num_units:,} held-out {unit.unit} of {runs}, within each run; differences are taken row by row. They "
@@ -154,7 +154,7 @@ def _sentence(line: ArmLine, num_seeds: int) -> str:
 
 
 def header(lines: Sequence[ArmLine]) -> list[str]:
-    """The titles of the columns."""
+    """List the titles of the table's columns."""
     several = len(lines[0].by_seed) > 1
     return [
         "arm",
@@ -171,7 +171,7 @@ def header(lines: Sequence[ArmLine]) -> list[str]:
 
 
 def cells(line: ArmLine) -> list[list[str]]:
-    """The cells of a line, each of one or two parts: a figure, and its interval or range."""
+    """List the cells of a line, each of one or two parts: a figure, and its interval or range."""
     several = len(line.by_seed) > 1
     own = [_figure(item, "{:.3f}") for item in (*line.losses.datasets.values(), line.losses.mean)]
     difference = [["-"]] if line.difference is None else [_figure(line.difference.mean, "{:+.4f}")]
@@ -202,7 +202,7 @@ def _range(values: Sequence[float], form: str) -> list[str]:
 
 
 def _rates(rates: Sequence[Rate]) -> list[str]:
-    """The mean over seeds and its range; for one seed, the interval over tasks."""
+    """Write the mean pass rate over seeds and its range; for one seed, its interval over tasks."""
     values = [rate.value for rate in rates]
     mean = f"{sum(values) / len(values):.1%}"
     if len(rates) > 1:
@@ -212,9 +212,9 @@ def _rates(rates: Sequence[Rate]) -> list[str]:
 
 
 def as_tables(lines: Sequence[ArmLine], *, width: int) -> list[Table]:
-    """The table for a terminal of `width` columns, with each interval below its figure.
+    """Make the table for a terminal of `width` columns, with each interval below its figure.
 
-    Where it is too wide, the losses of the datasets go into a second table, so that no figure is cut.
+    Where it is too wide, the losses of the datasets are in a second table, so that no figure is cut.
     """
     title = "held-out loss, nats per token, with 95 % intervals"
     columns = list(zip(header(lines), *(cells(line) for line in lines), strict=True))
@@ -238,7 +238,7 @@ def _table(lines: Sequence[ArmLine], columns: Sequence[Sequence[Any]], title: st
 
 
 def as_markdown(lines: Sequence[ArmLine], said: Sequence[str]) -> str:
-    """The table as Markdown, with the sentences below it."""
+    """Write the table as Markdown, with the sentences below it."""
     titles, rows = header(lines), []
     for line in lines:
         texts = [" ".join(parts) for parts in cells(line)]
@@ -248,7 +248,7 @@ def as_markdown(lines: Sequence[ArmLine], said: Sequence[str]) -> str:
 
 
 def as_json(lines: Sequence[ArmLine], said: Sequence[str]) -> dict[str, Any]:
-    """The lines and the sentences as JSON values."""
+    """Write the lines and the sentences as JSON values."""
     return {
         "unit": "nats per token",
         "level": 0.95,

@@ -1,4 +1,4 @@
-"""`dylora export`: a checkpoint for engines that do not route each token, and what that loses."""
+"""`dylora export`: write a checkpoint for engines that do not route each token, and measure what that loses."""
 
 from __future__ import annotations
 

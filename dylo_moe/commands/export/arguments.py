@@ -1,4 +1,4 @@
-"""The flags of `dylora export`, which come behind the checkpoint."""
+"""The flags of `dylora export`, which are typed after the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dylo_moe.routing.config import BASE
 VLLM, MERGED = "vllm", "merged"
 
 MEASURED = "measured"
-"""The mixture of the router's own shares."""
+"""The value of --mixture that stands for the shares of tokens which the router itself sends to each expert."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
 class ExportArguments:
-    """Flags of `dylora export` behind the checkpoint.
+    """The flags of `dylora export`, which are typed after the checkpoint.
 
     Raises:
         ValueError: for values out of range; all problems in one message.
@@ -33,40 +33,41 @@ class ExportArguments:
         }
     )
     output: str = field(metadata={"help": "The folder to write, new or empty."})
-    expert: str | None = field(default=None, metadata={"help": "With --to merged: the expert that goes in."})
+    expert: str | None = field(
+        default=None, metadata={"help": "With --to merged: the expert that is merged into the weights."}
+    )
     mixture: str | None = field(
         default=None,
         metadata={
-            "help": "With --to merged: experts and their weights, which add up to 1: a=0.7,b=0.3. base may be one, the "
+            "help": "With --to merged: experts and their weights, which add up to 1: a=0.7,b=0.3. One may be base, the "
             "unchanged model. measured: each expert's share of the held-out tokens, as the router sends them."
         },
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "With --to merged: of the weights; default: as in the base's files.",
+            "help": "With --to merged: the dtype of the weights; default: as in the base's files.",
             "choices": list(DTYPES),
         },
     )
     no_measure: bool = field(
         default=False,
         metadata={
-            "help": "Do not measure what is lost against routing each token, and say in the export that it is not "
-            "known."
+            "help": "Do not measure what is lost against routing each token; the export then says that it is not known."
         },
     )
     datasets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Datasets to measure on; default: those of the checkpoint's run, with its very held-out rows."
+            "help": "Datasets to measure on; default: those of the checkpoint's run, with the same held-out rows."
         },
     )
     data_dir: str | None = field(default=None, metadata={"help": "A local mirror of datasets, as in dylora train."})
     eval_subset: float | None = field(
         default=None, metadata={"help": "Percent of each dataset's held-out rows; default: as in the checkpoint's run."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Rows measured together."})
-    seed: int = field(default=42, metadata={"help": "Of the intervals."})
+    batch_size: int = field(default=16, metadata={"help": "Number of rows that are measured together."})
+    seed: int = field(default=42, metadata={"help": "Seed of the resampling for the intervals."})
     bf16: bool | None = field(
         default=None,
         metadata={"help": "Whether the checkpoint is measured with its base in bfloat16; default: as it was trained."},
@@ -102,14 +103,15 @@ EXPORT_LINE = CommandLine(
 
 
 def mixture_weights(text: str, members: Collection[str]) -> dict[str, float]:
-    """`a=0.7,b=0.3`, read.
+    """Read the value of --mixture, such as `a=0.7,b=0.3`; returns the weight of each member.
 
     Args:
-        members: the experts of the checkpoint.
+        members: the names of the checkpoint's experts.
 
     Raises:
-        ValueError: naming every entry that is no weight of a member, and weights that are no distribution: as the
-            router's, they are above 0 and add up to 1, so that experts are neither weakened nor amplified.
+        ValueError: naming every entry that is not a member with a weight, and for weights that are not a distribution.
+            Like the router's weights, they are above 0 and add up to 1, so that experts are neither weakened nor
+            amplified.
     """
     known, problems = {*members, BASE}, []
     weights: dict[str, float] = {}

@@ -1,7 +1,7 @@
-"""What is lost where tokens are not routed one by one: held-out losses of each way to use the same experts.
+"""Measure what is lost where tokens are not routed one by one: the held-out losses of each way to use the same experts.
 
-Every way is measured on the same rows, so that differences are paired. One expert a request needs no pass of its own:
-each row's loss is the one that its expert has on it.
+Every way is measured on the same rows, so that differences are paired. One expert a request needs no forward of its
+own: the loss of a row is the one that its chosen expert has on it.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ TITLE = "nats per token on held-out rows; lost: against routing each token, with
 
 
 class Measured(NamedTuple):
-    """Held-out losses of several ways."""
+    """The held-out losses of several ways to use the same experts."""
 
     ways: dict[str, Losses]
-    """By what the way is called; `ROUTED` is one."""
+    """The losses of each way, by the name of the way; `ROUTED` is one of them."""
     notes: list[str]
-    """What a reader should know, in sentences."""
+    """Sentences that a reader of the losses should know."""
     requests: dict[str, dict[str, int]]
-    """Of each dataset, how many rows go to which member as a request; empty where that was not asked."""
+    """The number of rows of each dataset that each member gets as requests; empty where this was not measured."""
 
 
 def measure_requests(
     model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, console: Console
 ) -> Measured:
-    """Each token routed, one expert a request, every expert always, and the base alone."""
+    """Measure each token routed, one expert a request, every expert always, and the base alone."""
     ways, notes = measure_routed(model, held, tokenizer, batch_size=batch_size, console=console), list(held.notes)
     by_member = {BASE: ways[BASE_ALONE]}
     for name in model.experts.names:
@@ -71,7 +71,7 @@ def measure_requests(
 def measure_routed(
     model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, console: Console
 ) -> dict[str, Losses]:
-    """The base alone, and each token routed."""
+    """Measure the base alone, and each token routed."""
     with model.route_to(None):
         base = measure(model, held, tokenizer, batch_size=batch_size, console=console)
     return {BASE_ALONE: base, ROUTED: measure(model, held, tokenizer, batch_size=batch_size, console=console)}
@@ -80,9 +80,9 @@ def measure_routed(
 def row_experts(
     model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
 ) -> dict[str, list[str]]:
-    """Of each dataset, the member that each row goes to as a request, where the row has a loss.
+    """Choose the member for each row as a request, by dataset; rows without a loss are left out.
 
-    A row's prompt ends where its response begins; of a text without one it is the first 32 tokens.
+    A row's prompt ends where its response begins; the prompt of a text without a response is its first 32 tokens.
     """
     found: dict[str, list[str]] = {}
     for dataset, batch in _batches(held, tokenizer, batch_size):
@@ -98,7 +98,8 @@ def row_experts(
 def routed_shares(
     model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
 ) -> dict[str, float]:
-    """Each member's mean routing weight over the held-out tokens, every dataset counting alike; they add up to 1."""
+    """Measure each member's mean routing weight over the held-out tokens; datasets count equally, and shares sum to
+    1."""
     sums: dict[str, torch.Tensor] = {}
     for dataset, batch in _batches(held, tokenizer, batch_size):
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
@@ -119,7 +120,7 @@ def _batches(
 
 
 def picked(by_member: Mapping[str, Losses], chosen: Mapping[str, Sequence[str]]) -> Losses:
-    """Of each row the loss of the member that was chosen for it."""
+    """Pick the loss of each row from the member that was chosen for the row."""
     found = {}
     for dataset, names in chosen.items():
         first = by_member[BASE][dataset]
@@ -128,11 +129,11 @@ def picked(by_member: Mapping[str, Losses], chosen: Mapping[str, Sequence[str]])
     return found
 
 
-# What is told of it.
+# The losses as JSON, as a table, and in words.
 
 
 def losses_as_json(measured: Measured, *, seed: int) -> dict[str, Any]:
-    """Losses and what each way loses against routing each token, with 95 % intervals, as plain values."""
+    """Write the losses, and what each way loses against routing each token, with 95 % intervals, as JSON values."""
     routed = measured.ways[ROUTED]
     return {
         "unit": "nats per token",
@@ -152,7 +153,7 @@ def losses_as_json(measured: Measured, *, seed: int) -> dict[str, Any]:
 
 
 def table_of(measured: Measured, *, seed: int) -> list[list[str]]:
-    """The losses in cells: a head, then a line for each way."""
+    """Write the losses as cells: a line of titles, then a line for each way."""
     routed = measured.ways[ROUTED]
     datasets = list(routed)
     means = ["mean"] if len(datasets) > 1 else []
@@ -166,10 +167,10 @@ def table_of(measured: Measured, *, seed: int) -> list[list[str]]:
 
 
 def show_served_losses(console: Console, measured: Measured, *, seed: int) -> None:
-    """The losses as a table, and the notes."""
+    """Print the losses as a table, and the notes."""
     head, *lines = table_of(measured, seed=seed)
     table = Table(title=TITLE, box=SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(head):  # of a narrow window names are folded, and numbers, of five characters, are not
+    for place, name in enumerate(head):  # a narrow window folds names, but not numbers, which have five characters
         table.add_column(name, justify="right" if place else "left", overflow="fold", no_wrap=not place, min_width=5)
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
@@ -179,7 +180,7 @@ def show_served_losses(console: Console, measured: Measured, *, seed: int) -> No
 
 
 def loss_in_words(measured: Measured, way: str, *, seed: int) -> str:
-    """What a way loses against routing each token, as a sentence."""
+    """Say in a sentence what a way loses against routing each token."""
     routed = measured.ways[ROUTED]
     lost = estimates([measured.ways[way]], [routed], seed=seed).mean
     ends = lost.interval.as_json()

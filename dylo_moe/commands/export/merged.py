@@ -1,4 +1,4 @@
-"""Experts baked into the base's own weights: W' = W + sum_e w_e s_e B_e A_e, for every routed linear.
+"""Merge experts into the base's own weights: W' = W + sum_e w_e s_e B_e A_e, for every routed linear.
 
 A mixture that is the same for every token is one matrix, so the result is a plain model of the base's class, exact up
 to one rounding of each weight. Hu et al. 2021, arXiv:2106.09685, section 4.1, for one adapter.
@@ -18,14 +18,14 @@ from dylo_moe.model.model import DyLoRAMoE
 
 @torch.no_grad()
 def bake(model: DyLoRAMoE, weights: Mapping[str, float], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The base with a fixed mixture inside its weights. `model` must not be used afterwards.
+    """Merge a fixed mixture into the base's weights; returns the base. `model` must not be used afterwards.
 
     Args:
-        weights: of some of its members; `base` adds nothing.
-        dtype: of the result; None: each weight keeps its own. The sum is formed in fp32 and rounded once.
+        weights: the weights of some members of the pool; that of `base` adds nothing.
+        dtype: the dtype of the result; None: each weight keeps its own. The sum is formed in fp32 and rounded once.
 
     Raises:
-        ValueError: for a base whose weights are quantised: adding to them would round all of them again.
+        ValueError: for a base whose weights are quantised, because adding to them would round all of them again.
     """
     if getattr(model.base, "hf_quantizer", None) is not None:
         raise ValueError("the base's weights are quantised, so nothing can be added to them; load it in full")
@@ -40,7 +40,7 @@ def bake(model: DyLoRAMoE, weights: Mapping[str, float], *, dtype: torch.dtype |
 
 
 def _change(layer: Any, weights: Mapping[str, float]) -> Tensor | None:
-    """What the mixture adds to one linear's weight, fp32; None where it has none of these experts."""
+    """The sum that the mixture adds to one linear's weight, fp32; None where the linear has none of these experts."""
     change = None
     for name, adapter in layer.adapters.items():
         if name in weights:

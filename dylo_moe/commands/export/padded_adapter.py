@@ -1,8 +1,8 @@
-"""An adapter of any rank as one of a rank that vLLM's servers have, equal to it bit for bit.
+"""Pad an adapter of any rank to a rank that vLLM's servers have; the padded adapter computes the same, bit for bit.
 
 A gets rows of zeros and B columns of zeros, so that every product gets terms of exactly zero. The scaling must stay the
-very same floating-point number, though it is stored as alpha / r. Where the linears of one adapter differ in scaling, a
-factor that is a power of two goes into B, which rounds nothing; any other stays a number of its own in `alpha_pattern`.
+same floating-point number, though it is stored as alpha / r. Where the linears of one adapter differ in scaling, a
+factor that is a power of two is multiplied into B, which rounds nothing; any other is stored in `alpha_pattern`.
 
 Shapes: D in, O out, r rank of one linear, R rank of all.
 """
@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from dylo_moe.commands.export.serving_rules import SERVER_RANKS
+from dylo_moe.utils.words import counted
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -27,37 +28,37 @@ PREFIX = "base_model.model."
 
 
 class Linear(NamedTuple):
-    """One adapted linear."""
+    """The matrices and the scaling of one adapted linear."""
 
     down: Tensor
-    """A, [r, D]."""
+    """The matrix A, [r, D]."""
     up: Tensor
-    """B, [O, r]."""
+    """The matrix B, [O, r]."""
     scaling: float
 
 
 class PaddedAdapter(NamedTuple):
-    """An adapter as it is to be written."""
+    """An adapter as it will be written to files."""
 
     config: dict[str, Any]
-    """Of adapter_config.json."""
+    """The content of adapter_config.json."""
     state: dict[str, Tensor]
-    """Of adapter_model.safetensors."""
+    """The tensors of adapter_model.safetensors."""
     ranks: list[int]
-    """The ranks that its linears had, each once, ascending."""
+    """The ranks that the adapter's linears had, each once, ascending."""
     notes: list[str]
-    """What a reader should know, in sentences."""
+    """Sentences that a user of the adapter should know."""
 
 
 def padded(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PaddedAdapter:
-    """An adapter for vLLM's servers; one that needs no padding keeps its tensors and its numbers.
+    """Pad an adapter for vLLM's servers; one that needs no padding keeps its tensors and its numbers.
 
     Args:
-        config: of its adapter_config.json, as PEFT writes it.
-        state: its tensors, as PEFT names them in files.
+        config: the content of the adapter's adapter_config.json, as PEFT writes it.
+        state: the adapter's tensors, as PEFT names them in files.
 
     Raises:
-        ValueError: for a rank above vLLM's largest, or tensors that are no pairs of A and B.
+        ValueError: for a rank above vLLM's largest, or tensors that are not pairs of A and B.
     """
     linears = linears_of(config, state)
     ranks = sorted({linear.down.shape[0] for linear in linears.values()})
@@ -79,8 +80,8 @@ def padded(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PaddedAdap
     notes = [f"Padded with zeros from rank {', '.join(map(str, ranks))} to {rank}; the scaling is the same number."]
     if own:
         notes.append(
-            f"{len(own)} linears have a scaling of their own in alpha_pattern, which a vLLM that does not read it "
-            "would serve wrongly and without a word."
+            f"{counted(len(own), 'linear has', 'linears have')} a different scaling, stored in alpha_pattern; a "
+            "version of vLLM that does not read it would serve them wrongly without an error."
         )
     padded_state = {}
     for name, linear in folded.items():
@@ -91,16 +92,16 @@ def padded(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PaddedAdap
 
 
 def linears_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Linear]:
-    """The adapted linears by module name, each with the scaling that PEFT gives it.
+    """Collect the adapted linears by module name, each with the scaling that PEFT gives it.
 
     Raises:
-        ValueError: naming tensors that are no A with its B.
+        ValueError: naming the tensors that are not a pair of A and B.
     """
     names = [key.removesuffix(A) for key in state if key.endswith(A)]
     strange = sorted(state.keys() - {name + end for name in names for end in (A, B)})
     strange += [name + A for name in names if name + B not in state]
     if strange or not names:
-        raise ValueError(f"its tensors are no pairs of A and B: {', '.join(strange[:3]) or 'there are none'}")
+        raise ValueError(f"its tensors are not pairs of A and B: {', '.join(strange[:3]) or 'there are none'}")
     found = {}
     for name in names:
         module, down = name.removeprefix(PREFIX), state[name + A]
@@ -111,12 +112,13 @@ def linears_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[s
 
 
 def _scaling(config: Mapping[str, Any], rank: int, alpha: float) -> float:
-    """As PEFT computes it."""
+    """Compute the scaling of one linear as PEFT does."""
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _folded(linear: Linear, common: float) -> Linear:
-    """The linear with the common scaling, where B can take up the rest without rounding; else as it is."""
+    """Bring a linear to the common scaling, where B can absorb the factor without rounding; else return it
+    unchanged."""
     factor = linear.scaling / common if common else 0.0
     if factor == 1 or math.frexp(factor)[0] != 0.5 or common * factor != linear.scaling:
         return linear
@@ -125,9 +127,10 @@ def _folded(linear: Linear, common: float) -> Linear:
 
 
 def stored_alphas(scalings: set[float], *, at_least: int) -> tuple[int, dict[float, float]]:
-    """The smallest rank of vLLM's from which each scaling comes out as alpha / rank, bit for bit, and these alphas.
+    """Find the smallest rank of vLLM's with which every scaling is exactly alpha / rank for some alpha; also returns
+    these.
 
-    Multiplying by a power of two rounds nothing, so that one is always found; of 320 some scalings cannot be had.
+    Multiplying by a power of two rounds nothing, so that a rank is always found; rank 320 cannot give every scaling.
     """
     for rank in SERVER_RANKS:
         alphas = {scaling: _alpha(scaling, rank) for scaling in scalings}

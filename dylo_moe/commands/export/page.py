@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what it is, how it is used, what is lost."""
+"""The README.md of an exported folder: what the folder holds, how to use it, and what is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dylo_moe.data.encoding import encode_prompt, text_format
 from dylo_moe.evaluation.continuation import end_ids
 from dylo_moe.commands.export.request_routing import expert_for
 
-model = DyLoRAMoE.from_pretrained("CHECKPOINT")  # of which only the layers before the router ever run
+model = DyLoRAMoE.from_pretrained("CHECKPOINT")  # only its layers before the router are run
 tokenizer = load_tokenizer(model.base_id, revision=model.base_revision)
 prompt = encode_prompt(text_format(tokenizer), "Write the Python function clamp.")
 request = {
@@ -30,14 +30,14 @@ request = {
 }
 print(json.dumps(request))  # the body of a POST to http://localhost:8000/v1/completions
 """
-"""How a request is made; CHECKPOINT stands for the checkpoint's folder."""
+"""An example of a request in Python; CHECKPOINT stands for the checkpoint's folder."""
 
 
 def vllm_page(record: Mapping[str, Any], losses: str) -> str:
-    """The page of a folder with an adapter for each expert.
+    """Write the page of a folder with an adapter for each expert.
 
     Args:
-        record: what dylora_export.json holds.
+        record: the content of dylora_export.json.
         losses: Markdown about what is lost against routing each token.
     """
     experts = [
@@ -54,7 +54,7 @@ def vllm_page(record: Mapping[str, Any], losses: str) -> str:
     parts = [
         "# Experts of a DyLoRA-MoE checkpoint, for vLLM",
         f"One plain LoRA adapter for each expert, by the rules of vLLM {VLLM_VERSION}; stock PEFT loads them too. The "
-        f"base is {record['base']['id']}, and is not in here.",
+        f"base is {record['base']['id']}, and is not in this folder.",
         "## Serve",
         f"In this folder:\n\n```\n{record['serve_command']}\n```",
         "Each expert is a model by its own name, and `base` is the unchanged base. vLLM rounds adapters to the dtype "
@@ -72,7 +72,7 @@ def vllm_page(record: Mapping[str, Any], losses: str) -> str:
 
 
 def merged_page(record: Mapping[str, Any], losses: str) -> str:
-    """The page of a plain model that the experts were merged into; its arguments are those of `vllm_page`."""
+    """Write the page of a plain model that experts were merged into; the arguments are those of `vllm_page`."""
     weights = [[name, f"{weight:.4g}"] for name, weight in record["weights"].items()]
     parts = [
         "# A DyLoRA-MoE checkpoint, merged into a plain model",

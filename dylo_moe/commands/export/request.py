@@ -22,10 +22,11 @@ class ExportRequest(NamedTuple):
 
 
 def parse_export(argv: Sequence[str]) -> ExportRequest:
-    """Read the command line.
+    """Read the command line of `dylora export`.
 
     Raises:
-        UsageError: without a checkpoint, for an unknown flag, a value out of range, or a flag that would do nothing.
+        UsageError: for a missing checkpoint, an unknown flag, a value out of range, or a flag that would have no
+            effect.
     """
     checkpoint, options, given = parse_behind_checkpoint(argv, build_parser(EXPORT_LINE))
     reasons = []

@@ -1,6 +1,6 @@
-"""One expert for a whole request, chosen by the router at the end of its prompt: for servers that know no more.
+"""Choose one expert for a whole request, by the router at the end of its prompt, for servers that do not route tokens.
 
-The same decision as with sequence granularity, whatever the granularity that the model was trained with.
+The decision is the one of sequence granularity, whatever granularity the model was trained with.
 
 Shapes: B batch, S sequence, E experts.
 """
@@ -20,7 +20,7 @@ from dylo_moe.routing.config import UNIFORM
 def experts_for(
     model: DyLoRAMoE, input_ids: Tensor, attention_mask: Tensor, *, prompt_lengths: Tensor
 ) -> tuple[str, ...]:
-    """The member of the pool with the largest weight at the last token of each prompt; `base` may be one.
+    """Choose the member of the pool with the largest weight at the last token of each prompt; it may be `base`.
 
     Args:
         input_ids: int64 [batch, seq], padded on the right.
@@ -28,7 +28,7 @@ def experts_for(
         prompt_lengths: int64 [batch], in tokens.
 
     Raises:
-        ValueError: for a router that sends all tokens to all experts alike.
+        ValueError: for a router that sends every token to all experts with equal weights.
     """
     if model.router_config.policy == UNIFORM:
         raise ValueError("this router's policy is 'uniform', which prefers no expert, so none can be chosen")
@@ -40,7 +40,7 @@ def experts_for(
 
 
 def expert_for(model: DyLoRAMoE, prompt_ids: Sequence[int]) -> str:
-    """The member of the pool for a request with this prompt; see `experts_for`."""
+    """Choose the member of the pool for a request with this prompt, as `experts_for` does for several."""
     if not prompt_ids:
         raise ValueError("prompt_ids is empty; a request needs at least one token to be routed by")
     ids = torch.tensor([list(prompt_ids)], device=model.device)

@@ -1,4 +1,4 @@
-"""The command `dylora export`: a checkpoint for engines that do not route each token, and what that loses."""
+"""The command `dylora export`: write a checkpoint for engines that do not route each token, and what that loses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RECORD, PAGE = "dylora_export.json", "README.md"
 
 
 class Export(NamedTuple):
-    """One call of the command."""
+    """One call of `dylora export`: its checkpoint, flags and output."""
 
     checkpoint: Path
     manifest: dict[str, Any]
@@ -56,17 +56,17 @@ class Export(NamedTuple):
 
     @property
     def base(self) -> dict[str, Any]:
-        """What the manifest says of the base."""
+        """The entry of the manifest that describes the base."""
         return self.manifest["base"]
 
 
 def export(request: ExportRequest) -> Path:
-    """Export as the flags say, and show what is lost; returns the folder.
+    """Export as the flags say, and print what is lost; returns the output folder.
 
     Raises:
-        CheckpointError: for a checkpoint that is not whole.
-        ValueError: for an output folder that holds something, adapters that vLLM does not serve, an unknown expert, or
-            data that is not to be had.
+        CheckpointError: for an incomplete checkpoint.
+        ValueError: for an output folder that is not empty, adapters that vLLM does not serve, an unknown expert, or
+            data that is not available.
     """
     transformers_logging.disable_progress_bar()
     options, output = request.options, Path(request.options.output)
@@ -87,7 +87,7 @@ def export(request: ExportRequest) -> Path:
 
 
 def export_adapters(export: Export) -> None:
-    """`--to vllm`."""
+    """Export one adapter for each expert, for `--to vllm`."""
     adapters = padded_adapters(export)
     measured = None
     if not export.options.no_measure:
@@ -111,11 +111,13 @@ def export_adapters(export: Export) -> None:
     for note in [f"{item['name']}: {note}" for item in record["experts"] for note in item["notes"]] + record["notes"]:
         export.console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
     export.console.print("To serve them (README.md there says how to ask):", highlight=False)
-    print(f"cd {shlex.quote(str(export.output))}\n{record['serve_command']}")  # as it is, to be copied
+    print(
+        f"cd {shlex.quote(str(export.output))}\n{record['serve_command']}"
+    )  # without wrapping or colours, so that it can be copied
 
 
 def padded_adapters(export: Export) -> dict[str, PaddedAdapter]:
-    """Every expert as vLLM serves it. Raises ValueError with every reason why some cannot be served."""
+    """Prepare every expert for vLLM. Raises ValueError with every reason why some cannot be served."""
     found, problems = {}, []
     shapes = export.base["fingerprint"]["tensors"]
     for entry in export.manifest["experts"]:
@@ -135,7 +137,7 @@ def padded_adapters(export: Export) -> dict[str, PaddedAdapter]:
 
 
 def adapters_record(export: Export, adapters: Mapping[str, PaddedAdapter]) -> dict[str, Any]:
-    """What dylora_export.json says of adapters, but for their files and losses."""
+    """Make the content of dylora_export.json for adapters, except for their files and losses."""
     base, max_rank = export.base, max(adapter.config["r"] for adapter in adapters.values())
     experts = []
     for entry in export.manifest["experts"]:
@@ -159,7 +161,7 @@ def adapters_record(export: Export, adapters: Mapping[str, PaddedAdapter]) -> di
         "vllm": {"rules_of": VLLM_VERSION, "max_lora_rank": next_server_rank(max_rank), "max_loras": len(adapters)},
         "serve_command": command,
         "experts": experts,
-        "notes": of_quantised(export, "vLLM serves the base in full unless it is told otherwise (--quantization)"),
+        "notes": of_quantised(export, "vLLM serves the base unquantised unless --quantization says otherwise"),
     }
 
 
@@ -167,7 +169,7 @@ def adapters_record(export: Export, adapters: Mapping[str, PaddedAdapter]) -> di
 
 
 def export_merged(export: Export) -> None:
-    """`--to merged`."""
+    """Export one plain model, for `--to merged`."""
     options, names = export.options, [entry["name"] for entry in export.manifest["experts"]]
     if options.expert is not None and options.expert not in names:
         raise ValueError(f"expert is {options.expert!r}; the checkpoint has {', '.join(names)}")
@@ -189,7 +191,9 @@ def export_merged(export: Export) -> None:
             **origin(export, "merged"),
             "weights": weights,
             "dtype": json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"],
-            "notes": of_quantised(export, "here they are inside the weights in full, which differ by that rounding"),
+            "notes": of_quantised(
+                export, "here they are merged into the unquantised weights, which differ by that rounding"
+            ),
             "measured": told(export, measured),
             "files": listing(folder),
         }
@@ -201,7 +205,7 @@ def export_merged(export: Export) -> None:
 
 
 def write_merged(export: Export, folder: Path, weights: Mapping[str, float]) -> None:
-    """The plain model and its tokenizer."""
+    """Write the plain model and its tokenizer into a folder."""
     base, dtype = export.base, export.options.dtype
     loaded = load_base(base["id"], revision=base["revision"], dtype="auto")
     model = DyLoRAMoE.from_pretrained(str(export.checkpoint), base=loaded)
@@ -211,21 +215,24 @@ def write_merged(export: Export, folder: Path, weights: Mapping[str, float]) -> 
 
 
 def losses_of_plain(folder: Path, held: HeldOut, export: Export) -> dict[str, Any]:
-    """The held-out losses of a plain model as it lies in a folder."""
+    """Measure the held-out losses of the plain model in a folder."""
     plain = load_base(str(folder), dtype="auto")
     smallest = LoraConfig(r=1, lora_alpha=1, lora_dropout=0.0, target_modules="all-linear")
-    model = DyLoRAMoE.from_base(plain, num_experts=1, lora=smallest).to(device())  # what `measure` knows how to run
+    model = DyLoRAMoE.from_base(plain, num_experts=1, lora=smallest).to(device())  # `measure` runs only a DyLoRAMoE
     with model.route_to(None):
         return measure(
             model, held, load_tokenizer(str(folder)), batch_size=export.options.batch_size, console=export.console
         )
 
 
-# Shared.
+# Shared by both kinds of export.
 
 
 def ready(export: Export) -> tuple[DyLoRAMoE, PreTrainedTokenizerBase, HeldOut]:
-    """The model as it was trained, and the rows to measure it on; the rows first, as they are what may be missing."""
+    """Load the model as it was trained, and the rows to measure it on.
+
+    The rows are read first, because they may be missing, and loading the model takes longer.
+    """
     options, base = export.options, export.base
     tokenizer = load_tokenizer(base["id"], revision=base["revision"])
     try:
@@ -246,31 +253,31 @@ def ready(export: Export) -> tuple[DyLoRAMoE, PreTrainedTokenizerBase, HeldOut]:
 
 
 def device() -> str:
-    """Where losses are measured."""
+    """The device on which losses are measured."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def origin(export: Export, kind: str) -> dict[str, Any]:
-    """What every record begins with."""
+    """Make the part of the record that both kinds of export share."""
     checkpoint = {"sha256": sha256(export.checkpoint / MANIFEST)}
     base = {name: export.base[name] for name in ("id", "revision")} | {"quantization": export.base.get("quantization")}
     return {"format_version": EXPORT_FORMAT_VERSION, "kind": kind, "checkpoint": checkpoint, "base": base}
 
 
 def of_quantised(export: Export, what: str) -> list[str]:
-    """A note, where the experts were trained on rounded weights."""
+    """Make a note where the experts were trained on quantised weights; `what` says what follows from that."""
     if not export.base["fingerprint"]["quantized"]:
         return []
     return [f"The experts were trained on a base whose weights were quantised; {what}."]
 
 
 def told(export: Export, measured: Measured | None) -> dict[str, Any] | None:
-    """The losses as plain values; None where they were not measured."""
+    """Write the losses as JSON values; None where they were not measured."""
     return None if measured is None else losses.losses_as_json(measured, seed=export.options.seed)
 
 
 def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
-    """What a page says of the losses."""
+    """Write the part of a README about the losses, as Markdown."""
     if measured is None:
         return NOT_MEASURED
     seed = export.options.seed
@@ -289,7 +296,7 @@ def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
 
 
 def show_export_losses(export: Export, measured: Measured | None, way: str) -> None:
-    """The same on a terminal."""
+    """Print the losses of an export, or that they were not measured."""
     if measured is None:
         export.console.print(Text(NOT_MEASURED.replace("*", ""), style="yellow"), soft_wrap=True)
         return

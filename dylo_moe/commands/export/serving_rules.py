@@ -1,7 +1,7 @@
-"""What vLLM takes as an adapter, and the flags that its server needs for it.
+"""The rules of vLLM for adapters, and the flags that its server needs for them.
 
-Read in vLLM 0.33.0: vllm/lora/peft_helper.py, lora_model.py, utils.py, and vllm/config/lora.py.
-"""
+The rules were read in the source of vLLM 0.33.0: vllm/lora/peft_helper.py, lora_model.py, utils.py, and
+vllm/config/lora.py."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from dylo_moe.routing.config import BASE
 from dylo_moe.utils.words import listed
 
 VLLM_VERSION = "0.33.0"
-"""Whose rules these are."""
+"""The version of vLLM whose rules these are."""
 
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank can be. An adapter's own rank may be anything up to it; vLLM pads it with zeros in memory."""
+"""The values that --max-lora-rank can have. An adapter's rank may be any up to it; vLLM pads it with zeros in
+memory."""
 
 NOT_SERVED = {
     "use_dora": "DoRA",
@@ -34,10 +35,10 @@ NOT_SERVED = {
 
 
 def next_server_rank(rank: int) -> int:
-    """The smallest rank that --max-lora-rank can be and that holds `rank`.
+    """The smallest value of --max-lora-rank that is at least `rank`.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: for a rank above the largest value.
     """
     found = next((allowed for allowed in SERVER_RANKS if allowed >= rank), None)
     if found is None:
@@ -48,12 +49,12 @@ def next_server_rank(rank: int) -> int:
 def rule_problems(
     config: Mapping[str, Any], state: Mapping[str, Tensor], *, base_shapes: Mapping[str, Sequence[int]]
 ) -> list[str]:
-    """Why vLLM would not serve an adapter, or serve something else; none: it will.
+    """List the reasons why vLLM would refuse an adapter or serve it wrongly; empty where there are none.
 
     Args:
-        config: of its adapter_config.json.
-        state: of its adapter_model.safetensors.
-        base_shapes: of the base's tensors, by their names.
+        config: the content of the adapter's adapter_config.json.
+        state: the tensors of the adapter's adapter_model.safetensors.
+        base_shapes: the shapes of the base's tensors, by their names.
     """
     problems = [
         f"{name} is {config[name]!r}: vLLM takes no {what}" for name, what in NOT_SERVED.items() if config.get(name)
@@ -70,23 +71,22 @@ def rule_problems(
         problems.append(f"r is {config['r']}; it must be one of {', '.join(map(str, SERVER_RANKS))}")
     foreign = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if foreign:
-        problems.append(f"{listed(foreign)} is neither an A nor a B of a linear")
+        problems.append(f"the adapter has tensors other than A and B of a linear: {listed(foreign)}")
     fused = [name for name in state if ".experts." in name]
     if fused:
-        problems.append(
-            f"{listed(fused)} lies inside a mixture-of-experts block, whose names vLLM reads in another way"
-        )
+        verb = "is" if len(fused) == 1 else "are"
+        problems.append(f"{listed(fused)} {verb} inside a mixture-of-experts block, whose names vLLM reads differently")
     ranks = {
         name: tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in state.items() if name not in foreign
     }
     other = [f"{name} (rank {rank})" for name, rank in ranks.items() if rank != config["r"]]
     if other:
-        problems.append(f"r is {config['r']}, but not of {listed(other)}")
+        problems.append(f"r is {config['r']}, but these have another rank: {listed(other)}")
     return problems
 
 
 def _transposed(state: Mapping[str, Tensor], base_shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether the base's linears lie as [in, out]; the adapters' configs need not say so."""
+    """Whether the base stores its linears as [in, out]; adapter configs need not say so."""
     for name, tensor in state.items():
         if name.endswith(".lora_A.weight"):
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -97,18 +97,18 @@ def _transposed(state: Mapping[str, Tensor], base_shapes: Mapping[str, Sequence[
 
 
 def serve_command(base: str, revision: str | None, *, experts: Sequence[str], max_rank: int) -> str:
-    """The command that serves a base as `base`, and its experts under their own names.
+    """Write the command that serves a base as `base`, and its experts under their own names.
 
-    For a POSIX shell, in the folder where the adapters' folders lie, each named as its expert.
+    The command is for a POSIX shell, in the folder that has a folder for each expert, named as the expert.
 
     Args:
-        base: as a checkpoint names it.
-        revision: of the base on the hub.
-        experts: their names.
-        max_rank: the largest rank among them.
+        base: the base, as a checkpoint names it.
+        revision: the revision of the base on the hub.
+        experts: the names of the experts.
+        max_rank: the largest rank among the experts.
     """
     name = shlex.quote(str(Path(base).resolve()) if Path(base).is_dir() else base)
-    if base == EMBEDDED_BASE:  # no name that vLLM knows
+    if base == EMBEDDED_BASE:  # vLLM does not know this name, so the command resolves it to a folder
         name = f'"$(python -c "from dylo_moe.base.smollm2 import resolve_base; print(resolve_base(\'{base}\'))")"'
     lines = [f"vllm serve {name} --served-model-name {BASE}"]
     if revision is not None:

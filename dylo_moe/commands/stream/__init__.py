@@ -1,4 +1,4 @@
-"""`dylora stream`: datasets learned one after another."""
+"""`dylora stream`: learn datasets one after another."""
 
 from __future__ import annotations
 

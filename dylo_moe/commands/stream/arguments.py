@@ -20,7 +20,7 @@ NOT_OFFERED = {
     "router_policy": "a pool that grows needs a gate that learns",
     **dict.fromkeys(
         ("eval_benchmark", "eval_benchmark_steps", "allow_code_execution", "sandbox"),
-        "a stream evaluates by loss; judge its checkpoints with dylora eval",
+        "a stream evaluates by loss; run dylora eval on its checkpoints",
     ),
     "balance_coefficient": "gate rows are fitted, not trained, so no loss can balance them",
     "z_loss_coefficient": "gate rows are fitted, not trained",
@@ -38,55 +38,56 @@ NOT_OFFERED = {
     "greater_is_better": "a stage ends with its last step",
     "early_stopping_patience": "a stage ends with its last step",
     "early_stopping_threshold": "a stage ends with its last step",
-    "report_to": "the matrix is written to matrix.json and to the page; trackers see dylora train only",
+    "report_to": "the matrix is written to matrix.json and to the page; only dylora train logs to trackers",
     "run_name": "no tracker is written to",
     "project": "no tracker is written to",
-    "wandb_checkpoint_artifact": "a stream goes on from its folder: --resume_from_checkpoint",
+    "wandb_checkpoint_artifact": "a stream is resumed from its folder: --resume_from_checkpoint",
 }
-"""Flags of `dylora train` that would do nothing, or something wrong, here; each with the reason."""
+"""Flags of `dylora train` that would have no effect or a wrong one here, each with the reason."""
 
 
 @dataclass
 class StreamArguments:
-    """Flags of `dylora stream` beside those of the model, the data and the Trainer."""
+    """The flags that `dylora stream` has besides those of the model, the data and the Trainer."""
 
     checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Go on learning with this model: the checkpoint of a stream, or of dylora train."},
+        metadata={"help": "Continue learning with this model: the checkpoint of a stream, or of dylora train."},
     )
     eval_datasets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Datasets that are measured after every stage and never trained: general text, which should go to "
-            "the unchanged base, or skills that --checkpoint knows."
+            "help": "Datasets that are measured after every stage and never trained on: general text, which should be "
+            "routed to the unchanged base, or skills that --checkpoint knows."
         },
     )
     known_datasets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "What a --checkpoint of dylora train was trained on: one pass over them tells the skill library "
-            "what its experts know. They are not trained again."
+            "help": "Datasets that a --checkpoint of dylora train was trained on: from one pass over them the skill "
+            "library learns what its experts know. They are not trained on again."
         },
     )
     base_datasets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "General text that should stay with the unchanged base: gate rows are fitted against its "
-            "statistics. Default: texts that the base itself writes. They are not trained."
+            "help": "Datasets of general text that should stay with the unchanged base: gate rows are fitted against "
+            "its statistics. Default: texts that the base itself writes. They are not trained on."
         },
     )
     chunk_examples: int | None = field(
         default=None,
         metadata={
-            "help": "Take the datasets as one stream without labels, cut into chunks of so many rows; which chunk "
+            "help": "Take the datasets as one stream without labels, cut into chunks of this many rows; which chunk "
             "brings a new skill is then found, not given."
         },
     )
     allow_expert_growth: bool = field(
-        default=True, metadata={"help": "False: the pool is fixed. What is new is reported, and trains nothing."}
+        default=True, metadata={"help": "False: the pool is fixed. New data is reported, and nothing is trained on it."}
     )
     learn_with: str | None = field(
-        default=None, metadata={"help": "An expert that learns all of the data, whatever it is; nothing then grows."}
+        default=None,
+        metadata={"help": "The expert that is trained on all of the data, new or known; no expert grows then."},
     )
     ranks: list[int] = field(
         default_factory=list,
@@ -100,16 +101,20 @@ class StreamArguments:
             "choices": [OWN, DENSE],
         },
     )
-    seeding_learning_rate: float = field(default=1e-3, metadata={"help": "The high rate, of a new expert's start."})
+    seeding_learning_rate: float = field(
+        default=1e-3, metadata={"help": "The high rate, for the beginning of a new expert's training."}
+    )
     consolidation_learning_rate: float = field(
-        default=1e-4, metadata={"help": "The low rate, of the rest of its training and of what is learned later."}
+        default=1e-4, metadata={"help": "The low rate, for the rest of its training and for later training."}
     )
     seeding_share: float = field(
         default=0.7, metadata={"help": "Share of a new expert's steps at the high rate, from 0 to 1."}
     )
     skill_examples: int = field(
         default=512,
-        metadata={"help": "Training rows of a dataset or chunk that the detector and the library look at, at most."},
+        metadata={
+            "help": "The most training rows of a dataset or chunk that the novelty detector and the skill library read."
+        },
     )
 
     keep_stages: bool = field(
@@ -138,9 +143,9 @@ class StreamArguments:
         if self.skill_examples < 2:
             problems.append(f"skill_examples is {self.skill_examples}; it must be at least 2")
         if self.known_datasets and self.checkpoint is None:
-            problems.append("known_datasets tells what a checkpoint knows; give --checkpoint too")
+            problems.append("known_datasets says what a checkpoint knows; give --checkpoint too")
         if self.base_datasets and not self.allow_expert_growth:
-            problems.append("base_datasets is for rows that are fitted, and with a fixed pool none is")
+            problems.append("base_datasets is for fitting gate rows, and with a fixed pool none is fitted")
         if not self.allow_expert_growth and self.checkpoint is None:
             problems.append("allow_expert_growth False leaves a new pool empty; give --checkpoint too")
         if problems:
@@ -149,19 +154,19 @@ class StreamArguments:
 
 @dataclass
 class StageOptions(TrainerOptions):
-    """Arguments of the Trainer for each stage of a stream, where they differ from those of `dylora train`."""
+    """The Trainer's arguments for a stage of a stream, where their defaults differ from those of `dylora train`."""
 
     num_train_epochs: float = field(
         default=3.0, metadata={"help": "Passes over the training rows of each dataset or chunk."}
     )
     eval_strategy: str = field(default="no", metadata={"help": "Not offered."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save within a stage: no, steps, epoch."})
-    save_steps: float = field(default=100, metadata={"help": "Save every so many optimizer steps of a stage."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept within a stage."})
+    save_steps: float = field(default=100, metadata={"help": "Number of optimizer steps of a stage between two saves."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Number of checkpoints kept within a stage."})
 
 
 def stream_refusal(name: str) -> str | None:
-    """Why `dylora stream` does not offer a flag of that name; None where it does."""
+    """Say why `dylora stream` does not offer a flag; None where it offers the flag."""
     return NOT_OFFERED.get(name) or refusal_of(name)
 
 

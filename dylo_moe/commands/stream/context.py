@@ -1,4 +1,4 @@
-"""What all steps of a stream work with."""
+"""The objects that all steps of a stream share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dylo_moe.training.stopping import StopRequest
 
 
 class StreamContext(NamedTuple):
-    """What all steps of a stream work with; it stays the same from its first stage to its last."""
+    """The objects that all steps of a stream share; they stay the same from its first stage to its last."""
 
     request: StreamRequest
     data: LoadedData
@@ -23,4 +23,4 @@ class StreamContext(NamedTuple):
     console: Console
     stop: StopRequest
     record: dict[str, Any]
-    """The manifest's record in every checkpoint: settings, the rows' fingerprint, and facts of the run."""
+    """The record that every checkpoint's manifest holds: settings, the rows' fingerprint, and facts of the run."""

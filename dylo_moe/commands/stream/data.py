@@ -1,4 +1,4 @@
-"""The data of a stream: which dataset is read for what, and which rows a stage learns."""
+"""The data of a stream: what each dataset is read for, and which rows each stage learns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SKILL_BATCH = 16
 
 
 class Roles(NamedTuple):
-    """The names of the datasets, by what they are for."""
+    """The names of the datasets, grouped by their purpose."""
 
     learned: list[str]
     measured: list[str]
@@ -39,40 +39,40 @@ class StageData(NamedTuple):
 
 
 def read_data(request: StreamRequest, tokenizer: PreTrainedTokenizerBase) -> LoadedData:
-    """All datasets, read together in the order of `Roles`, so that a row that repeats another's is found."""
+    """Read all datasets together, in the order of `Roles`, so that rows which several of them share are found."""
     stream = request.stream
     names = [*request.data.datasets, *stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
     return load_data(replace(request.data, datasets=names), tokenizer, seed=request.train.seed)
 
 
 def roles_of(request: StreamRequest, data: LoadedData) -> Roles:
-    """The names that the data gave to the datasets of each role; they are in the order that they were read in."""
+    """Group the names that the loaded data gave to its datasets by role; they are in the order of reading."""
     stream, names = request.stream, iter(data.names)
     groups = (request.data.datasets, stream.eval_datasets, stream.known_datasets, stream.base_datasets)
     return Roles(*([next(names) for _ in group] for group in groups))
 
 
 def rows_of(data: LoadedData, name: str) -> Dataset:
-    """The training rows of one dataset, in the order of the epoch."""
+    """Select the training rows of one dataset, in the order of the epoch."""
     return data.train.select(np.flatnonzero(np.asarray(data.train["domain"]) == data.names.index(name)))
 
 
 def sample_of(rows: Dataset, collator: Collator, num_rows: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of the first rows, at most `num_rows`, for the novelty detector and the skill library."""
+    """Yield batches of the first rows, at most `num_rows`, for the novelty detector and the skill library."""
     count = min(num_rows, len(rows))
     for start in range(0, count, SKILL_BATCH):
         yield collator([rows[row] for row in range(start, min(start + SKILL_BATCH, count))])
 
 
 def stages_of(request: StreamRequest, data: LoadedData) -> Sequence[StageData]:
-    """The data of each stage: one dataset, or one chunk of all datasets in a row."""
+    """Divide the data into stages: one dataset each, or one chunk each of all datasets joined in order."""
     names = roles_of(request, data).learned
     size = request.stream.chunk_examples
     if size is None:
         ranks: Sequence[int | None] = request.stream.ranks or [None] * len(names)
         return [StageData(name, rows_of(data, name), rank) for name, rank in zip(names, ranks, strict=True)]
     rows = concatenate_datasets([rows_of(data, name) for name in names])
-    # The last chunk takes the rows that are too few for a chunk of their own.
+    # The last chunk also takes the remaining rows, which are too few for a chunk.
     starts = range(0, len(rows) - len(rows) % size, size) or [0]
     ends = [*list(starts)[1:], len(rows)]
     return [
@@ -82,6 +82,6 @@ def stages_of(request: StreamRequest, data: LoadedData) -> Sequence[StageData]:
 
 
 def rows_by_dataset(data: LoadedData, stage: StageData) -> dict[str, int]:
-    """How many rows of a stage come from each dataset."""
+    """Count the rows of a stage that come from each dataset."""
     domains, counts = np.unique(np.asarray(stage.rows["domain"]), return_counts=True)
     return {data.names[domain]: int(count) for domain, count in zip(domains, counts, strict=True)}

@@ -1,4 +1,4 @@
-"""The held-out losses of a stream: how each stage fills its row of the loss matrix."""
+"""Measure the held-out losses of a stream: each stage fills a row of the loss matrix."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def measure_stage(
 ) -> None:
     """Measure every dataset after a stage; on a terminal, its row of the matrix fills as it is measured.
 
-    Besides the loss, the share of a dataset's tokens that its own expert gets is measured, and of the datasets whose
-    expert the stage has trained, the loss of that expert alone.
+    Besides the loss, this measures the share of a dataset's tokens that are routed to its own expert, and, for datasets
+    whose expert the stage has trained, the loss of that expert alone.
     """
     trainer = _evaluator(context, model)
     with Live(MatrixTable(state.matrix), console=context.console, transient=True) as screen:
@@ -53,7 +53,7 @@ def measure_stage(
 
 
 def _evaluator(context: StreamContext, model: DyLoRAMoE) -> DyLoRATrainer:
-    """A Trainer that only evaluates."""
+    """Make a Trainer that only evaluates."""
     arguments = copy.copy(context.request.train)
     arguments.output_dir = str(context.folder)
     trainer = DyLoRATrainer(

@@ -29,16 +29,17 @@ from dylo_moe.training.run_folder import CONFIG_FILE
 from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
 from dylo_moe.utils.differences import differences, in_words
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.words import counted
 
 CHECKPOINT_DECIDES = (  # noqa: SIM905
     "model lora_r lora_alpha lora_dropout lora_targets top_k router_layer granularity router_half_life load_in_4bit"
 ).split()
-"""Flags that describe a new model."""
+"""Flags that describe a new model, and so cannot apply where --checkpoint gives one."""
 
 MAY_CHANGE = (*LOCATIONS, "per_device_eval_batch_size", "save_steps", "save_total_limit", "dataloader_num_workers")
 
 MAY_CHANGE_PREFIXES = ("logging_", "log_")
-"""Settings that may be others when a stream goes on."""
+"""Settings that may differ when a stream is resumed: those of `MAY_CHANGE`, and those with these prefixes."""
 
 
 @dataclass
@@ -57,11 +58,11 @@ class StreamRequest(NamedTuple):
     data: DataConfig
     train: StageArguments
     resumed: Path | None = None
-    """The folder of the stream that goes on."""
+    """The folder of the stream that is resumed; None: the stream is new."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was resolved to, as plain values."""
+        """The settings of the stream, with every default filled in, as plain values."""
         ours = (self.model, self.experts, self.router, self.stream, self.growth, self.data)
         return plain_settings(ours, self.train, stream_refusal)
 
@@ -72,11 +73,11 @@ def build_stream_parser(*, show_all: bool = False) -> Parser:
 
 
 def parse_stream(argv: Sequence[str]) -> StreamRequest:
-    """Read the command line and the recipe it names.
+    """Read the command line and the recipe that it names.
 
     Raises:
         UsageError: for an unknown or refused flag, a value out of range, or settings that are not those of the stream
-            that is to go on.
+            to resume.
     """
     parser = build_stream_parser()
     words = with_recipe(_split_ranks(argv), parser, stream_refusal)
@@ -92,14 +93,14 @@ def parse_stream(argv: Sequence[str]) -> StreamRequest:
     _check(request, given={word.split("=", 1)[0] for word in words if word.startswith("--")})
     if resumed is not None:
         if train.output_dir != str(resumed):
-            raise UsageError(f"a stream goes on in its own folder, {resumed}; leave output_dir out")
+            raise UsageError(f"a stream is resumed in its own folder, {resumed}; leave output_dir out")
         offered = {name: value for name, value in in_full(saved, STREAM_CONFIGS).items() if not stream_refusal(name)}
         _check_unchanged(resumed, offered, request.settings)
     return request
 
 
 def _split_ranks(argv: Sequence[str]) -> list[str]:
-    """`--ranks 8,16,32` as the parser reads lists of numbers."""
+    """Split `--ranks 8,16,32` into separate words, as the parser reads lists of numbers."""
     words, is_rank = [], False
     for word in argv:
         name, sign, value = word.partition("=")
@@ -112,10 +113,13 @@ def _split_ranks(argv: Sequence[str]) -> list[str]:
 
 
 def _check(request: StreamRequest, given: set[str]) -> None:
-    """Raises UsageError for flags that do not go together."""
+    """Raise UsageError for flags that contradict each other."""
     stream, data, problems = request.stream, request.data, []
     if stream.ranks and len(stream.ranks) != len(data.datasets):
-        problems.append(f"ranks has {len(stream.ranks)} values for {len(data.datasets)} datasets; give one each")
+        problems.append(
+            f"ranks has {counted(len(stream.ranks), 'value')} for {counted(len(data.datasets), 'dataset')}; "
+            "give one each"
+        )
     others = [*stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
     twice = sorted({*others} & {*data.datasets}) + sorted({name for name in others if others.count(name) > 1})
     if twice:
@@ -130,7 +134,7 @@ def _check(request: StreamRequest, given: set[str]) -> None:
 
 def _settings_in(run: Path) -> dict[str, Any]:
     if not (run / CONFIG_FILE).is_file() or not (run / STREAM).is_file():
-        raise UsageError(f"{run} is no stream that could go on: it needs {CONFIG_FILE} and {STREAM}")
+        raise UsageError(f"{run} is not a stream that can be resumed: it needs {CONFIG_FILE} and {STREAM}")
     return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
@@ -141,4 +145,4 @@ def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
         if item.name not in MAY_CHANGE and not item.name.startswith(MAY_CHANGE_PREFIXES)
     ]
     if changed:
-        raise UsageError(f"cannot go on with {run} under other settings: {in_words(changed)}. Leave them out")
+        raise UsageError(f"cannot resume {run} with other settings: {in_words(changed)}. Leave them out")

@@ -1,4 +1,4 @@
-"""Continual training, the command `dylora stream`: one skill after another, each a stage that ends in a checkpoint."""
+"""The command `dylora stream`: learn one skill after another, each in a stage that ends with a checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from dylo_moe.utils.errors import Stopped
 
 
 def stream(request: StreamRequest) -> Path:
-    """Learn as the flags say and show the result; returns the folder of the final checkpoint.
+    """Learn the datasets as the flags say and print the result; returns the folder of the final checkpoint.
 
     Raises:
         Stopped: when SIGTERM or SIGINT ended it; the message says how to resume.
@@ -89,7 +89,7 @@ def run_stages(context: StreamContext, model: DyLoRAMoE, state: StreamState, che
 
 
 def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base; where --checkpoint is given, its manifest names the base."""
+    """Load the tokenizer of the base; where --checkpoint is given, its manifest names the base."""
     if request.stream.checkpoint is None:
         return load_tokenizer(request.model.model)
     base = read_manifest(request.stream.checkpoint)["base"]
@@ -97,7 +97,7 @@ def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:
 
 
 def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
-    """The stream's folder, with its settings in it, and the checkpoint of the last stage that is done."""
+    """Open the folder of the stream, new or resumed; returns it and the checkpoint of the last stage that is done."""
     if request.resumed is not None:
         clear_leftovers(request.resumed)
         return request.resumed, last_checkpoint(request.resumed)
@@ -110,10 +110,10 @@ def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
 def start_state(
     request: StreamRequest, data: LoadedData, collator: Collator, checkpoint: Path | None
 ) -> tuple[StreamState, DyLoRAMoE]:
-    """The state and the model before the first stage that is not done.
+    """Make or load the state and the model as they are before the first stage that is not done.
 
     Args:
-        checkpoint: of the last stage that is done; None: the stream starts with a new pool, or with --checkpoint's.
+        checkpoint: the checkpoint of the last stage that is done; None: start with a new pool, or with --checkpoint's.
 
     Raises:
         ValueError: where the rows are not those of the resumed stream, or --checkpoint does not say what it knows.
@@ -133,7 +133,7 @@ def start_state(
 
 
 def start_pool(request: StreamRequest, data: LoadedData, collator: Collator, roles: Roles) -> DyLoRAMoE:
-    """A new pool that holds the base alone, or --checkpoint's with its skills in the library."""
+    """Make a pool that holds the base alone, or load --checkpoint's with its skills in the library."""
     stream, seed = request.stream, request.train.seed
 
     def sample(name: str) -> Iterator[dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from dylo_moe.utils.words import counted
 
 
 def show_begin(context: StreamContext, state: StreamState, checkpoint: Path | None, *, num_stages: int) -> None:
-    """What the stream resumes or starts from, and how many stages it has."""
+    """Print what the stream resumes or starts from, and how many stages it has."""
     console, stages = context.console, counted(num_stages, "stage")
     if checkpoint is not None:
         verb = "is" if state.num_done == 1 else "are"
@@ -27,13 +27,13 @@ def show_begin(context: StreamContext, state: StreamState, checkpoint: Path | No
 
 
 def show_stage(context: StreamContext, number: int, stage: StageData) -> None:
-    """The heading of a stage."""
+    """Print the heading of a stage."""
     title = Text(f"stage {number}: {stage.name}, {counted(len(stage.rows), 'row')}")
     context.console.rule(title, align="left", style="dim")
 
 
 def show_decision(context: StreamContext, stage: StageData, decision: SkillDecision) -> None:
-    """Why the data of a stage is new or known, and what follows from that."""
+    """Print why the data of a stage is new or known, and what follows from that."""
     seen = min(len(stage.rows), context.request.stream.skill_examples)
     what = "new" if decision.novel else "known"
     why = "nothing is known yet"
@@ -54,7 +54,7 @@ def show_decision(context: StreamContext, stage: StageData, decision: SkillDecis
 
 
 def show_end(context: StreamContext, final: Path, seconds: float) -> None:
-    """The files of the stream, its report among them, and what to type next."""
+    """Write the report, and print the files of the stream and what to type next."""
     page = write_report(str(context.folder))
     console = context.console
     console.rule(style="dim")
@@ -66,5 +66,5 @@ def show_end(context: StreamContext, final: Path, seconds: float) -> None:
 
 
 def how_to_resume(folder: Path) -> str:
-    """What to type to resume an interrupted stream."""
+    """Say what to type to resume an interrupted stream."""
     return f"resume with: {command()} stream --resume_from_checkpoint {folder}"

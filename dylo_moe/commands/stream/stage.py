@@ -1,4 +1,4 @@
-"""One stage of a stream: novelty, growth, training, maturity, evaluation, checkpoint."""
+"""One stage of a stream: novelty decision, growth, training, maturity, evaluation and checkpoint."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from dylo_moe.utils.atomic_files import write_json
 def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, place: int, data: StageData) -> None:
     """Run one stage: decide whether its data is new, train an expert on it, measure, and save.
 
-    A stage follows from the state before it and from its own seed. So a stage that was killed is run again, from the
-    last checkpoint of its training, and ends bit-equal to one that was not.
+    The result of a stage depends only on the state before it and on its own seed. So a stage that was killed is run
+    again, from the last checkpoint of its training, and ends bit-equal to one that was not killed.
 
     Args:
-        place: of the stage in the stream, from 0.
+        place: the index of the stage in the stream, from 0.
     """
     started, stream = time.time(), context.request.stream
     seed = context.request.train.seed + place
@@ -61,7 +61,7 @@ def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, plac
 
 
 def free_name(model: DyLoRAMoE, wanted: str) -> str:
-    """The name of a new expert: as wanted, or numbered where that is taken."""
+    """Find a name for a new expert: the wanted one, or a numbered one where that is taken."""
     plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "-" for letter in wanted)
     plain = plain.strip("-_")[:60] or "skill"
     taken = {*model.experts.names, *(model.library.names if model.growth is not None else ())}
@@ -78,7 +78,8 @@ def learn(
     *,
     seed: int,
 ) -> int:
-    """Train the expert that a decision names, if any; a new one is mature afterwards. Returns the tokens trained on."""
+    """Train the expert that a decision names, if any; a new one is mature afterwards. Returns the number of tokens
+    trained on."""
     if decision.expert is None:
         return 0
     is_new = decision.action == GROWN
@@ -96,7 +97,7 @@ def train_expert(
     """Train one expert, from the last checkpoint in the stage's folder if there is one.
 
     Returns:
-        The tokens trained on, those before the checkpoint included.
+        The number of tokens trained on, including those before the checkpoint.
     """
     request = context.request
     arguments = copy.copy(request.train)
@@ -123,7 +124,9 @@ def train_expert(
     trainer_state = resume_log(context.console, metrics, checkpoint)
     write_run_files(context, model, folder, data)
     train_to_end(trainer, context.stop, checkpoint, trainer_state)
-    write_json(folder / "samples.json", [])  # marks the run as ended for its report; a stage generates no samples
+    write_json(
+        folder / "samples.json", []
+    )  # an ended run has this file, which its report looks for; a stage generates no samples
     write_report(str(folder))
     model.eval()
     return trainer.num_tokens

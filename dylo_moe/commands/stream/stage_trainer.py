@@ -15,33 +15,35 @@ from dylo_moe.training.trainer import DyLoRATrainer
 
 SEEDING_TEMPERATURES = (100.0, 1.0)
 """The temperatures of dense seeding at its first and its last step; it falls geometrically between them. It begins high
-because fitted gate rows are many nats apart on their own tokens, and weights are to begin near uniform."""
+because the logits of fitted gate rows are many nats apart on their own tokens, and the weights should begin nearly
+uniform."""
 
 
 class StageTrainer(DyLoRATrainer):
     """Trains one expert; all others, and every gate row, must be frozen already.
 
-    With seeding "own" every token of the data is routed to the expert. With "dense" it is seeded beside the others:
-    the routing weights are softmax(logits / temperature) over the whole pool, with a temperature that falls from nearly
+    With seeding "own" every token of the data is routed to the expert. With "dense" the expert is seeded beside the
+    others: the routing weights are softmax(logits / temperature) over the whole pool, with a temperature that falls
+        from nearly
     uniform weights to one expert a token. In consolidation every token is routed to the expert.
 
     Args:
         expert: the name of the expert to train.
         stream: the two rates, the share of the steps at the high one, and how a new expert is seeded.
-        is_new: False for an expert that knows the skill already: all steps are consolidation.
-        others: as for `DyLoRATrainer`; `args.learning_rate` is the high rate.
+        is_new: False for an expert that already knows the skill: all steps are consolidation.
+        args, kwargs: the arguments of `DyLoRATrainer`; `args.learning_rate` is the high rate.
     """
 
     def __init__(self, *args: Any, expert: str, stream: StreamArguments, is_new: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.expert, self.stream, self.is_new = expert, stream, is_new
         self.switch_step = 0
-        """The first step of consolidation; known once training has begun."""
+        """The first step of consolidation; it is known once training has begun."""
         self.num_tokens = 0
-        """Real tokens trained on so far."""
+        """The number of real tokens trained on so far."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule of two phases, in place of `lr_scheduler_type`'s."""
+        """Make the schedule of two phases, which replaces that of `lr_scheduler_type`."""
         if self.lr_scheduler is None:
             self.switch_step = round(self.stream.seeding_share * num_training_steps) if self.is_new else 0
             self.lr_scheduler = TwoPhaseLR(
@@ -53,14 +55,14 @@ class StageTrainer(DyLoRATrainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one optimizer step, whose tokens are added to those of the stage."""
+        """Take the batches of one optimizer step, and add their tokens to the count of the stage."""
         samples = super().get_batch_samples(*args, **kwargs)
         if self.step_tokens is not None:
             self.num_tokens += int(self.step_tokens)
         return samples
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one micro-batch, routed as its phase says."""
+        """Run forward and backward of one micro-batch, routed as the phase of the training says."""
         with self._routing():
             return super().training_step(model, *args, **kwargs)
 
@@ -81,7 +83,7 @@ class StageTrainer(DyLoRATrainer):
             router.temperature = before
 
     def checkpoint_record(self) -> dict[str, Any]:
-        """The record of the training, with the tokens that the stage has trained on."""
+        """The record of the training, with the number of tokens that the stage has trained on."""
         return {**super().checkpoint_record(), "num_tokens": self.num_tokens}
 
     def load_weights(self, folder: Path) -> dict[str, Any]:

@@ -27,15 +27,15 @@ class StreamState:
 
     matrix: Matrix
     trained: dict[str, dict[str, int]] = field(default_factory=dict)
-    """For each dataset, how many of its rows each expert was trained on."""
+    """The number of rows that each expert was trained on, for each dataset."""
 
     @property
     def num_done(self) -> int:
-        """How many stages are done."""
+        """The number of stages that are done."""
         return len(self.matrix.stages)
 
     def owner(self, dataset: str) -> str | None:
-        """The expert that was trained on most rows of a dataset; None: none was."""
+        """The expert that was trained on most rows of a dataset; None where no expert was."""
         counts = self.trained.get(dataset, {})
         return max(counts, key=counts.__getitem__) if counts else None
 
@@ -45,12 +45,12 @@ class StreamState:
         counts[expert] = counts.get(expert, 0) + num_rows
 
     def record(self) -> dict[str, Any]:
-        """The state as a checkpoint's manifest keeps it."""
+        """Write the state as JSON values for a checkpoint's manifest."""
         return {"matrix": asdict(self.matrix), "trained": self.trained}
 
     @classmethod
     def restored(cls, record: dict[str, Any]) -> StreamState:
-        """The state that a checkpoint's manifest keeps."""
+        """Restore the state from a checkpoint's manifest."""
         matrix = record["matrix"]
         stages = [Stage(**stage) for stage in matrix["stages"]]
         return cls(Matrix(**{**matrix, "stages": stages}), record["trained"])
@@ -79,11 +79,11 @@ def stage_folders(run: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> tuple[StreamState, dict[str, Any]]:
-    """The state in a stage's checkpoint, and the whole record of its training.
+    """Read the state in a stage's checkpoint, and the whole record of its training.
 
     Raises:
-        CheckpointError: where it is incomplete or altered.
-        ValueError: where it is not a stream's.
+        CheckpointError: for a checkpoint that is incomplete or altered.
+        ValueError: for a checkpoint that is not of a stream.
     """
     record = read_manifest(checkpoint).get("training") or {}
     if "stream" not in record:
@@ -94,14 +94,14 @@ def read_state(checkpoint: Path) -> tuple[StreamState, dict[str, Any]]:
 def save_stage(
     model: DyLoRAMoE, run: Path, folder: Path, state: StreamState, record: dict[str, Any], *, keep: bool
 ) -> None:
-    """Save the checkpoint of a stage, which is done from then on, and delete the checkpoint of the stage before.
+    """Save the checkpoint of a stage, by which the stage is done, and delete the checkpoint of the stage before.
 
-    The files for people are written after the checkpoint, because a stream is resumed from that alone.
+    The files for people are written after the checkpoint, because a stream is resumed from the checkpoint alone.
 
     Args:
         folder: the folder of the stage.
-        record: what the manifest holds besides the state.
-        keep: keep the checkpoints of earlier stages.
+        record: the part of the manifest's record that is the same for all stages.
+        keep: whether the checkpoints of earlier stages are kept.
     """
     older = last_checkpoint(run)
     losses = {"before": state.matrix.base, "after": state.matrix.stages[-1].losses}

@@ -1,4 +1,4 @@
-"""`dylora submit`, and `python submit_full_training.py`: a training run as a job of Vertex AI."""
+"""`dylora submit`, and `python submit_full_training.py`: send a training run to Vertex AI as a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of `dylora submit` beside those of `dylora train`: where and how a job of Vertex AI runs."""
+"""The flags that `dylora submit` has besides those of `dylora train`: where and how a job of Vertex AI runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dylo_moe.training.arguments import TrainerOptions
 from dylo_moe.utils.redact import SECRET_NAME
 
 NOT_OFFERED = {
-    "output_dir": "it is made of --bucket and --display_name, so that the same command goes on where it was",
-    "resume_from_checkpoint": "a job always goes on where its run was; for a new run give another --display_name",
+    "output_dir": "it is made of --bucket and --display_name, so that the same command resumes the run",
+    "resume_from_checkpoint": "a job always resumes its run; for a new run give another --display_name",
 }
 """Flags of `dylora train` that have no meaning here; each with the reason."""
 
@@ -44,12 +44,12 @@ IN_CLEAR = re.compile(
     r"|gh[opsu]_[A-Za-z0-9]{30,}|-----BEGIN .*",
     re.DOTALL,
 )
-"""What keys look like: Weights & Biases, Hugging Face, Google, OpenAI, GitHub, a private key."""
+"""The forms of secrets: keys of Weights & Biases, Hugging Face, Google, OpenAI and GitHub, and private keys."""
 
 
 @dataclass
 class CloudArguments:
-    """Flags of `dylora submit` beside those of `dylora train`.
+    """The flags that `dylora submit` has besides those of `dylora train`.
 
     Raises:
         ValueError: for values that are missing or out of range; all problems in one message.
@@ -58,7 +58,7 @@ class CloudArguments:
     gcp_project: str | None = field(
         default=None, metadata={"help": "Id of the Google Cloud project; default: the variable GOOGLE_CLOUD_PROJECT."}
     )
-    region: str = field(default="us-central1", metadata={"help": "Where the job runs; the bucket had best lie there."})
+    region: str = field(default="us-central1", metadata={"help": "Where the job runs; the bucket should be there too."})
     bucket: str | None = field(
         default=None,
         metadata={"help": "Where runs are written: gs://BUCKET or gs://BUCKET/FOLDER, with a hierarchical namespace."},
@@ -66,49 +66,56 @@ class CloudArguments:
     image: str | None = field(default=None, metadata={"help": "The container image, with its tag or digest."})
     display_name: str | None = field(
         default=None,
-        metadata={"help": "Name of the job and of its run's folder. Submitted again, it goes on in that folder."},
+        metadata={"help": "Name of the job and of its run's folder. Submitted again, it resumes in that folder."},
     )
     machine_type: str = field(default="g2-standard-12", metadata={"help": "Type of the one machine that trains."})
     accelerator_type: str | None = field(
-        default=None, metadata={"help": "Such as NVIDIA_TESLA_T4; default: what the machine type comes with."}
+        default=None,
+        metadata={"help": "Type of GPU, such as NVIDIA_TESLA_T4; default: the one that comes with the machine type."},
     )
     accelerator_count: int | None = field(
-        default=None, metadata={"help": "GPUs; with several, each has a process. Default: as many as it comes with."}
+        default=None,
+        metadata={
+            "help": "Number of GPUs, each with a process of its own; default: as many as come with the machine type."
+        },
     )
     boot_disk_gb: int | None = field(
-        default=None, metadata={"help": "Size of its disk, for base, datasets and image; default: the service's."}
+        default=None,
+        metadata={"help": "Size of the machine's disk, for base, datasets and image; default: the service's."},
     )
     strategy: str = field(
         default=STANDARD,
         metadata={
-            "help": "STANDARD; SPOT: cheaper, may be taken away at any time; FLEX_START: waits until there is one.",
+            "help": "STANDARD; SPOT: cheaper, but may be preempted at any time; FLEX_START: waits for a free machine.",
             "choices": [STANDARD, SPOT, FLEX_START],
         },
     )
     max_wait_hours: float | None = field(
-        default=None, metadata={"help": "With FLEX_START, how long; 0: without end. Default: the service's, 24."}
+        default=None, metadata={"help": "With FLEX_START, the longest wait; 0: no limit. Default: the service's, 24."}
     )
     timeout_hours: float | None = field(
-        default=None, metadata={"help": "Longest time that it runs; default: the service's, 7 days."}
+        default=None, metadata={"help": "Longest time that the job runs; default: the service's, 7 days."}
     )
     restart_job_on_worker_restart: bool = field(
         default=False, metadata={"help": "Start the whole job again when its machine was restarted."}
     )
     persistent_resource_id: str | None = field(
-        default=None, metadata={"help": "Run on a persistent resource of the project, which has such a machine."}
+        default=None,
+        metadata={"help": "Run on this persistent resource of the project, which must have such a machine."},
     )
     service_account: str | None = field(
-        default=None, metadata={"help": "Whom the job acts as (an e-mail address); default: Vertex AI's own agent."}
+        default=None,
+        metadata={"help": "Account that the job acts as (an e-mail address); default: Vertex AI's own agent."},
     )
     network: str | None = field(
         default=None, metadata={"help": "A peered network: projects/NUMBER/global/networks/NAME."}
     )
-    labels: list[str] = field(default_factory=list, metadata={"help": "KEY=VALUE, of the job."})
+    labels: list[str] = field(default_factory=list, metadata={"help": "Labels of the job, KEY=VALUE."})
     secrets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Environment variables of the training out of Secret Manager: WANDB_API_KEY=SECRET:VERSION, or "
-            "NAME=projects/PROJECT/secrets/SECRET/versions/VERSION. The job holds the reference only."
+            "help": "Environment variables of the training from Secret Manager: WANDB_API_KEY=SECRET:VERSION, or "
+            "NAME=projects/PROJECT/secrets/SECRET/versions/VERSION. The job holds only the reference."
         },
     )
     env: list[str] = field(
@@ -147,7 +154,10 @@ class CloudArguments:
             ),
             "region": (re.compile(r"[a-z]+(-[a-z]+)+\d+"), "it must be a region such as europe-west4, without a zone"),
             "bucket": (BUCKET, "it must be gs://BUCKET or gs://BUCKET/FOLDER"),
-            "image": (IMAGE, "it must be HOST/PATH/NAME:TAG, or end in @sha256:DIGEST, so that a restart is the same"),
+            "image": (
+                IMAGE,
+                "it must be HOST/PATH/NAME:TAG, or end in @sha256:DIGEST, so that a restart runs the same image",
+            ),
             "display_name": (NAME, "it names a folder too: up to 63 letters, digits, '.', '_' and '-'"),
             "persistent_resource_id": (re.compile(r"[a-z][a-z0-9-]{0,62}"), "it must be small letters, digits and '-'"),
             "service_account": (re.compile(r"[\w.-]+@[\w.-]+"), "it must be an e-mail address"),
@@ -176,8 +186,8 @@ class CloudArguments:
             problems.append(f"timeout_hours is {self.timeout_hours}; with FLEX_START it must be at most 168")
         if self.persistent_resource_id and self.strategy != STANDARD:
             problems.append(
-                f"strategy is {self.strategy}, which cannot apply to the machines of a persistent resource: they are "
-                "there already"
+                f"strategy is {self.strategy}, which cannot apply to the machines of a persistent resource: they "
+                "already exist"
             )
         return problems
 
@@ -186,7 +196,7 @@ class CloudArguments:
         problems = [f"labels has {pair!r}; it must be KEY=VALUE: {rule}" for pair in _not(LABEL, self.labels)]
         problems += [
             f"secrets has {_hidden(pair)}; it must be NAME=SECRET:VERSION or "
-            "NAME=projects/PROJECT/secrets/SECRET/versions/VERSION, where a value lies and never the value"
+            "NAME=projects/PROJECT/secrets/SECRET/versions/VERSION, a reference to the value and never the value"
             for pair in _not(SECRET, self.secrets)
         ]
         problems += [f"env has {_hidden(pair)}; it must be NAME=VALUE" for pair in _not(VARIABLE, self.env)]
@@ -206,7 +216,7 @@ class CloudArguments:
 
     @property
     def secret_references(self) -> dict[str, str]:
-        """Where the value of each secret variable lies, in full."""
+        """The full reference to the value of each secret variable in Secret Manager."""
         found = [match for pair in self.secrets if (match := SECRET.fullmatch(pair))]
         return {
             match["name"]: f"projects/{match['project'] or self.gcp_project}/secrets/{match['secret'] or match['own']}"
@@ -216,7 +226,7 @@ class CloudArguments:
 
     @property
     def folder(self) -> str:
-        """Of the job, below gs:// and /gcs/."""
+        """The folder of the job, as a path below gs:// and /gcs/."""
         match = BUCKET.fullmatch(str(self.bucket))
         assert match is not None
         return f"{match['path']}/{self.display_name}"
@@ -227,13 +237,13 @@ def _not(pattern: re.Pattern[str], items: Sequence[str]) -> list[str]:
 
 
 def _hidden(pair: str) -> str:
-    """A malformed pair as it may be shown: what may be a secret is left out."""
+    """Write a malformed pair for a message, without the part that may be a secret."""
     name, sign, _ = pair.partition("=")
     return f"{name}=..." if sign else "a value without NAME="
 
 
 def submit_refusal(name: str) -> str | None:
-    """Why `dylora submit` does not offer a flag of that name; None where it does."""
+    """Say why `dylora submit` does not offer a flag; None where it offers the flag."""
     return NOT_OFFERED.get(name) or refusal_of(name)
 
 

@@ -1,4 +1,4 @@
-"""A training as a CustomJob of Vertex AI, in the types of its own client library; nothing here reaches the network."""
+"""Build a training as a CustomJob of Vertex AI, in the types of its client library, without reaching the network."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MANAGED_BY = {"managed-by": "dylora-moe"}
 
 
 def client_library() -> Any:
-    """The generated client of Vertex AI, version 1 of its interface.
+    """Import the generated client of Vertex AI, version 1 of its interface.
 
-    The layer above it (`google.cloud.aiplatform`) sends the same messages, but builds half of one while it sends, so
-    that it could not be shown before.
+    The layer above it (`google.cloud.aiplatform`) sends the same messages, but completes them only while sending, so
+    that a job could not be shown before it is sent.
 
     Raises:
-        ValueError: where it is not installed.
+        ValueError: where the library is not installed.
     """
     try:
         is_installed = importlib.util.find_spec("google.cloud.aiplatform_v1") is not None
@@ -42,7 +42,7 @@ def client_library() -> Any:
 
 
 def build(request: SubmitRequest) -> aiplatform_v1.CustomJob:
-    """The whole job: what is printed is what is sent."""
+    """Build the whole job; the same object is printed and sent."""
     types, options = client_library(), request.options
     container = types.ContainerSpec(
         image_uri=options.image,
@@ -68,12 +68,12 @@ def build(request: SubmitRequest) -> aiplatform_v1.CustomJob:
 
 
 def job_folder(options: CloudArguments) -> str:
-    """Where the run is written, as the job sees it. Its own folder: the service may write beside it."""
+    """The folder that the run is written to, as the job sees it; the service may write beside it."""
     return f"/gcs/{options.folder}/run"
 
 
 def container_args(request: SubmitRequest) -> list[str]:
-    """The arguments of `dylo_moe.commands.submit.start`: the secrets' places, the run's folder, and the training."""
+    """The arguments of `dylo_moe.commands.submit.start`: references to secrets, the run's folder, and the training."""
     secrets = request.options.secret_references.items()
     num_processes = request.machine.accelerator_count
     several = ["torchrun", "--standalone", f"--nproc_per_node={num_processes}"]
@@ -93,12 +93,12 @@ def job_environment(request: SubmitRequest) -> dict[str, str]:
 
 
 def parent(options: CloudArguments) -> str:
-    """Where the job is made."""
+    """The project and region that the job is created in, as the service names them."""
     return f"projects/{options.gcp_project}/locations/{options.region}"
 
 
 def as_yaml(job: aiplatform_v1.CustomJob) -> str:
-    """A job as text that people read, and that `gcloud` and the library read back."""
+    """Write a job as YAML, which people, `gcloud` and the client library can read."""
     values = type(job).to_dict(job, use_integers_for_enums=False, always_print_fields_with_no_presence=False)
     values["labels"] = dict(sorted(values["labels"].items()))
     return yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True)

@@ -1,8 +1,8 @@
-"""Machine types of Vertex AI and the accelerators that come with them, as far as they are known here.
+"""The machine types of Vertex AI that are known here, and the accelerators that come with them.
 
 Sources: "Configure compute resources for custom training" of Vertex AI, and "Accelerator-optimized machine family" and
-"GPU machine types" of Compute Engine. A type that is not in these tables passes as it was typed: the service decides.
-"""
+"GPU machine types" of Compute Engine. A type that is not in these tables is passed on as typed, and the service
+decides."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BUILT_IN = {
     "a4-highgpu": "NVIDIA_B200",
     "g2-standard": "NVIDIA_L4",
 }
-"""Families whose accelerators are part of the machine, with their kind."""
+"""Families whose accelerators are part of the machine, each with the type of its accelerator."""
 
 G2_COUNTS = {4: 1, 8: 1, 12: 1, 16: 1, 24: 2, 32: 1, 48: 4, 96: 8}
-"""L4s of a g2-standard machine, by its vCPUs; the names of the other families end in their number, as in -8g."""
+"""The number of L4s in a g2-standard machine, by its vCPUs; names of other families end in the number, as in -8g."""
 
 ATTACHED_COUNTS = {
     "NVIDIA_TESLA_T4": (1, 2, 4),
@@ -30,26 +30,26 @@ ATTACHED_COUNTS = {
     "NVIDIA_TESLA_P100": (1, 2, 4),
     "NVIDIA_TESLA_V100": (1, 2, 4, 8),
 }
-"""Accelerators that are added to a machine, which must be an N1, and how many of them can be."""
+"""Accelerators that can be added to a machine, which must be an N1, and the allowed numbers of each."""
 
 GENERAL = re.compile(r"(n1|n2|n2d|n4|e2|c2|c2d|c3|c3d|c4|m1|m2|m3)-")
 """Families that have no accelerators of their own."""
 
 
 class Machine(NamedTuple):
-    """A machine and what trains on it."""
+    """A machine and its accelerators."""
 
     machine_type: str
     accelerator_type: str | None
-    """None: the machine has none, and training is on its processors."""
+    """The type of the accelerators; None: the machine has none, and training runs on its CPUs."""
     accelerator_count: int
 
 
 def resolve(machine_type: str, accelerator_type: str | None, accelerator_count: int | None) -> Machine:
-    """The machine that is meant; what was not typed is what the type of machine has.
+    """Complete a machine from its flags; accelerators that are not given are those of the machine type.
 
     Raises:
-        ValueError: for a machine that cannot be, with the rule.
+        ValueError: for a machine that does not exist, with the rule.
     """
     if accelerator_count is not None and accelerator_count < 1:
         raise ValueError(f"accelerator_count is {accelerator_count}; it must be at least 1")

@@ -1,4 +1,4 @@
-"""A command line of `dylora submit`, read and checked where it is typed, with the parser of `dylora train`."""
+"""A command line of `dylora submit`, read and checked before anything is sent, with the parser of `dylora train`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SubmitRequest(NamedTuple):
     options: CloudArguments
     machine: Machine
     flags: list[str]
-    """Of the training, as typed and as in the recipe."""
+    """The flags of the training, from the command line and the recipe."""
     artifact: str | None
     """A checkpoint at Weights & Biases that the run begins from."""
     warnings: list[str]
@@ -49,10 +49,10 @@ def build_submit_parser(*, show_all: bool = False) -> Parser:
 
 
 def parse_submit(argv: Sequence[str]) -> SubmitRequest:
-    """Read the command line and the recipe it names. Nothing of the network or of the job's files is touched.
+    """Read the command line and the recipe that it names, without reaching the network or the job's files.
 
     Raises:
-        UsageError: for an unknown or refused flag, a value out of range, a path that the job would not have, or a
+        UsageError: for an unknown or refused flag, a value out of range, a path that does not exist in the job, or a
             secret in clear.
     """
     parser = build_submit_parser()
@@ -61,7 +61,7 @@ def parse_submit(argv: Sequence[str]) -> SubmitRequest:
     groups = _by_flag(words, parser)
     here = {name: values for name, values in groups.items() if name not in OF_THE_MACHINE}
     options, model, _, _, data, train = parse(parser, [*_as_words(here), "--use_cpu", "true"], submit_refusal)
-    parser.parse_args(words)  # the form of every value, also of those that the job's machine decides about
+    parser.parse_args(words)  # checks the form of every value, also of flags that only the job's machine can check
     if importlib.util.find_spec("bitsandbytes") is not None:
         check_four_bit(model, train)
     artifact = train.wandb_checkpoint_artifact or os.environ.get(ARTIFACT_VARIABLE) or None
@@ -79,14 +79,16 @@ def parse_submit(argv: Sequence[str]) -> SubmitRequest:
 
 
 def _by_flag(words: list[str], parser: Parser) -> dict[str, list[str]]:
-    """The values of each flag, under its first name; where a flag comes twice, the later one wins, as in the parser."""
+    """Group the values by flag, under its first name; where a flag is given twice, the later wins, as in the parser."""
     groups: dict[str, list[str]] = {}
     name = None
     for word in words:
         if word.startswith("--"):
             flag, sign, value = word.partition("=")
             action = parser._option_string_actions.get(flag)
-            name = (action.option_strings[0] if action is not None else flag)[2:]  # not of --no_X, which is no alias
+            name = (action.option_strings[0] if action is not None else flag)[
+                2:
+            ]  # --no_X is a flag of its own, not an alias
             groups.pop(name, None)
             groups[name] = [value] if sign else []
         elif name is not None:
@@ -99,7 +101,7 @@ def _as_words(groups: dict[str, list[str]]) -> list[str]:
 
 
 def _check_nothing_in_clear(words: list[str]) -> None:
-    """Raises UsageError, without showing it, for a word that looks like a key; a job is readable by many."""
+    """Raise UsageError for a word that looks like a key, without showing it, because many people can read a job."""
     flag = ""
     for word in words:
         flag = word.partition("=")[0] if word.startswith("--") else flag
@@ -111,7 +113,7 @@ def _check_nothing_in_clear(words: list[str]) -> None:
 
 
 def _place_problems(model: ModelArguments, data: DataConfig, groups: dict[str, list[str]]) -> list[str]:
-    """Of what the training reads: only what is in the container, in a bucket or on the hub is there."""
+    """List the paths of the training that the job cannot read: it has only its container, buckets and the hub."""
     problems = []
     for name in data.datasets:
         if name.startswith("/gcs/"):
@@ -132,7 +134,7 @@ def _place_problems(model: ModelArguments, data: DataConfig, groups: dict[str, l
         path = "".join(groups.get(name, []))
         if path and not path.startswith(("{", "/gcs/")):
             problems.append(
-                f"{name} is the file {path} of this machine, which does not travel: give its content as JSON"
+                f"{name} is the file {path} of this machine, which is not sent with the job: give its content as JSON"
             )
     return problems
 
@@ -167,6 +169,6 @@ def _warnings(options: CloudArguments, train: TrainArguments) -> list[str]:
         return []
     lost = "all that was trained" if strategy == "no" else "up to an epoch of training"
     return [
-        f"strategy is SPOT and save_strategy is {strategy}: when the machine is taken away, {lost} can be lost. Add "
+        f"strategy is SPOT and save_strategy is {strategy}: when the machine is preempted, {lost} can be lost. Add "
         "--save_strategy steps --save_steps N --save_total_limit 2"
     ]

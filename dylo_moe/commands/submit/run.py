@@ -1,4 +1,4 @@
-"""dylora submit: send a training to Vertex AI, or show the job without sending it."""
+"""The command `dylora submit`: send a training to Vertex AI, or print the job without sending it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 TIMEOUT_SECONDS = 60
-"""How long the service may take to accept a job."""
+"""The longest time that the service may take to accept a job."""
 
 
 def submit(request: SubmitRequest) -> None:
-    """Print the job, or send it and say where it is.
+    """Send a job and print where it is; with --dry_run, print the job and send nothing.
 
     Raises:
-        ValueError: where it cannot be sent, with what to do.
+        ValueError: for a job that cannot be sent, with what to do.
     """
     job = build(request)
     for warning in request.warnings:
@@ -35,10 +35,10 @@ def submit(request: SubmitRequest) -> None:
 
 
 def send(job: aiplatform_v1.CustomJob, options: CloudArguments) -> aiplatform_v1.CustomJob:
-    """Make the job at the service; returns what it answered, with the job's name.
+    """Create the job at the service; returns the job as the service answers, with its name.
 
     Raises:
-        ValueError: one line for each thing that can be wrong, with what to do.
+        ValueError: for a job that the service does not accept, in one line, with what to do.
     """
     types = client_library()
     from google.api_core.exceptions import GoogleAPIError
@@ -52,7 +52,7 @@ def send(job: aiplatform_v1.CustomJob, options: CloudArguments) -> aiplatform_v1
 
 
 def show_job(job: aiplatform_v1.CustomJob, options: CloudArguments) -> None:
-    """Where the job is, and how to follow and end it."""
+    """Print where the job is, and how to follow and cancel it."""
     number = job.name.rpartition("/")[2]
     where = f"--region={options.region} --project={options.gcp_project}"
     console = f"https://console.cloud.google.com/agent-platform/locations/{options.region}/training/{number}"
@@ -67,7 +67,7 @@ def show_job(job: aiplatform_v1.CustomJob, options: CloudArguments) -> None:
 
 
 def explained(error: Exception, options: CloudArguments) -> str:
-    """One line for a failure, with what to do."""
+    """Explain a failure in one line, with what to do."""
     from google.api_core import exceptions
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 

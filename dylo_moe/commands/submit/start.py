@@ -1,10 +1,10 @@
-"""What a job of Vertex AI runs first, in its container: fetch the secrets, try the run's folder, become the training.
+"""The first program of a job of Vertex AI: it fetches the secrets, checks the run's folder, and becomes the training.
 
     python -m dylo_moe.commands.submit.start --secret WANDB_API_KEY=projects/P/secrets/S/versions/V \
         --run_folder FOLDER -- COMMAND
 
-A job's environment variables are stored with the job, readable by all who may look at it. So the job carries only where
-a secret lies, and its value goes from Secret Manager into the environment of the training process.
+A job's environment variables are stored with the job, and all who may see the job can read them. So the job holds only
+references to secrets, and this program copies their values from Secret Manager into the environment of the training.
 """
 
 from __future__ import annotations
@@ -26,18 +26,23 @@ TIMEOUT_SECONDS = 30
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 ARTIFACT_VARIABLE = "WANDB_CHECKPOINT_ARTIFACT"
-"""A checkpoint at Weights & Biases that a run begins from, until it has one of its own."""
+"""The variable that names the checkpoint at Weights & Biases from which a run begins, until it has one of its own."""
 
 GO_ON = ["--resume_from_checkpoint", "auto"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns, with the exit status, only where the training cannot begin."""
+    """Replace this process by the training; returns, with the exit status, only where the training cannot begin."""
     words = list(sys.argv[1:] if argv is None else argv)
     own, command = words[: words.index("--")], words[words.index("--") + 1 :]
     parser = argparse.ArgumentParser(prog="python -m dylo_moe.commands.submit.start", allow_abbrev=False)
     parser.add_argument("--secret", action="append", default=[], help="NAME=projects/P/secrets/S/versions/V")
-    parser.add_argument("--run_folder", type=Path, required=True, help="where the run writes; its parent's is probed")
+    parser.add_argument(
+        "--run_folder",
+        type=Path,
+        required=True,
+        help="the folder of the run; whether its parent folder can be written and renamed in is checked first",
+    )
     given = parser.parse_args(own)
     try:
         for pair in given.secret:
@@ -52,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fetch_secret(name: str, reference: str) -> str:
-    """The value of a secret, read with the credentials of the machine: the job's service account.
+    """Read the value of a secret, with the credentials of the machine, which are those of the job's service account.
 
     Raises:
-        ValueError: with what to do. The value is in no message.
+        ValueError: where it cannot be read, with what to do. No message contains the value.
     """
     what = f"cannot read the secret {reference} for {name}"
     try:
@@ -72,12 +77,12 @@ def fetch_secret(name: str, reference: str) -> str:
         raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
     reasons = {
         401: "the job's service account is not accepted",
-        403: "its service account may not: give it the role roles/secretmanager.secretAccessor on this secret, and "
-        "see that the API secretmanager.googleapis.com is enabled",
+        403: "the job's service account is not allowed to: give it the role roles/secretmanager.secretAccessor on this "
+        "secret, and check that the API secretmanager.googleapis.com is enabled",
         404: "there is no such secret or version; `gcloud secrets versions list` shows them",
     }
     if answer.status_code != 200:
-        reason = reasons.get(answer.status_code, "Secret Manager did not give it")
+        reason = reasons.get(answer.status_code, "Secret Manager refused the request")
         raise ValueError(f"{what}: {reason} (status {answer.status_code})")
     try:
         value = base64.b64decode(answer.json()["payload"]["data"]).decode().strip("\r\n")
@@ -89,18 +94,18 @@ def fetch_secret(name: str, reference: str) -> str:
 
 
 def check_folders_move(folder: Path) -> None:
-    """Find out in the first second, not at the first save, whether `folder` can be written and folders in it renamed.
+    """Check before the training, not at the first save, that `folder` can be written and folders in it renamed.
 
-    A checkpoint is written aside and renamed into place. Cloud Storage can rename a folder, and at once, only in a
-    bucket with a hierarchical namespace.
+    A checkpoint is written under another name and renamed into place. Cloud Storage can rename a folder atomically only
+    in a bucket with a hierarchical namespace.
 
     Raises:
-        ValueError: where it cannot, with what to do.
+        ValueError: where that is not possible, with what to do.
     """
     before, after = folder / ".dylora-probe", folder / ".dylora-probe-renamed"
     try:
         for place in (before, after):
-            shutil.rmtree(place, ignore_errors=True)  # of a job that was killed here
+            shutil.rmtree(place, ignore_errors=True)  # left by a job that was killed here
         (before / "inner").mkdir(parents=True)
         (before / "inner" / "file").write_text("probe")
     except OSError as error:
@@ -111,11 +116,12 @@ def check_folders_move(folder: Path) -> None:
     try:
         os.rename(before, after)
         if (after / "inner" / "file").read_text() != "probe":
-            raise OSError("what was in it is gone")
+            raise OSError("its files are gone")
     except OSError as error:
         raise ValueError(
-            f"folders in {folder} cannot be renamed ({error}), so no checkpoint would be whole: the bucket needs a "
-            "hierarchical namespace, which it gets only when it is made: gcloud storage buckets create gs://NAME "
+            f"folders in {folder} cannot be renamed ({error}), so no checkpoint would be written atomically: the "
+            "bucket needs a hierarchical namespace, which it can get only when it is created: "
+            "gcloud storage buckets create gs://NAME "
             "--enable-hierarchical-namespace --uniform-bucket-level-access"
         ) from error
     finally:
@@ -124,13 +130,14 @@ def check_folders_move(folder: Path) -> None:
 
 
 def with_start(command: list[str], run: Path, artifact: str | None) -> list[str]:
-    """The command, which goes on with the run; or which begins from `artifact`, where the run saved nothing yet.
+    """Make the command resume the run, or begin from `artifact` where the run has saved no checkpoint yet.
 
-    What a job left that was stopped before its first checkpoint is removed then: it began from the artifact, and would
-    else go on from nothing.
+    In the second case, files of a job that was stopped before its first checkpoint are removed: the command would
+        resume
+    from them, and so start untrained instead of from the artifact.
 
     Raises:
-        ValueError: where the run is over, and has no checkpoint to go on from.
+        ValueError: for a run that is over, and has no checkpoint to resume from.
     """
     if not artifact or checkpoints_in(run):
         return command
