@@ -175,7 +175,7 @@ def test_rows_that_cannot_be_shared_are_refused(alone, monkeypatch):
     ("words", "message"),
     [
         (["--dataloader_drop_last", "true"], "rows would be left out"),
-        (["--average_tokens_across_devices", "false"], "a step's loss is over the tokens of all processes"),
+        (["--average_tokens_across_devices", "false"], "a step's loss is always the mean over the tokens"),
         (["--ddp_find_unused_parameters", "false"], "experts that no token chose have no gradient"),
         (["--ddp_static_graph", "true"], "which experts take part differs from step to step"),
         (["--accelerator_config", '{"split_batches": true}'], "accelerator_config sets split_batches"),
