@@ -93,7 +93,7 @@ def for_the_site(markdown: str, path: str) -> str:
 def flags_page() -> str:
     """Every command with its flags, from the parsers themselves."""
     from dylo_moe.cli import COMMANDS
-    from dylo_moe.commands.command_line import REFUSED
+    from dylo_moe.parsing.command_line import REFUSED
 
     lines = [
         "# Flags",

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from dylo_moe.commands.ending import print_error
+from dylo_moe.parsing.ending import print_error
 
 COMMANDS = {
     "train": "train several experts and their router together on one frozen model",

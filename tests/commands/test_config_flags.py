@@ -5,13 +5,13 @@ from dataclasses import fields
 import pytest
 
 from dylo_moe import RouterConfig
-from dylo_moe.commands.flags import config_from, flags_of, values_of
-from dylo_moe.commands.recipe import as_words, in_full
 from dylo_moe.commands.stream.arguments import STREAM_CONFIGS
 from dylo_moe.commands.stream.request import build_stream_parser
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.commands.train.request import build_train_parser, parse_train, settings_of
 from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.parsing.flags import config_from, flags_of, values_of
+from dylo_moe.parsing.recipe import as_words, in_full
 
 
 @pytest.mark.parametrize(

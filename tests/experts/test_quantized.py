@@ -20,11 +20,11 @@ from dylo_moe import CheckpointError, DyLoRAMoE
 from dylo_moe.base.frozen import count_parameters
 from dylo_moe.base.loading import four_bit, load_base
 from dylo_moe.base.smollm2 import BaseUnavailableError
-from dylo_moe.commands.recipe import in_full
 from dylo_moe.commands.stream.request import parse_stream
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.commands.train.request import parse_train, settings_of
 from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.parsing.recipe import in_full
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.build import build_model

@@ -16,6 +16,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("report",),
+    ("parsing",),
     ("commands",),
     ("cli",),
 )

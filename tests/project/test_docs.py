@@ -25,7 +25,6 @@ from dylo_moe.commands.compare.request import parse_compare
 from dylo_moe.commands.data.request import parse_look
 from dylo_moe.commands.eval.request import parse_eval
 from dylo_moe.commands.export.request import parse_export
-from dylo_moe.commands.flags import flags_of, values_of
 from dylo_moe.commands.plan.request import parse_plan
 from dylo_moe.commands.stream.arguments import StreamArguments
 from dylo_moe.commands.stream.request import parse_stream
@@ -33,6 +32,7 @@ from dylo_moe.commands.submit.request import parse_submit
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.commands.train.request import build_train_parser, parse_train
 from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.parsing.flags import flags_of, values_of
 
 OTHER_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "benchmarks/README.md")
 PAGES = [*(ROOT / name for name in OTHER_PAGES if (ROOT / name).is_file()), *sorted((ROOT / "docs").glob("*.md"))]

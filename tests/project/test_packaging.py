@@ -12,8 +12,8 @@ import yaml
 from reference.paths import ROOT
 
 import dylo_moe
-from dylo_moe.commands.recipe_file import recipe_file, shipped_recipes
 from dylo_moe.commands.train.request import parse_train, settings_of
+from dylo_moe.parsing.recipe_file import recipe_file, shipped_recipes
 from dylo_moe.utils.errors import UsageError
 
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "dylo_moe", "recipes")
@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_its_data_and_nothing_else(installed):
 
 def test_recipes_of_an_installed_package_are_found_by_name(installed, tmp_path):
     """In an empty folder, by a Python that has the unpacked wheel before this clone."""
-    code = "from dylo_moe.commands.recipe_file import shipped_recipes as shipped; print(*shipped().values())"
+    code = "from dylo_moe.parsing.recipe_file import shipped_recipes as shipped; print(*shipped().values())"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [str(installed / "dylo_moe" / "recipes" / f"{name}.yaml") for name in RECIPES]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from dylo_moe.commands.command_line import CommandLine, refusal_of
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.evaluation.arguments import LOSSES, TASKS, EvalArguments
+from dylo_moe.parsing.command_line import CommandLine, refusal_of
 from dylo_moe.training.arguments import TrainerOptions
 
 BASE_ARM = "base"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylo_moe.commands.compare.arguments import COMPARE_LINE, OF_CODE, CompareArguments, compare_refusal
-from dylo_moe.commands.parsing import Parser, build_parser, parse
-from dylo_moe.commands.recipe import plain_settings, with_recipe
+from dylo_moe.parsing.parser import Parser, build_parser, parse
+from dylo_moe.parsing.recipe import plain_settings, with_recipe
 from dylo_moe.routing.config import LEARNED, RANDOM, UNIFORM
 from dylo_moe.training.run_folder import NEW_RUN
 from dylo_moe.training.trainer_arguments import TrainArguments

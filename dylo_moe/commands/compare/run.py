@@ -29,12 +29,12 @@ from dylo_moe.commands.compare.arm_folder import ArmFolder, identity, read_bench
 from dylo_moe.commands.compare.processes import LOCK, hold, run_program
 from dylo_moe.commands.compare.request import CompareRequest, settings_of_arm
 from dylo_moe.commands.compare.table import ArmRun, as_json, as_markdown, as_tables, make_lines, sentences
-from dylo_moe.commands.recipe import in_full
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure, to_json
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.parsing.recipe import in_full
 from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import save_config
 from dylo_moe.training.stopping import StopRequest

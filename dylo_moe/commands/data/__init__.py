@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dylo_moe.commands.ending import asks_for_help
-from dylo_moe.commands.help import print_help
+from dylo_moe.parsing.ending import asks_for_help
+from dylo_moe.parsing.help import print_help
 
 COMMANDS = {
     "list": "every dataset that has a name: size, format, licence, source",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dylo_moe.commands.command_line import CommandLine, Refusal
 from dylo_moe.data.config import DataConfig
+from dylo_moe.parsing.command_line import CommandLine, Refusal
 from dylo_moe.training.arguments import DEFAULT_BASE
 
 NOT_SHOWN = {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dylo_moe.commands.data.arguments import LookArguments, look_line
-from dylo_moe.commands.parsing import build_parser, parse
 from dylo_moe.data.config import DataConfig
+from dylo_moe.parsing.parser import build_parser, parse
 from dylo_moe.utils.errors import UsageError
 
 

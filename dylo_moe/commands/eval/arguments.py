@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dylo_moe.commands.command_line import CommandLine
 from dylo_moe.evaluation.arguments import EvalArguments
+from dylo_moe.parsing.command_line import CommandLine
 
 EVAL_LINE = CommandLine(
     prog="dylora eval",

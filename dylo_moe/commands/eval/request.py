@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from dylo_moe.commands.eval.arguments import EVAL_LINE
-from dylo_moe.commands.parsing import build_parser, parse_behind_checkpoint
 from dylo_moe.evaluation.arguments import LOSSES, ONLY_FOR_CODE, ONLY_FOR_LOSSES, ONLY_FOR_SAMPLES, EvalArguments
+from dylo_moe.parsing.parser import build_parser, parse_behind_checkpoint
 from dylo_moe.utils.errors import UsageError
 
 

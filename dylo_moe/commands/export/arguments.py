@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from dylo_moe.commands.command_line import CommandLine
+from dylo_moe.parsing.command_line import CommandLine
 from dylo_moe.routing.config import BASE
 
 VLLM, MERGED = "vllm", "merged"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dylo_moe.commands.export.arguments import EXPORT_LINE, MERGED, ExportArguments
-from dylo_moe.commands.parsing import build_parser, parse_behind_checkpoint
+from dylo_moe.parsing.parser import build_parser, parse_behind_checkpoint
 from dylo_moe.utils.errors import UsageError
 
 ONLY_FOR_MERGED = ("expert", "mixture", "dtype")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dylo_moe.commands.parsing import Parser, build_parser, plain_options
 from dylo_moe.commands.plan.arguments import PLAN_LINE, PlanArguments
 from dylo_moe.commands.train.request import Arguments, parse_train
+from dylo_moe.parsing.parser import Parser, build_parser, plain_options
 from dylo_moe.training.trainer_arguments import TrainArguments
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dylo_moe.commands.command_line import CommandLine, refusal_of
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.config import DataConfig
 from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.parsing.command_line import CommandLine, refusal_of
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments, TrainerOptions
 

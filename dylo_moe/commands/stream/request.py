@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dylo_moe.commands.parsing import Parser, build_parser, parse
-from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
 from dylo_moe.commands.stream.arguments import (
     STREAM_CONFIGS,
     STREAM_LINE,
@@ -21,6 +19,8 @@ from dylo_moe.commands.stream.arguments import (
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.config import DataConfig
 from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.parsing.parser import Parser, build_parser, parse
+from dylo_moe.parsing.recipe import as_words, in_full, last_value, plain_settings, with_recipe
 from dylo_moe.report.stream_record import STREAM
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dylo_moe.commands.ending import asks_for_help
-from dylo_moe.commands.help import print_help
+from dylo_moe.parsing.ending import asks_for_help
+from dylo_moe.parsing.help import print_help
 
 
 def main(words: list[str]) -> int:

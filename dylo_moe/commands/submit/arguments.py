@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dylo_moe.commands.command_line import CommandLine, refusal_of
 from dylo_moe.commands.submit.machines import resolve
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
+from dylo_moe.parsing.command_line import CommandLine, refusal_of
 from dylo_moe.training.arguments import TrainerOptions
 from dylo_moe.utils.redact import SECRET_NAME
 

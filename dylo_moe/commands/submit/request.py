@@ -10,13 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from dylo_moe.commands.parsing import Parser, build_parser, parse
-from dylo_moe.commands.recipe import with_recipe
 from dylo_moe.commands.submit.arguments import IN_CLEAR, SPOT, SUBMIT_LINE, CloudArguments, submit_refusal
 from dylo_moe.commands.submit.machines import Machine
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.locate import locate
+from dylo_moe.parsing.parser import Parser, build_parser, parse
+from dylo_moe.parsing.recipe import with_recipe
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.tracking import REFERENCE
 from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit

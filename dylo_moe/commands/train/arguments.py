@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dylo_moe.commands.command_line import CommandLine, refusal_of
 from dylo_moe.data.config import DataConfig
 from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.parsing.command_line import CommandLine, refusal_of
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments, TrainerOptions
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dylo_moe.commands.command_line import refusal_of
-from dylo_moe.commands.parsing import Parser, build_parser, parse
-from dylo_moe.commands.recipe import as_words, in_full, last_value, plain_settings, with_recipe
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, TRAIN_LINE
 from dylo_moe.data.config import DataConfig
 from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.parsing.command_line import refusal_of
+from dylo_moe.parsing.parser import Parser, build_parser, parse
+from dylo_moe.parsing.recipe import as_words, in_full, last_value, plain_settings, with_recipe
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.resume import Resumption, changes, find, shared_out

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from dylo_moe.commands.command_line import SHOWN_FLAGS, CommandLine, Refusal
-from dylo_moe.commands.flags import config_from, flags_class, flags_of
+from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine, Refusal
+from dylo_moe.parsing.flags import config_from, flags_class, flags_of
 from dylo_moe.utils.errors import UsageError
 
 

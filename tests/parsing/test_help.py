@@ -10,18 +10,18 @@ import transformers
 from reference.paths import ROOT
 
 from dylo_moe.cli import COMMANDS
-from dylo_moe.commands import help as quick
 from dylo_moe.commands.compare.arguments import COMPARE_LINE
 from dylo_moe.commands.data.arguments import look_line
 from dylo_moe.commands.eval.arguments import EVAL_LINE
 from dylo_moe.commands.export.arguments import EXPORT_LINE
-from dylo_moe.commands.parsing import build_parser
 from dylo_moe.commands.plan.arguments import PLAN_LINE
-from dylo_moe.commands.record_flags import record
 from dylo_moe.commands.stream.arguments import STREAM_LINE
 from dylo_moe.commands.stream.request import StageArguments
 from dylo_moe.commands.submit.arguments import SUBMIT_LINE
 from dylo_moe.commands.train.arguments import TRAIN_LINE
+from dylo_moe.parsing import help as quick
+from dylo_moe.parsing.parser import build_parser
+from dylo_moe.parsing.record_flags import record
 from dylo_moe.training.trainer_arguments import TrainArguments
 
 LINES = {
@@ -45,7 +45,7 @@ def run(code, *words):
 
 @NEEDS_RECORDED
 def test_the_record_of_the_trainers_flags_is_that_of_the_installed_version():
-    """If not: python -m dylo_moe.commands.record_flags"""
+    """If not: python -m dylo_moe.parsing.record_flags"""
     assert json.loads(quick.RECORD.read_text()) == json.loads(json.dumps(record()))
 
 

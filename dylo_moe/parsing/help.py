@@ -2,9 +2,9 @@
 
 A parser is made by Transformers' `HfArgumentParser`, and importing that and the Trainer's arguments takes seconds. The
 help needs neither: our flags are fields of dataclasses that import next to nothing, and the Trainer's flags, with the
-texts that Transformers gives them, are read from `trainer_flags.json`, which `python -m dylo_moe.commands.record_flags`
+texts that Transformers gives them, are read from `trainer_flags.json`, which `python -m dylo_moe.parsing.record_flags`
 writes. Where the installed version of Transformers is not the recorded one, the command makes its parser to print the
-help. tests/commands/test_help.py checks that both ways print the same.
+help. tests/parsing/test_help.py checks that both ways print the same.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
-from dylo_moe.commands.command_line import SHOWN_FLAGS, CommandLine
-from dylo_moe.commands.flags import flags_class
+from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine
+from dylo_moe.parsing.flags import flags_class
 
 RECORD = Path(__file__).parent / "trainer_flags.json"
 """The Trainer's flags that a help shows, and the version of Transformers that has them."""

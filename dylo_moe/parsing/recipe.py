@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from dylo_moe.commands.command_line import SHOWN_FLAGS, Refusal
-from dylo_moe.commands.flags import as_typed, flags_of, values_of
-from dylo_moe.commands.parsing import Parser, options, unknown
-from dylo_moe.commands.recipe_file import recipe_file
+from dylo_moe.parsing.command_line import SHOWN_FLAGS, Refusal
+from dylo_moe.parsing.flags import as_typed, flags_of, values_of
+from dylo_moe.parsing.parser import Parser, options, unknown
+from dylo_moe.parsing.recipe_file import recipe_file
 from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
 

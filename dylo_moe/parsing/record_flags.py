@@ -1,4 +1,4 @@
-"""Record the Trainer's flags that a help shows: python -m dylo_moe.commands.record_flags
+"""Record the Trainer's flags that a help shows: python -m dylo_moe.parsing.record_flags
 
 Run it after Transformers was updated in constraints.txt; a test fails until that is done.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import transformers
 from transformers import TrainingArguments
 
-from dylo_moe.commands.command_line import SHOWN_FLAGS
-from dylo_moe.commands.help import RECORD, HelpEntry
-from dylo_moe.commands.parsing import Parser, plain_options
+from dylo_moe.parsing.command_line import SHOWN_FLAGS
+from dylo_moe.parsing.help import RECORD, HelpEntry
+from dylo_moe.parsing.parser import Parser, plain_options
 from dylo_moe.utils.atomic_files import write_json
 
 

@@ -1,0 +1,1 @@
+"""What all commands share: flags declared once, help, parsers, recipes, and how a command ends."""
