@@ -46,11 +46,11 @@ class Weights(NamedTuple):
 
     base: int
     expert: int
-    """One of them."""
+    """The weights of one expert."""
     experts: int
-    """All, with the router."""
+    """The weights of all experts and of the router."""
     trained: int
-    """Of these, what has gradients, which take as much."""
+    """The weights that are trained; their gradients take as much again."""
 
 
 class Peak(NamedTuple):
@@ -89,7 +89,7 @@ def weights(of: Outline) -> Weights:
 
 
 def num_bytes(tensors: Any) -> int:
-    """Of all of these."""
+    """The bytes of all these tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -114,7 +114,7 @@ def peak_memory(of: Outline, load: Workload, *, processes: Processes = ALONE) ->
     stages = step_stages(of, load, held=held, one=one)
     always = {BASE: held.base, EXPERTS: held.experts}
     if device == "cpu":
-        # The features of the texts, fp32, once text by text and once behind one another. The base is not shared yet.
+        # The features of the texts, fp32, once text by text and once concatenated. The base is not shared yet.
         features = 2 * 4 * of.few.router.hidden_size * load.start_tokens
         stages.append(Peak("the start of the router", {**always, FEATURES: features}))
     if processes.sharding is not None:  # when the backward is over

@@ -25,7 +25,7 @@ class Arrangement(NamedTuple):
     """A choice among the few layers."""
 
     positions: list[int]
-    """In the order of the model."""
+    """The layers' positions, in the order of the model."""
     missing: int = 0
     """How many more layers there are of the kind that this one has a third of."""
 
@@ -34,7 +34,7 @@ class Outline(NamedTuple):
     """A model on the meta device, of which everything can be counted and whose steps are quick to follow."""
 
     arguments: Arguments
-    """Of the run."""
+    """What the run was asked for."""
     autocast: torch.dtype | None
     """What the Trainer computes in; None: the weights' own dtypes."""
     whole: DyLoRAMoE

@@ -34,9 +34,9 @@ class BaseShare(NamedTuple):
     """Bytes of a base that is shared as `shard_base` does it, in the process that holds the most."""
 
     whole: int
-    """Of all processes together."""
+    """The whole base, over all processes."""
     kept: int
-    """Its share."""
+    """The share that this process keeps."""
     gathered: int
     """Whole beside its share, at the most."""
 
@@ -69,7 +69,7 @@ def processes_of(train: TrainArguments, num_processes: int) -> Processes:
     """
     if train.fsdp and num_processes == 1:
         raise ValueError(
-            "fsdp shares the base among several processes, and num_processes is 1, which has nobody to share with; "
+            "fsdp shares the base among several processes, and num_processes is 1; "
             "say how many will train (--num_processes 8), or leave fsdp out"
         )
     return Processes(num_processes, take_sharding(train, num_processes=num_processes))

@@ -15,7 +15,7 @@ class PlanRequest(NamedTuple):
     """Everything a plan was asked for."""
 
     arguments: Arguments
-    """Of the training."""
+    """The arguments of the training."""
     num_processes: int
 
 

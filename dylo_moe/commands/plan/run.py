@@ -55,9 +55,9 @@ class Plan(NamedTuple):
     """Why there is no workload; empty where there is one."""
     batch: Batch
     peak: Peak
-    """With the flags as they are."""
+    """The memory with the flags as they are."""
     peak_bf16: Peak
-    """The same run with --bf16."""
+    """The memory of the same run with --bf16."""
     process_bytes: int
     """Python and libraries: resident memory of this process when everything but the model was loaded."""
     checkpoint_bytes: int

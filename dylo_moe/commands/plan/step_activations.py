@@ -109,7 +109,7 @@ def _equal_shares(selected_N: Tensor, weights: None, num_counts: int) -> Tensor:
 
 
 def _all_positions(tensor: Tensor) -> Tensor:
-    """Where a tensor is not zero: everywhere, because every token is predicted."""
+    """The positions of a tensor that are not zero: all, because every token is predicted."""
     return tensor.new_empty(tensor.numel(), tensor.dim(), dtype=torch.int64)
 
 
@@ -152,8 +152,10 @@ class FakeStep:
             chunk_loss(self.model, outline.arguments.model.loss_chunk_size)
 
     def training(self, batch: Batch) -> StepActivations:
-        """Of one forward and backward of the whole model: of two layers of each kind, and as much more as a third one
-        takes for each other."""
+        """The activations of one forward and backward of the whole model.
+
+        They are those of two layers of each kind, and for each further layer as much as a third one of its kind adds.
+        """
         self.model.train()
         start, *grown = self.outline.arrangements
         pairs = self._train(start.positions, batch)

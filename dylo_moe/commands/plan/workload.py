@@ -23,21 +23,21 @@ class Batch(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """What the data amount to."""
+    """The rows, tokens and optimizer steps that the data make."""
 
     rows: int
-    """Of an epoch; packed ones where texts are packed."""
+    """Rows of an epoch; packed ones where texts are packed."""
     tokens: int
-    """Real ones of an epoch."""
+    """Real tokens of an epoch."""
     steps_per_epoch: int
-    """Optimizer steps."""
+    """Optimizer steps of an epoch."""
     steps: int
-    """Of the whole training, unless it stops early."""
+    """Optimizer steps of the whole training, unless it stops early."""
     batch: Batch
-    """The largest of training, in one process."""
+    """The largest batch of training, in one process."""
     eval_batch: Batch
     start_tokens: int
-    """Of the rows that start the router."""
+    """Tokens of the rows that start the router."""
 
 
 def workload(arguments: Arguments, *, num_processes: int = 1) -> Workload:
