@@ -193,7 +193,7 @@ def test_the_command_says_whose_memory_and_which_rows(folder, capsys):
     [
         (["--num_processes", "0"], "num_processes is 0; it must be at least 1"),
         (["--num_processes", "two"], "--num_processes: invalid int value: 'two'"),
-        (["--fsdp", "true"], r"num_processes is 1, which has nobody to share with; .*--num_processes 8"),
+        (["--fsdp", "true"], r"num_processes is 1; .*--num_processes 8"),
         (["--num_processes", "2", "--fsdp_config", '{"version": 2}'], "nothing is shared without --fsdp true"),
         (
             ["--num_processes", "2", "--fsdp", "true", "--fsdp_config", '{"activation_checkpointing": true}'],
