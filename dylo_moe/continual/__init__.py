@@ -1,1 +1,1 @@
-"""Learning skill after skill: the skill library, novelty, growth, and gate rows in closed form."""
+"""Learning skill after skill: the skill library, novelty, growth, and gate rows fitted to the library."""
