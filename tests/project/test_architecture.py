@@ -1,6 +1,7 @@
 """The structure: folders are layers that import only downwards, and no module takes part in a circle."""
 
 import ast
+import re
 
 import pytest
 from reference.paths import ROOT
@@ -78,6 +79,11 @@ def test_imports_go_downwards(path):
     for other, _ in imports(path):
         folder = other.split(".")[0]
         assert folder in (own, "__init__") or LEVEL[folder] < LEVEL[own], f"{module_name(path)} imports {other}"
+
+
+def test_the_page_for_contributors_shows_the_layers():
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [(int(level) - 1, folder) for level, folder in rows] == [(LEVEL[folder], folder) for folder in LEVEL]
 
 
 def test_no_module_is_in_a_circle():
