@@ -68,7 +68,7 @@ def compared(tmp_path_factory):
 
 def test_a_killed_comparison_keeps_what_is_done_and_goes_on_with_the_rest(compared):
     folder, output, said = compared
-    assert "1 of 5 trainings is done already" in said
+    assert "1 of 5 trainings is already done" in said
     log = (output / "seed-7" / "lora_active.log").read_text()
     assert "resuming from" in log
     alone = folder / "alone"
@@ -159,7 +159,7 @@ def test_again_it_shows_the_same_and_trains_nothing(compared, capsys, monkeypatc
     before = (output / "compare.json").read_bytes()
     assert main(words_of(folder, output, "--seeds", "7")) == 0
     again = capsys.readouterr().out
-    assert "5 of 5 trainings are done already" in again and (output / "compare.json").read_bytes() == before
+    assert "5 of 5 trainings are already done" in again and (output / "compare.json").read_bytes() == before
     title = "held-out loss, nats per token, with 95 % intervals"
     assert again.partition(title)[2] == said.partition(title)[2] != ""
 

@@ -95,18 +95,22 @@ def generate(model: DyLoRAMoE, ids: Tensor, mask: Tensor | None, **options: Any)
 
 @contextmanager
 def used_per_step(model: DyLoRAMoE) -> Iterator[list[Routing]]:
-    """Records the routing that each forward of the base used, those aside that were only asked for their routing."""
+    """Records the routing that each forward of the base used. Forwards that end at the router do not return, and are
+    left out."""
     seen: list[Routing] = []
+    ended: list[ForwardContext] = []
     end = model.context_slot.end
 
     def recording() -> ForwardContext:
-        context = end()
-        if context.routing is not None and not context.ends_at_router:
-            seen.append(context.routing)
-        return context
+        ended.append(end())
+        return ended[-1]
 
-    with mock.patch.object(model.context_slot, "end", recording):
-        yield seen
+    handle = model.base.register_forward_hook(lambda module, args, output: seen.append(ended[-1].routing))
+    try:
+        with mock.patch.object(model.context_slot, "end", recording):
+            yield seen
+    finally:
+        handle.remove()
 
 
 def used_by(model: DyLoRAMoE, call: Callable[[], Any]) -> tuple[Any, Tensor]:
@@ -153,8 +157,8 @@ def assisted(model: DyLoRAMoE, ids: Tensor, **options: Any) -> tuple[Any, int, i
         if model.base.config.num_hidden_layers == depth:  # else it is a draft of the model itself
             fed.append(used[-1].weights.shape[1])
 
-    handle = model.base.register_forward_hook(count)
     with used_per_step(model) as used:
+        handle = model.base.register_forward_hook(count)  # after the one that records
         out = generate(model, ids, torch.ones_like(ids), **options)
     handle.remove()
     new = out.sequences.shape[1] - ids.shape[1]

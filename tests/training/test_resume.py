@@ -306,7 +306,7 @@ def test_a_run_goes_on_from_an_artifact(interrupted, whole, tmp_path, monkeypatc
         shutil.copytree(interrupted / "checkpoint-10", into)
         return into
 
-    monkeypatch.setattr("dylo_moe.commands.train.arguments.download_checkpoint", fetch)
+    monkeypatch.setattr("dylo_moe.commands.train.request.download_checkpoint", fetch)
     monkeypatch.chdir(tmp_path)
     words = ["--wandb_checkpoint_artifact", "me/mine/checkpoint-abc:latest"]
     train(parse_train([*words, "--output_dir", "again"]))

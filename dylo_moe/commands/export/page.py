@@ -13,11 +13,10 @@ NOT_MEASURED = "What is lost against routing each token was **not measured** (--
 REQUEST = """\
 import json
 
-from dylo_moe import DyLoRAMoE
-from dylo_moe import load_tokenizer
+from dylo_moe import DyLoRAMoE, load_tokenizer
+from dylo_moe.commands.export.request_routing import expert_for
 from dylo_moe.data.encoding import encode_prompt, text_format
 from dylo_moe.evaluation.continuation import end_ids
-from dylo_moe.commands.export.request_routing import expert_for
 
 model = DyLoRAMoE.from_pretrained("CHECKPOINT")  # only its layers before the router are run
 tokenizer = load_tokenizer(model.base_id, revision=model.base_revision)
