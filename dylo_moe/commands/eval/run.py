@@ -18,6 +18,7 @@ from dylo_moe.commands.eval.request import EvalRequest
 from dylo_moe.evaluation.answers import Decoding
 from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.benchmark import Benchmark, files_of, run_benchmark
+from dylo_moe.evaluation.losses import run_losses
 from dylo_moe.evaluation.names import CHAT, COMPLETION, HUMANEVAL, MBPP
 from dylo_moe.evaluation.problems import Problem, load_examples, load_problems, problems_digest
 from dylo_moe.evaluation.prompts import Asking, check_chat
@@ -134,8 +135,6 @@ def evaluate_losses(
     console: Console, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, options: EvalArguments
 ) -> dict[str, Any]:
     """Measure the held-out losses of a checkpoint; returns them as JSON values."""
-    from dylo_moe.evaluation.losses import run_losses
-
     return run_losses(
         model,
         tokenizer,
