@@ -19,6 +19,7 @@ from typing import Any
 
 from dylo_moe.continual.config import CONSOLIDATED, GROWN, REPORTED, SKIPPED
 from dylo_moe.utils.atomic_files import write_whole
+from dylo_moe.utils.checks import is_number
 
 MATRIX = "matrix.json"
 
@@ -313,7 +314,7 @@ def _stage_problems(title: str, stage: Any, skills: set[str], columns: set[str])
     problems += _wrong_cells(f"{title}'s alone", stage.get("alone", {}), skills)
     problems += _wrong_cells(f"{title}'s accuracy", stage.get("accuracy", {}), columns, most=1)
     for name in ("seconds", "tokens"):
-        if not _is_number(value := stage.get(name, 0)) or not 0 <= value < math.inf:
+        if not is_number(value := stage.get(name, 0)) or not 0 <= value < math.inf:
             problems.append(f"{title}'s {name} is {value!r}; it must be a finite number of at least 0")
     decision = stage.get("decision", {})
     if not isinstance(decision, dict):
@@ -335,18 +336,14 @@ def _wrong_cells(title: str, cells: Any, names: set[str], most: float = math.inf
         return [f"{title} is no object"]
     problems = [f"{title} name {name!r}, which is no skill here" for name in cells if name not in names]
     for name, value in cells.items():
-        if value is not None and not (_is_number(value) and (math.isnan(value) or 0 <= value <= most)):
+        if value is not None and not (is_number(value) and (math.isnan(value) or 0 <= value <= most)):
             limit = f"from 0 to {most:g}" if most < math.inf else "from 0 on"
             problems.append(f"{title} of {name!r} is {value!r}; it must be a number {limit}, or null")
     return problems
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _nulled(cells: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: None if _is_number(value) and not math.isfinite(value) else value for name, value in cells.items()}
+    return {name: None if is_number(value) and not math.isfinite(value) else value for name, value in cells.items()}
 
 
 def _numbers(cells: Mapping[str, float | None]) -> dict[str, float]:
