@@ -1,0 +1,139 @@
+"""What a command says: printed for people, and recorded by the standard `logging` for programs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from dylo_moe.utils.quiet import is_quiet
+
+LOG_WIDTH = 120
+"""The width in letters of tables in the log."""
+
+
+class Screen:
+    """Prints what a command says, and writes each of its statements to the logger `dylo_moe.AREA` as well.
+
+    Statements go to stdout, warnings to stderr; where both are one terminal, a warning is printed above a live display.
+    With --quiet only warnings, answers and the path of the result are printed. Colours and live displays need a
+    terminal, and the variable NO_COLOR turns both off.
+
+    Args:
+        area: the last part of the logger's name, such as the command's name.
+        console: where everything is printed; None: stdout and stderr.
+        is_first: whether this process speaks for all processes of a run; others print and log nothing.
+        is_logged: whether statements are logged.
+    """
+
+    def __init__(
+        self, area: str, *, console: Console | None = None, is_first: bool = True, is_logged: bool = True
+    ) -> None:
+        self._answers = console or make_console(quiet=not is_first)
+        self._errors = console or make_console(quiet=not is_first, stderr=True)
+        self.is_quiet = is_quiet()
+        self.console = make_console(quiet=True) if self.is_quiet else self._answers
+        self._logger = logging.getLogger(f"dylo_moe.{area}")
+        self._is_logged = is_logged and is_first
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a display can change in place: there is a terminal that can, and it is wanted. FORCE_COLOR gives
+        colours to a file, but no live display."""
+        return self.console.is_interactive and self.console.file.isatty() and not self.console.quiet
+
+    @property
+    def has_colours(self) -> bool:
+        """Whether colours are seen, or recorded for a picture."""
+        return self.console.record or self.console.color_system is not None
+
+    def say(self, what: RenderableType = "", style: str = "") -> None:
+        """Print a sentence, which is logged at the level INFO, or a table."""
+        self._print(self.console, what, style)
+        self._log(logging.INFO, what)
+
+    def answer(self, what: RenderableType, style: str = "") -> None:
+        """Print what the command was asked for, also with --quiet."""
+        self._print(self._answers, what, style)
+        self._log(logging.INFO, what)
+
+    def warn(self, sentence: str) -> None:
+        """Print a sentence in yellow; it is logged at the level WARNING."""
+        is_one_terminal = self.is_live and self._errors.is_terminal
+        self._print(self.console if is_one_terminal else self._errors, sentence, "yellow")
+        self._log(logging.WARNING, sentence)
+
+    def note(self, sentence: str) -> None:
+        """Print a sentence that a reader of the result should know, as a warning."""
+        self.warn(f"Note: {sentence}")
+
+    def progress(self, sentence: str) -> None:
+        """Print how far the work is, unless a live display shows it already."""
+        if not self.is_live:
+            self._print(self.console, sentence, "")
+        self._log(logging.INFO, sentence)
+
+    def file(self, label: str, path: str | Path) -> None:
+        """Print the path of a file or a folder behind its label."""
+        self.say(f"{label:12s} {path}")
+
+    def result(self, label: str, path: str | Path) -> None:
+        """Print the path of the result, which is all that a command prints with --quiet."""
+        self.answer(str(path)) if self.is_quiet else self.file(label, path)
+
+    def rule(self, title: str = "") -> None:
+        """Print a line across the screen."""
+        self.console.rule(Text(title), align="left", style="dim")
+        if title:
+            self._log(logging.INFO, title)
+
+    def status(self, title: str) -> AbstractContextManager[Any]:
+        """Show what is being done, on a terminal, until the `with` block ends."""
+        self._log(logging.INFO, title)
+        return self.console.status(Text(title)) if self.is_live else nullcontext()
+
+    @contextmanager
+    def live(self, what: RenderableType) -> Iterator[Live | None]:
+        """Show something that changes, on a terminal, until the `with` block ends; yields None elsewhere."""
+        if not self.is_live:
+            yield None
+            return
+        with Live(what, console=self.console, transient=True) as live:
+            yield live
+
+    def _print(self, console: Console, what: RenderableType, style: str) -> None:
+        if not isinstance(what, (str, Text)):
+            console.print(what, crop=False)
+            return
+        text = Text(what, style) if isinstance(what, str) else what
+        # A terminal's lines are wrapped between words. Elsewhere a sentence stays one line, and so does what is to be
+        # copied: a path or a command that no line can hold.
+        fits = all(cell_len(word) <= console.width for word in text.plain.split())
+        console.print(text, soft_wrap=not (console.is_terminal and fits))
+
+    def _log(self, level: int, what: RenderableType) -> None:
+        if self._is_logged and self._logger.isEnabledFor(level):
+            plain = what if isinstance(what, str) else what.plain if isinstance(what, Text) else in_letters(what)
+            self._logger.log(level, "%s", plain.strip("\n"), stacklevel=3)
+
+
+def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """A console of rich; with NO_COLOR it prints plain text, also where FORCE_COLOR or a terminal asks for more."""
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(quiet=quiet, stderr=stderr, force_terminal=False if plain else None, highlight=False)
+
+
+def in_letters(what: RenderableType, *, width: int = LOG_WIDTH) -> str:
+    """What a table and its like look like in plain letters."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(what)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
