@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from dylo_moe.parsing.ending import print_error
 
@@ -32,8 +33,12 @@ DESCRIPTION = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; a user's mistake ends in one line on stderr and status 2."""
+def main(argv: Sequence[str] | None = None, **options: Any) -> int:
+    """Run one command and return its exit status; a user's mistake ends in one line on stderr and status 2.
+
+    Args:
+        options: keyword arguments of the command's own `main`, from a script in its place.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _silence_other_libraries()
     try:
-        return int(importlib.import_module(f"dylo_moe.commands.{name}").main(rest))
+        return int(importlib.import_module(f"dylo_moe.commands.{name}").main(rest, **options))
     except (ValueError, OSError) as error:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise

@@ -25,9 +25,11 @@ from reference.paths import ROOT
 from reference.runs import files_of, flags, tiny_run_folder, trained
 from reference.vertex_server import JOB_NAME, StandInService, secret_manager
 
+from dylo_moe import __version__
 from dylo_moe.cli import main
 from dylo_moe.commands.submit import start as cloud_start
 from dylo_moe.commands.submit.arguments import CloudArguments
+from dylo_moe.commands.submit.constants import with_constants
 from dylo_moe.commands.submit.job import as_yaml, build
 from dylo_moe.commands.submit.machines import Machine, resolve
 from dylo_moe.commands.submit.request import parse_submit
@@ -303,6 +305,105 @@ def test_without_the_client_library_it_names_the_extra(capsys, monkeypatch):
     assert 'pip install "dylora-moe[vertex]"' in said(capsys, *NEEDED, "--dry_run")
 
 
+# The constants of submit_full_training.py.
+
+SCRIPT = (ROOT / "submit_full_training.py").read_text()
+WORDS_OF_CONSTANTS = {
+    "PROJECT_ID": ("my-project", "--gcp_project my-project"),
+    "REGION": ("europe-west4", "--region europe-west4"),
+    "BUCKET_NAME": ("my-runs/dylora", "--bucket gs://my-runs/dylora"),
+    "DISPLAY_NAME": ("code", "--display_name code"),
+    "SERVICE_ACCOUNT": ("me@p.iam.gserviceaccount.com", "--service_account me@p.iam.gserviceaccount.com"),
+    "SECRETS": (["WANDB_API_KEY=wandb:1", "HF_TOKEN=hub:2"], "--secrets WANDB_API_KEY=wandb:1 HF_TOKEN=hub:2"),
+    "DOCKER_REPO_NAME": ("dylora", f"--image us-central1-docker.pkg.dev/from-shell/dylora/dylora-moe:{__version__}"),
+    "IMAGE_NAME": ("mine", f"--image us-central1-docker.pkg.dev/from-shell/dylora/mine:{__version__}"),
+    "IMAGE_TAG": ("v7", "--image us-central1-docker.pkg.dev/from-shell/dylora/dylora-moe:v7"),
+    "IMAGE": (IMAGE, f"--image {IMAGE}"),
+    "MACHINE_TYPE": ("n1-standard-8", "--machine_type n1-standard-8"),
+    "ACCELERATOR_TYPE": ("NVIDIA_TESLA_T4", "--accelerator_type NVIDIA_TESLA_T4"),
+    "ACCELERATOR_COUNT": (2, "--accelerator_count 2"),
+    "USE_SPOT": (True, "--strategy SPOT"),
+    "WANDB_CHECKPOINT_ARTIFACT": ("me/p/c:v3", "--wandb_checkpoint_artifact me/p/c:v3"),
+    "RECIPE": ("code", "--config code"),
+    "MODEL": ("google/codegemma-2b", "--model google/codegemma-2b"),
+    "DATASETS": (("mbpp", "code_alpaca"), "--datasets mbpp code_alpaca"),
+    "NUM_EXPERTS": (6, "--num_experts 6"),
+    "NUM_EPOCHS": (0.5, "--num_epochs 0.5"),
+    "SAVE_STRATEGY": ("steps", "--save_strategy steps"),
+    "SAVE_STEPS": (100, "--save_steps 100"),
+    "REPORT_TO": ("wandb", "--report_to wandb"),
+}
+
+
+def run_script(monkeypatch, capsys, tmp_path, constants, *typed):
+    """Set constants in a copy of the script, or add them, and run it: the exit status, and what it printed."""
+    text = SCRIPT
+    for name, value in constants.items():
+        line = f"{name} = {value!r}"
+        text, found = re.subn(rf"(?m)^{name} = None\b", line, text)
+        text = text if found else text.replace("\nif __name__", f"\n{line}\n\nif __name__")
+    (tmp_path / "submit_full_training.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["submit_full_training.py", *typed])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(tmp_path / "submit_full_training.py"), run_name="__main__")
+    return done.value.code, capsys.readouterr()
+
+
+def test_every_constant_of_the_script_is_a_flag_and_none_is_no_flag(monkeypatch):
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "from-shell")
+    shown = dict(re.findall(r"(?m)^([A-Z_]+) = (\w+)", SCRIPT))
+    assert shown == dict.fromkeys(WORDS_OF_CONSTANTS, "None")
+    for name, (value, words) in WORDS_OF_CONSTANTS.items():
+        repository = {"DOCKER_REPO_NAME": "dylora"} if name.startswith("IMAGE_") else {}
+        constants = {**dict.fromkeys(WORDS_OF_CONSTANTS), **repository, name: value}
+        assert with_constants(constants, ["--typed"]) == [*words.split(), "--typed"]
+    assert with_constants(dict.fromkeys(WORDS_OF_CONSTANTS), ["--typed"]) == ["--typed"]
+    assert with_constants({"USE_SPOT": False}, []) == ["--strategy", "STANDARD"]
+
+
+def test_the_script_with_all_its_constants_prints_the_job_of_these_flags(monkeypatch, capsys, tmp_path):
+    constants = {name: value for name, (value, _) in WORDS_OF_CONSTANTS.items() if name != "IMAGE"}
+    constants |= {"LORA_R": 16, "BF16": True, "LEARNING_RATE": 2e-4}
+    status, said = run_script(monkeypatch, capsys, tmp_path, constants, "--num_experts", "8", "--dry_run")
+    assert not status, said.err
+    words = [word for name in constants if name in WORDS_OF_CONSTANTS for word in WORDS_OF_CONSTANTS[name][1].split()]
+    image = "europe-west4-docker.pkg.dev/my-project/dylora/mine:v7"
+    more = ["--image", image, "--lora_r", "16", "--bf16", "True", "--learning_rate", "0.0002", "--num_experts", "8"]
+    assert aiplatform_v1.CustomJob(yaml.safe_load(said.out)) == build(parse_submit([*words, *more]))
+
+
+def test_what_is_typed_wins_over_a_constant():
+    constants = {"RECIPE": "code", "IMAGE_TAG": "v7", "DOCKER_REPO_NAME": "r", "PROJECT_ID": "p", "REGION": "a-b1"}
+    typed = ["--config=stream", "--image", "here/image:1", "--region", "c-d2"]
+    assert with_constants(constants, typed) == ["--gcp_project", "p", "--region", "a-b1", *typed]
+
+
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"WANDB_CHECKPOINT": "a/b/c:d"}, "there is no constant WANDB_CHECKPOINT; did you mean"),
+        ({"PROJCT_ID": None}, "there is no constant PROJCT_ID; did you mean PROJECT_ID?"),
+        ({"LERNING_RATE": 1e-3}, "there is no constant LERNING_RATE; did you mean LEARNING_RATE?"),
+        ({"OUTPUT_DIR": "runs/x"}, "OUTPUT_DIR is not offered: it is made of --bucket and --display_name"),
+        ({"USE_SPOT": "yes"}, "USE_SPOT is 'yes'; it must be True or False, or None"),
+        ({"NUM_EXPERTS": 2.5}, "NUM_EXPERTS is 2.5; it must be a whole number, or None"),
+        ({"NUM_EXPERTS": True}, "NUM_EXPERTS is True; it must be a whole number, or None"),
+        ({"NUM_EPOCHS": "3"}, "NUM_EPOCHS is '3'; it must be a number, or None"),
+        ({"DATASETS": [1]}, "DATASETS is [1]; it must be a list of texts, or None"),
+        ({"MODEL": ["a"]}, "MODEL is ['a']; it must be a text, or None"),
+        ({"PROJECT_ID": "a", "GCP_PROJECT": "b"}, "PROJECT_ID and GCP_PROJECT are the same; set one of them"),
+        ({"IMAGE": IMAGE, "DOCKER_REPO_NAME": "r"}, "DOCKER_REPO_NAME and IMAGE are the same; set one of them"),
+        ({"IMAGE_TAG": "v7"}, "IMAGE_TAG cannot apply without DOCKER_REPO_NAME"),
+        ({"DOCKER_REPO_NAME": "r"}, "set PROJECT_ID, or the whole IMAGE"),
+        ({}, "nothing is set: write PROJECT_ID, BUCKET_NAME, DISPLAY_NAME"),
+    ],
+)
+def test_a_wrong_constant_is_one_line_with_its_name(constants, message, monkeypatch, capsys, tmp_path):
+    status, said = run_script(monkeypatch, capsys, tmp_path, constants)
+    assert status == 2
+    assert said.err.startswith("dylora submit: ") and message in said.err and said.err.count("\n") == 1
+
+
 # Refused before anything is sent.
 
 
@@ -554,6 +655,16 @@ def test_the_page_shows_what_its_dry_run_prints(capsys, monkeypatch):
     ).groups()
     assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
     assert capsys.readouterr().out == shown
+
+
+def test_the_constants_of_the_page_make_a_job(monkeypatch, capsys, tmp_path):
+    pairs = re.findall(r"(?m)^    ([A-Z_]+) = (.+)$", PAGE)
+    constants = {name: None if value == "None" else value.strip('"') for name, value in pairs}
+    status, said = run_script(monkeypatch, capsys, tmp_path, constants, "--dry_run")
+    assert not status, said.err
+    image = f"europe-west4-docker.pkg.dev/my-project/dylora/dylora-moe:{__version__}"
+    words = [*NEEDED[:-4], "--image", image, "--display_name", "code-1", "--config", "code"]
+    assert aiplatform_v1.CustomJob(yaml.safe_load(said.out)) == build(parse_submit(words))
 
 
 def test_the_page_has_every_flag_of_a_job_with_its_default():

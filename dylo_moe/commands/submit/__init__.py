@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import print_help
 
 
-def main(words: list[str]) -> int:
-    """Run the command on the words behind its name; returns the exit status."""
-    if not words or asks_for_help(words):
+def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
+    """Run the command on the words behind its name; returns the exit status.
+
+    Args:
+        constants: the `globals()` of a script whose constants are flags too, as those of submit_full_training.py are.
+    """
+    if (not words and constants is None) or asks_for_help(words):
         from dylo_moe.commands.submit.arguments import SUBMIT_LINE
 
         if "--help_all" in words or not print_help(SUBMIT_LINE):
@@ -19,5 +26,9 @@ def main(words: list[str]) -> int:
     from dylo_moe.commands.submit.request import parse_submit
     from dylo_moe.commands.submit.run import submit
 
+    if constants is not None:
+        from dylo_moe.commands.submit.constants import with_constants
+
+        words = with_constants(constants, words)
     submit(parse_submit(words))
     return 0
