@@ -1,4 +1,5 @@
-# One image for every command: `docker run IMAGE train --model ...` is `dylora train --model ...`.
+# One image for every command: `docker run IMAGE train --model ...` is `dylora train --model ...`, and other programs
+# (python, bash, torchrun) run as they are.
 # docs/docker.md says how it is built, run and pushed, and what it weighs.
 
 # Python 3.11 is what the versions of constraints.txt were tested on.
@@ -26,7 +27,7 @@ RUN useradd --uid 1000 --create-home dylora \
     && mkdir /home/dylora/.cache runs \
     && chmod 1777 /home/dylora /home/dylora/.cache runs
 
-COPY train.py README.md LICENSE ./
+COPY docker-entrypoint.sh train.py README.md LICENSE ./
 COPY recipes recipes
 COPY dylo_moe dylo_moe
 RUN python -m compileall -q dylo_moe
@@ -40,5 +41,5 @@ ENV HOME=/home/dylora \
 USER 1000:1000
 VOLUME ["/home/dylora/.cache", "/app/runs"]
 
-ENTRYPOINT ["tini", "--", "dylora"]
+ENTRYPOINT ["tini", "--", "/app/docker-entrypoint.sh"]
 CMD ["--help"]

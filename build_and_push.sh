@@ -18,7 +18,8 @@ commit's short hash. A working tree with changes is refused, so a tag always say
   --dry-run                  print every command, run none
   --help                     show this
 
-One of the first two, or both. To build without pushing: docker build --tag dylora-moe .
+One of the first two, or both. The variables ARTIFACT_REGISTRY_IMAGE and DOCKER_HUB_IMAGE stand for them where they are
+not typed, so that a bare ./build_and_push.sh pushes there. To build without pushing: docker build --tag dylora-moe .
 TEXT
 }
 
@@ -27,7 +28,7 @@ refuse() { # MESSAGE: one line, and the end
     exit 2
 }
 
-artifact_registry='' docker_hub='' source='' latest=false dry_run=false
+artifact_registry=${ARTIFACT_REGISTRY_IMAGE-} docker_hub=${DOCKER_HUB_IMAGE-} source='' latest=false dry_run=false
 while (($#)); do
     case $1 in
         --artifact-registry | --docker-hub | --source)
@@ -48,13 +49,15 @@ done
 
 # Names of images are lower case; a tag or digest in one would stand in the way of ours.
 part='[a-z0-9]+([._-]+[a-z0-9]+)*'
-[[ $artifact_registry || $docker_hub ]] || refuse "nowhere to push to: give --artifact-registry or --docker-hub, or both"
+[[ $artifact_registry || $docker_hub ]] || refuse \
+    "nowhere to push to: give --artifact-registry REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME or --docker-hub ACCOUNT/NAME, or set ARTIFACT_REGISTRY_IMAGE or DOCKER_HUB_IMAGE; see --help"
 [[ ! $artifact_registry || $artifact_registry =~ ^[a-z0-9-]+-docker\.pkg\.dev(/$part){3}$ ]] ||
     refuse "--artifact-registry is '$artifact_registry'; it must be REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME, without a tag"
 [[ ! $docker_hub || $docker_hub =~ ^$part/$part$ ]] ||
     refuse "--docker-hub is '$docker_hub'; it must be ACCOUNT/NAME, without a tag"
 
-changes=$(git status --porcelain --untracked-files=all) || refuse "this is not a git checkout, so no commit can be named"
+# The constants of submit_full_training.py are there to be edited, and the file is not in the image.
+changes=$(git status --porcelain --untracked-files=all -- . ':!submit_full_training.py') || refuse "this is not a git checkout, so no commit can be named"
 [[ ! $changes ]] || refuse "the working tree has changes; commit or remove them first: $(cut -c4- <<<"$changes" | paste -sd ' ')"
 
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)

@@ -37,6 +37,12 @@ def checkout(tmp_path):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_destination_of_the_caller(monkeypatch):
+    for name in ("ARTIFACT_REGISTRY_IMAGE", "DOCKER_HUB_IMAGE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -105,6 +111,24 @@ def test_every_registry_gets_every_tag(checkout):
     assert done.stdout.splitlines()[1:] == expected
 
 
+def test_variables_say_where_a_bare_call_pushes_and_flags_win(checkout):
+    env = {**os.environ, "ARTIFACT_REGISTRY_IMAGE": REGISTRY, "DOCKER_HUB_IMAGE": ""}
+    assert call(checkout, "--dry-run", env=env).stdout == (
+        call(checkout, "--artifact-registry", REGISTRY, "--dry-run").stdout
+    )
+    other = f"{REGISTRY}-other"
+    assert call(checkout, "--artifact-registry", other, "--dry-run", env=env).stdout == (
+        call(checkout, "--artifact-registry", other, "--dry-run").stdout
+    )
+
+
+def test_constants_for_vertex_are_no_change_of_the_image(checkout):
+    (checkout / "submit_full_training.py").write_text('PROJECT_ID = "mine"')
+    assert call(checkout, "--docker-hub", HUB, "--dry-run").returncode == 0
+    (checkout / "train.py").write_text("")
+    assert refused(call(checkout, "--docker-hub", HUB)).endswith(": train.py")
+
+
 def test_a_printed_command_can_be_pasted(checkout):
     source = "https://example.org/a b"
     build = call(checkout, "--docker-hub", HUB, "--source", source, "--dry-run").stdout.splitlines()[0]
@@ -135,7 +159,7 @@ def test_a_folder_without_git_is_refused(checkout):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "nowhere to push to"),
+        ((), "nowhere to push to: give --artifact-registry REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME or"),
         (("--docker-hub", HUB, "--push"), "--push is not a flag"),
         (("--docker-hub", HUB, "extra"), "extra is not a flag"),
         (("--docker-hub",), "--docker-hub needs a value"),

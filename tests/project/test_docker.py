@@ -6,6 +6,8 @@ suite only proves that the steps it runs are those of the Dockerfile.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +17,11 @@ import pytest
 import yaml
 from reference.paths import ROOT
 
+from dylo_moe.cli import COMMANDS
+
 BIN = Path(sys.executable).parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+ENTRY_POINT = ROOT / "docker-entrypoint.sh"
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 SECRET = re.compile(r"TOKEN|KEY|PASSWORD|SECRET|CREDENTIAL", re.IGNORECASE)
@@ -44,7 +49,7 @@ def values(name: str) -> list[str]:
     "words",
     [
         ("hadolint", "Dockerfile"),
-        ("shellcheck", "build_and_push.sh"),
+        ("shellcheck", "build_and_push.sh", "docker-entrypoint.sh"),
         ("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"),
         *(
             ("check-jsonschema", "--builtin-schema", schema, str(path))
@@ -124,8 +129,49 @@ def test_the_image_runs_as_a_user_and_hears_signals():
     [user] = values("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)  # as numbers, so that a cluster can see it is not root
     assert order.index("USER") > max(index for index, name in enumerate(order) if name in ("RUN", "COPY"))
-    assert values("ENTRYPOINT") == ['["tini", "--", "dylora"]']  # no shell between the engine and the trainer
+    assert values("ENTRYPOINT") == ['["tini", "--", "/app/docker-entrypoint.sh"]']
     assert values("CMD") == ['["--help"]']
+
+
+def test_the_entry_point_knows_every_command():
+    [line] = [line for line in ENTRY_POINT.read_text().splitlines() if "train |" in line]
+    assert line.strip().partition(")")[0].split(" | ") == ["-*", *COMMANDS]
+
+
+@pytest.mark.parametrize(
+    ("words", "started"),
+    [
+        (["--help"], ["dylora", "--help"]),
+        ([], ["dylora"]),
+        *([[name, "--flag", "a b"], ["dylora", name, "--flag", "a b"]] for name in COMMANDS),
+        (["dylora", "train", "--help"], ["dylora", "train", "--help"]),
+        (["python", "train.py", "a b"], ["python", "train.py", "a b"]),
+        (["bash"], ["bash"]),
+        (["trian", "x"], ["dylora", "trian", "x"]),
+        (["cd"], ["dylora", "cd"]),
+        ([""], ["dylora", ""]),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_the_entry_point_becomes_the_right_program(tmp_path, words, started):
+    """It execs, so that tini's signals reach the program itself; the programs are stubs that print how they began."""
+    for name in ("dylora", "python", "bash"):
+        stub = tmp_path / name
+        stub.write_text('#!/bin/sh\nprintf "%s\\n" $$ "${0##*/}" "$@"\n')
+        stub.chmod(0o755)
+    running = subprocess.Popen(
+        ["/bin/bash", ENTRY_POINT, *words], env={"PATH": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    )
+    assert running.communicate()[0].split("\n")[:-1] == [str(running.pid), *started]
+    assert os.access(ENTRY_POINT, os.X_OK)
+
+
+def test_every_form_of_the_page_works_with_the_real_programs():
+    """As `make image-check` calls them in an environment of their own; here in that of the tests, from this clone."""
+    spec = importlib.util.spec_from_file_location("image_check", ROOT / "benchmarks" / "deployment" / "image_check.py")
+    image_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(image_check)
+    image_check.check_forms(ROOT, {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
 
 
 def test_volumes_are_where_the_image_lets_anyone_write():
