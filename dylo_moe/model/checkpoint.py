@@ -51,17 +51,38 @@ class CheckpointError(ValueError):
     """A checkpoint is incomplete, or not for this base; the message names every problem found."""
 
 
+def checkpoint_in(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a path means: the folder itself, or, of a run or a stream that has ended, its checkpoint.
+
+    Raises:
+        CheckpointError: for the folder of a run that has not ended, with the checkpoints that it has.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).is_file() or not folder.is_dir():
+        return folder
+    if (folder / "checkpoint" / MANIFEST).is_file():
+        return folder / "checkpoint"
+    others = sorted(folder.glob(f"*/{MANIFEST}")) + sorted(folder.glob(f"*/*/{MANIFEST}"))
+    if others:
+        newest = max(others, key=lambda file: file.stat().st_mtime).parent
+        raise CheckpointError(
+            f"{folder} has no checkpoint of a run that has ended; its newest one is {newest}: name that"
+        )
+    return folder
+
+
 def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
     """The verified manifest of a checkpoint folder.
 
     Args:
+        path: the folder, or that of a run or a stream that has ended.
         strict: refuse files that the manifest does not know. The stock Trainer puts files of its own beside ours,
             which no manifest lists; in a folder of that kind it cannot apply.
 
     Raises:
         CheckpointError: naming every missing, extra, altered or unreadable file.
     """
-    folder = Path(path)
+    folder = checkpoint_in(path)
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}")
     if not (folder / MANIFEST).is_file():

@@ -27,6 +27,7 @@ from dylo_moe.model.checkpoint import (
     LIBRARY_FILE,
     ROUTER_FILE,
     CheckpointError,
+    checkpoint_in,
     plain_config,
     read_manifest,
 )
@@ -40,7 +41,7 @@ def load_checkpoint(
     cls: type[Model], path: str | os.PathLike[str], base: PreTrainedModel | str | None, **kwargs: Any
 ) -> Model:
     """Read the folder `path` onto a base. See `DyLoRAMoE.from_pretrained`."""
-    folder = Path(path)
+    folder = checkpoint_in(path)
     manifest = read_manifest(folder)
     if base is None:
         base = manifest["base"]["id"]

@@ -353,7 +353,7 @@ class DyLoRAMoE(RoutedForward):
         """Read a checkpoint folder back, bit for bit, after checking every file and the base.
 
         Args:
-            path: the folder.
+            path: the folder, or that of a run or a stream that has ended.
             base: the base model, loaded or by name; None: the one that the checkpoint names.
             kwargs: passed on to load the base (for example dtype).
 

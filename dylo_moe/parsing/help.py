@@ -90,7 +90,7 @@ def _entries(item: Field[Any], kind: Any) -> Iterator[HelpEntry]:
     default = item.default_factory() if item.default_factory is not MISSING else item.default
     has_default = default is not MISSING
     is_switch = kind is bool or kind == bool | None  # a switch may be typed alone or with a value
-    nargs = "?" if is_switch else "+" if get_origin(kind) is list else None
+    nargs = item.metadata.get("nargs", "?" if is_switch else "+" if get_origin(kind) is list else None)
     shown = str(default if has_default else False if kind is bool else None)
     text = item.metadata.get("help", "")
     yield HelpEntry(item.name, options, nargs, shown, text)

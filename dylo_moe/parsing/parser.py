@@ -10,9 +10,12 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from dylo_moe.model.checkpoint import checkpoint_in
 from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine, Refusal
 from dylo_moe.parsing.flags import config_from, flags_class, flags_of
+from dylo_moe.parsing.other_names import meant_by
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.words import listed
 
 
 class Parser(HfArgumentParser):
@@ -30,15 +33,16 @@ class Parser(HfArgumentParser):
         """Make an instance of each class from a command line.
 
         Raises:
-            ValueError: with the problems of all classes. The last class is made only where the others have no problem,
-                because making the Trainer's arguments sets up the device.
+            ValueError: with the problems of all classes. A class that has `problems_of` is asked by that once another
+                class has a problem, and not made, because making the Trainer's arguments sets up the device.
         """
         values = vars(self.parse_args(words))
         made: list[Any] = []
         problems: list[str] = []
         for kind in self.kinds:
-            if problems and kind is self.kinds[-1]:
-                break
+            if problems and hasattr(kind, "problems_of"):
+                problems += kind.problems_of(values)
+                continue
             try:
                 made.append(config_from(kind, values))
             except ValueError as error:
@@ -47,9 +51,54 @@ class Parser(HfArgumentParser):
             raise ValueError("; ".join(problems))
         return tuple(made)
 
+    def with_values(self, words: Sequence[str]) -> list[str]:
+        """Write every flag of a command line that takes one value as `--flag=value`, so that what follows it is
+        neither lost nor swallowed. A flag that may be typed bare gets the value that it has then: a switch is True.
+        """
+        left, written = list(words), []
+        while left:
+            word = left.pop(0)
+            action = self._option_string_actions.get(word)
+            if action is None or action.nargs not in (None, "?"):
+                written.append(word)
+            elif left and _is_value(left[0], action):
+                written.append(f"{word}={left.pop(0)}")
+            else:
+                written.append(word if action.nargs is None else f"{word}={action.const}")
+        return written
+
+    def is_switch(self, option: str) -> bool:
+        """Whether a flag is either on or off."""
+        return self._option_string_actions[option].type is string_to_bool
+
+    def split(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Split a command line into the words that belong to no flag and the others, wherever they stand."""
+        alone: list[str] = []
+        others: list[str] = []
+        in_list = False
+        for word in self.with_values(words):
+            if word.startswith("--"):
+                action = self._option_string_actions.get(word)
+                in_list = action is not None and action.nargs in ("+", "*")
+            (others if in_list or word.startswith("--") else alone).append(word)
+        return alone, others
+
     def error(self, message: str) -> Any:
         """Raise UsageError with the message that argparse would print before it ends the program."""
         raise UsageError(message)
+
+
+def _is_value(word: str, action: argparse.Action) -> bool:
+    """Whether a word that follows a flag is the flag's value: a switch takes only true and false in their spellings."""
+    if word.startswith("--"):
+        return False
+    if action.type is not string_to_bool:
+        return True
+    try:
+        string_to_bool(word)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
 
 
 def plain_options(parser: Parser) -> Parser:
@@ -62,10 +111,13 @@ def plain_options(parser: Parser) -> Parser:
     return parser
 
 
-def parse(parser: Parser, words: list[str], refusal: Refusal, given: Sequence[str] = ()) -> tuple[Any, ...]:
+def parse(parser: Parser, words: Sequence[str], refusal: Refusal, given: Sequence[str] = ()) -> tuple[Any, ...]:
     """Read a command line into the configs of a parser; words in `given` come first and are not checked as typed
     flags."""
+    alone, words = parser.split(words)
     _check_names(words, parser, refusal)
+    if alone:
+        raise UsageError(f"{listed([repr(word) for word in alone])} belongs to no flag; --help lists the flags")
     try:
         return parser.configs([*given, *words])
     except UsageError:
@@ -74,19 +126,29 @@ def parse(parser: Parser, words: list[str], refusal: Refusal, given: Sequence[st
         raise UsageError(str(error).strip()) from error
 
 
-def parse_behind_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any, set[str]]:
-    """Read `CHECKPOINT [--FLAG VALUE ...]`: returns the checkpoint, the dataclass of the flags, and the flags typed.
+def parse_with_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any, set[str]]:
+    """Read `CHECKPOINT [--FLAG VALUE ...]`; flags may come first, and a run's folder stands for its checkpoint.
+
+    Returns:
+        The checkpoint's folder, the dataclass of the flags, and the flags typed.
 
     Raises:
-        UsageError: where no checkpoint comes first, and as `parse` does.
+        UsageError: where no checkpoint or more than one is named, and as `parse` does.
     """
-    words = list(argv)
-    if not words or words[0].startswith("--"):
+    alone, words = parser.split(argv)
+    if not alone:
         raise UsageError(
             f"no checkpoint is named; type its folder right after the command: {parser.prog} RUN/checkpoint"
         )
-    (values,) = parse(parser, words[1:], lambda name: None)
-    return words[0], values, {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    if len(alone) > 1:
+        raise UsageError(f"one checkpoint at a time; {listed([repr(word) for word in alone[1:]])} belongs to no flag")
+    (values,) = parse(parser, words, lambda name: None)
+    return str(checkpoint_in(alone[0])), values, typed_flags(words)
+
+
+def typed_flags(words: Sequence[str]) -> set[str]:
+    """The names of the flags in a command line, without dashes."""
+    return {word.split("=", 1)[0].removeprefix("--") for word in words if word.startswith("--")}
 
 
 def options(parser: Parser) -> set[str]:
@@ -105,12 +167,16 @@ def _check_names(words: list[str], parser: Parser, refusal: Refusal) -> None:
 
 
 def unknown(name: str, parser: Parser, refusal: Refusal) -> str:
-    """The message about an unknown or refused flag: the reason, or the nearest flag that is offered."""
-    reason = refusal(name.lstrip("-"))
+    """The message about an unknown or refused flag: the reason, or the flag that is meant, or the nearest one."""
+    plain = name.lstrip("-").replace("-", "_")
+    reason = refusal(plain)
     if reason:
         return f"{name} is not offered: {reason}"
     offered = [option for option in options(parser) if "-" not in option[2:] and not refusal(option[2:])]
-    near = difflib.get_close_matches(name, offered, n=1, cutoff=0.5)
+    meant = meant_by(plain, {option[2:] for option in offered})
+    if meant:
+        return f"there is no flag {name}; {meant}"
+    near = difflib.get_close_matches(f"--{plain}", offered, n=1, cutoff=0.5)
     return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,21 @@ processes share the work, and do not change what is trained."""
 def with_recipe(argv: Sequence[str], parser: Parser, refusal: Refusal) -> list[str]:
     """Replace --config in a command line, if it is there, by the recipe's words; typed flags come later, and so win.
 
+    Returns:
+        Words in which every flag with one value is written `--flag=value`.
+
     Raises:
         UsageError: for a recipe that cannot be read, or has a flag that the parser does not offer.
     """
     recipe, rest = _split(list(argv))
-    return (_words_of_file(recipe_file(recipe), parser, refusal) if recipe else []) + rest
+    words = _words_of_file(recipe_file(recipe), parser, refusal) if recipe else []
+    return parser.with_values([*words, *rest])
 
 
-def last_value(words: list[str], flag: str) -> str | None:
-    """The last value of a flag in a command line, as typed; None where the flag is not there."""
-    value = None
-    for place, word in enumerate(words):
-        if word == flag and place + 1 < len(words):
-            value = words[place + 1]
-        elif word.startswith(flag + "="):
-            value = word[len(flag) + 1 :]
-    return value
+def last_value(words: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag in words of `with_recipe`; None where the flag is not there."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    return values[-1] if values else None
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -52,7 +51,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
             if recipe is not None:
                 raise UsageError("--config is given twice; a run has one recipe")
             recipe = word[len("--config=") :] if "=" in word else next(words, None)
-            if not recipe:
+            if not recipe or recipe.startswith("--"):
                 raise UsageError("--config needs the path of a YAML recipe, or the name of one that comes with dylora")
         else:
             rest.append(word)
@@ -60,32 +59,67 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _words_of_file(path: Path, parser: Parser, refusal: Refusal) -> list[str]:
-    """Read a recipe into the command line that means the same."""
+    """Read a recipe into the command line that means the same.
+
+    A value is taken as it is written in the file, as on the command line: `save_strategy: no` is the word no.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"recipe {path} must be `flag: value` lines; it is a {type(content).__name__}")
-    for key in content:
-        if f"--{key}" not in options(parser) or refusal(str(key)):
-            raise UsageError(f"recipe {path}: " + unknown(f"--{key}", parser, refusal).replace("--", ""))
-    return as_words(content)
+        raise UsageError(f"recipe {path}{_explained(error)}") from error
+    if not isinstance(recipe, yaml.MappingNode):
+        kind = "empty" if recipe is None else "a list" if isinstance(recipe, yaml.SequenceNode) else "one value"
+        raise UsageError(f"recipe {path} must be `flag: value` lines; it is {kind}")
+    words: list[str] = []
+    problems: list[str] = []
+    lines: dict[str, int] = {}
+    for key, value in recipe.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if f"--{name}" not in options(parser) or refusal(name):
+            problems.append(f"line {line}: " + unknown(f"--{name}", parser, refusal).replace("--", ""))
+        elif name in lines:
+            problems.append(f"line {line}: {name} is there already, in line {lines[name]}")
+        else:
+            words += as_words({name: _plain(value, parser.is_switch(f"--{name}"))})
+        lines.setdefault(name, line)
+    if problems:
+        raise UsageError(f"recipe {path}: {'; '.join(problems)}")
+    return words
 
 
-def as_words(settings: dict[str, Any]) -> list[str]:
+def _plain(node: yaml.Node, is_switch: bool) -> Any:
+    """The value of a recipe's line: text as it is written, a list of such texts, or a mapping."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, is_switch) for item in node.value]
+    if isinstance(node, yaml.MappingNode) or (is_switch and node.tag == "tag:yaml.org,2002:bool"):
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
+
+
+def _explained(error: yaml.YAMLError) -> str:
+    """Where a file stops being YAML, and the rule that it breaks."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f" is not valid YAML: {error}"
+    place = f", line {mark.line + 1}, column {mark.column + 1}, is not valid YAML: "
+    if mark.buffer is not None and "\t" in mark.buffer[mark.pointer : mark.pointer + 1]:
+        return place + "there is a tab; YAML is indented with spaces"
+    rule = ", ".join(text for text in (getattr(error, "context", None), getattr(error, "problem", None)) if text)
+    return place + rule
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
     """Write settings as the command line that means the same."""
     words: list[str] = []
     for key, value in settings.items():
         if value is None or value == []:
             continue
-        words.append(f"--{key}")
         if isinstance(value, list):
-            words += [str(item) for item in value]
+            words += [f"--{key}", *(str(item) for item in value)]
         else:
-            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
 
 

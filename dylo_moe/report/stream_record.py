@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 from dylo_moe.evaluation.loss_matrix import MATRIX, Matrix, read_matrix
 from dylo_moe.report.html import REPORT
 from dylo_moe.report.run_record import read_mapping
+from dylo_moe.training.run_folder import STREAM_FILE
 from dylo_moe.utils.words import counted
-
-STREAM = "stream.json"
-"""A file that a stream's folder has, but a run's does not."""
 
 
 class StreamRecord(NamedTuple):
@@ -31,13 +29,13 @@ class StreamRecord(NamedTuple):
 
 def is_stream(folder: Path) -> bool:
     """Whether a folder is that of a stream, rather than of a single run."""
-    return any((folder / name).is_file() for name in (STREAM, MATRIX))
+    return any((folder / name).is_file() for name in (STREAM_FILE, MATRIX))
 
 
 def read_stream(folder: Path) -> StreamRecord:
     """Read the files of a stream that are there; `missing` tells about the others."""
     missing: list[str] = []
-    state = read_mapping(folder / STREAM, missing, "whether the stream has ended is not known")
+    state = read_mapping(folder / STREAM_FILE, missing, "whether the stream has ended is not known")
     settings = read_mapping(folder / "config.yaml", missing, "the configuration is not known")
     try:
         matrix = read_matrix(folder / MATRIX)

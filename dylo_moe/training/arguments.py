@@ -79,9 +79,11 @@ class TrainerOptions:
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Resume a run: its folder, one of its checkpoints, or latest, the newest in --output_dir; "
-            "auto: the same, and a new run where --output_dir has none. Settings are the checkpoint's; those that are "
-            "given are compared with them."
+            "nargs": "?",
+            "const": "latest",
+            "help": "Resume a run: its folder, one of its checkpoints, or latest (also without a value), the run in "
+            "--output_dir, else the newest in runs; auto: the same, and a new run where --output_dir has none. "
+            "Settings are the checkpoint's; those that are given are compared with them.",
         },
     )
     wandb_checkpoint_artifact: str | None = field(

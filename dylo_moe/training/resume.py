@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import yaml
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.training.run_folder import CONFIG_FILE, NUMBERED, checkpoints_in
+from dylo_moe.training.run_folder import CONFIG_FILE, NUMBERED, RUNS, STREAM_FILE, checkpoints_in
 from dylo_moe.utils.differences import differences
 from dylo_moe.utils.words import counted
 
@@ -64,6 +64,47 @@ class Resumption(NamedTuple):
     """Newer checkpoints that are incomplete or altered, each with what is wrong; only "auto" passes them over."""
 
 
+def named_run(wanted: str, output_dir: str | None, is_run: Callable[[Path], bool]) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means.
+
+    Args:
+        wanted: "latest", "auto", or a folder, which is returned as it is.
+        output_dir: as typed; "latest" and "auto" mean the run there. Without it "latest" is the newest run in runs.
+        is_run: whether a folder holds a run of this command.
+
+    Returns:
+        None where "auto" finds no run, so that a new one starts.
+
+    Raises:
+        CheckpointError: where there is no such folder, or no run in it.
+    """
+    if wanted not in (LATEST, AUTO, "True", "true"):
+        if not Path(wanted).is_dir():
+            raise CheckpointError(f"there is no checkpoint and no run {wanted}")
+        return Path(wanted)
+    if output_dir is None and wanted == AUTO:
+        raise CheckpointError("--resume_from_checkpoint auto needs --output_dir, the folder of the run")
+    if output_dir is None:
+        found = [path for path in RUNS.iterdir() if is_run(path)] if RUNS.is_dir() else []
+        if not found:
+            raise CheckpointError(
+                f"--resume_from_checkpoint finds no run in {RUNS}, where runs are written unless --output_dir says "
+                "otherwise; give the folder of the run"
+            )
+        return max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
+    run = Path(output_dir)
+    if is_run(run):
+        return run
+    if wanted == AUTO and not (run.exists() and any(run.iterdir())):
+        return None
+    raise CheckpointError(f"there is no run in {run} to resume; look at --output_dir, or start a new run")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of `dylora train`."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / STREAM_FILE).is_file()
+
+
 def find(wanted: str, output_dir: str | None) -> Resumption | None:
     """Find what `--resume_from_checkpoint` names.
 
@@ -77,22 +118,15 @@ def find(wanted: str, output_dir: str | None) -> Resumption | None:
     Raises:
         CheckpointError: where there is nothing to resume from, or it is incomplete or altered.
     """
-    if wanted in (LATEST, AUTO, "True", "true"):
-        if output_dir is None:
-            raise CheckpointError(f"--resume_from_checkpoint {wanted} needs --output_dir, the folder of the run")
-        run = Path(output_dir)
-        if not (run / CONFIG_FILE).is_file():
-            if wanted == AUTO and not (run.exists() and any(run.iterdir())):
-                return None
-            raise CheckpointError(f"there is no run in {run} to resume; look at --output_dir, or start a new run")
-    else:
-        run = Path(wanted)
-        if not run.is_dir():
-            raise CheckpointError(f"there is no checkpoint and no run {run}")
-        if (run / "dylora.json").is_file() or NUMBERED.fullmatch(run.name):
-            return _from_checkpoint(run)
-        if not (run / CONFIG_FILE).is_file():
-            raise CheckpointError(f"{run} is neither a checkpoint (no dylora.json) nor a run (no {CONFIG_FILE})")
+    run = named_run(wanted, output_dir, is_run)
+    if run is None:
+        return None
+    if (run / "dylora.json").is_file() or NUMBERED.fullmatch(run.name):
+        return _from_checkpoint(run)
+    if not is_run(run):
+        if (run / STREAM_FILE).is_file():
+            raise CheckpointError(f"{run} is a stream: resume it with `dylora stream --resume_from_checkpoint {run}`")
+        raise CheckpointError(f"{run} is neither a checkpoint (no dylora.json) nor a run (no {CONFIG_FILE})")
     broken: list[str] = []
     for _, checkpoint in reversed(checkpoints_in(run)):
         try:
@@ -110,7 +144,7 @@ def _from_checkpoint(folder: Path) -> Resumption:
     if not record or "settings" not in record or not (folder / "trainer_state.json").is_file():
         raise CheckpointError(
             f"{folder} holds experts and router only, and nothing to resume training from (no optimizer, no settings); "
-            "give a folder named checkpoint-STEP"
+            "give the run's folder, or a folder named checkpoint-STEP"
         )
     return Resumption(folder.parent, folder, record["settings"], record)
 

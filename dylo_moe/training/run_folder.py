@@ -14,7 +14,13 @@ from dylo_moe.utils.errors import UsageError
 
 NEW_RUN = "new"
 
+RUNS = Path("runs")
+"""The folder of the runs that were given none."""
+
 CONFIG_FILE = "config.yaml"
+
+STREAM_FILE = "stream.json"
+"""A file that a stream's folder has, but a run's does not."""
 
 GATE_START_FILE = "gate_start.safetensors"
 
@@ -30,7 +36,7 @@ def new_output_dir(wanted: str) -> Path:
         UsageError: when the wanted folder already holds something.
     """
     if wanted == NEW_RUN:
-        path = fresh_folder(Path("runs"), time.strftime("%Y%m%d-%H%M%S"))
+        path = fresh_folder(RUNS, time.strftime("%Y%m%d-%H%M%S"))
     else:
         path = Path(wanted)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylo_moe.commands.compare.arguments import COMPARE_LINE, OF_CODE, CompareArguments, compare_refusal
-from dylo_moe.parsing.parser import Parser, build_parser, parse
+from dylo_moe.parsing.parser import Parser, build_parser, parse, typed_flags
 from dylo_moe.parsing.recipe import plain_settings, with_recipe
 from dylo_moe.routing.config import LEARNED, RANDOM, UNIFORM
 from dylo_moe.training.run_folder import NEW_RUN
@@ -55,7 +55,7 @@ def parse_compare(argv: Sequence[str]) -> CompareRequest:
     if router.top_k > experts.num_experts:
         raise UsageError(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
     settings = _without(plain_settings((model, experts, router, data), train, compare_refusal), LEAVE)
-    evaluation = _evaluation(options, train, {word.split("=")[0].removeprefix("--") for word in words})
+    evaluation = _evaluation(options, train, typed_flags(words))
     return CompareRequest(Path(train.output_dir), options, settings, evaluation, train.per_device_eval_batch_size)
 
 

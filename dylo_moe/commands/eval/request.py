@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dylo_moe.commands.eval.arguments import EVAL_LINE
 from dylo_moe.evaluation.arguments import LOSSES, ONLY_FOR_CODE, ONLY_FOR_LOSSES, ONLY_FOR_SAMPLES, EvalArguments
-from dylo_moe.parsing.parser import build_parser, parse_behind_checkpoint
+from dylo_moe.parsing.parser import build_parser, parse_with_checkpoint
 from dylo_moe.utils.errors import UsageError
 
 
@@ -26,7 +26,7 @@ def parse_eval(argv: Sequence[str]) -> EvalRequest:
         UsageError: for a missing checkpoint, an unknown flag, a value out of range, a flag that would have no effect,
             or tasks that run code without --allow_code_execution.
     """
-    checkpoint, options, given = parse_behind_checkpoint(argv, build_parser(EVAL_LINE))
+    checkpoint, options, given = parse_with_checkpoint(argv, build_parser(EVAL_LINE))
     check_given(options, given)
     check_leave(options)
     return EvalRequest(checkpoint, options)

@@ -19,13 +19,12 @@ from dylo_moe.commands.stream.arguments import (
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.config import DataConfig
 from dylo_moe.experts.config import ExpertConfig
-from dylo_moe.parsing.parser import Parser, build_parser, parse
+from dylo_moe.parsing.parser import Parser, build_parser, parse, typed_flags
 from dylo_moe.parsing.recipe import as_words, in_full, last_value, plain_settings, with_recipe
-from dylo_moe.report.stream_record import STREAM
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
-from dylo_moe.training.resume import LOCATIONS
-from dylo_moe.training.run_folder import CONFIG_FILE
+from dylo_moe.training.resume import LOCATIONS, named_run
+from dylo_moe.training.run_folder import CONFIG_FILE, STREAM_FILE
 from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
 from dylo_moe.utils.differences import differences, in_words
 from dylo_moe.utils.errors import UsageError
@@ -82,15 +81,15 @@ def parse_stream(argv: Sequence[str]) -> StreamRequest:
     parser = build_stream_parser()
     words = with_recipe(_split_ranks(argv), parser, stream_refusal)
     wanted = last_value(words, "--resume_from_checkpoint")
-    resumed, saved = None, {}
-    if wanted:
-        resumed = Path(wanted)
+    resumed = named_run(wanted, last_value(words, "--output_dir"), is_stream) if wanted else None
+    saved: dict[str, Any] = {}
+    if resumed is not None:
         saved = _settings_in(resumed)
-        words = [*as_words(saved), "--output_dir", str(resumed), *words]
+        words = [*as_words(saved), f"--output_dir={resumed}", *words]
     model, experts, router, stream, growth, data, train = parse(parser, words, stream_refusal)
     check_four_bit(model, train)
     request = StreamRequest(model, experts, router, stream, growth, data, train, resumed)
-    _check(request, given={word.split("=", 1)[0] for word in words if word.startswith("--")})
+    _check(request, given=typed_flags(words))
     if resumed is not None:
         if train.output_dir != str(resumed):
             raise UsageError(f"a stream is resumed in its own folder, {resumed}; leave output_dir out")
@@ -125,16 +124,21 @@ def _check(request: StreamRequest, given: set[str]) -> None:
     if twice:
         problems.append(f"{', '.join(twice)} is named for two purposes; a dataset has one")
     if stream.checkpoint is not None and request.resumed is None:
-        made = [f"--{name}" for name in CHECKPOINT_DECIDES if f"--{name}" in given]
+        made = [f"--{name}" for name in CHECKPOINT_DECIDES if name in given]
         if made:
             problems.append(f"{', '.join(made)} cannot apply: the checkpoint says what its model is made of")
     if problems:
         raise UsageError("; ".join(problems))
 
 
+def is_stream(folder: Path) -> bool:
+    """Whether a folder holds a stream that can be resumed."""
+    return (folder / CONFIG_FILE).is_file() and (folder / STREAM_FILE).is_file()
+
+
 def _settings_in(run: Path) -> dict[str, Any]:
-    if not (run / CONFIG_FILE).is_file() or not (run / STREAM).is_file():
-        raise UsageError(f"{run} is not a stream that can be resumed: it needs {CONFIG_FILE} and {STREAM}")
+    if not is_stream(run):
+        raise UsageError(f"{run} is not a stream that can be resumed: it needs {CONFIG_FILE} and {STREAM_FILE}")
     return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
 
 

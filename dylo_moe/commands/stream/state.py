@@ -12,8 +12,7 @@ from dylo_moe.evaluation.loss_matrix import MATRIX, Matrix, Stage, write_matrix
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
-from dylo_moe.report.stream_record import STREAM
-from dylo_moe.training.run_folder import checkpoints_in, clear_unfinished, discard
+from dylo_moe.training.run_folder import STREAM_FILE, checkpoints_in, clear_unfinished, discard
 from dylo_moe.utils.atomic_files import write_json
 
 STAGES = "stages"
@@ -135,7 +134,7 @@ def write_view(run: Path, state: StreamState, *, is_finished: bool) -> None:
         for place, stage in enumerate(state.matrix.stages)
     ]
     write_json(
-        run / STREAM,
+        run / STREAM_FILE,
         {
             "version": 1,
             "state": "finished" if is_finished else "running",

@@ -57,7 +57,7 @@ def parse_train(argv: Sequence[str], *, prog: str = TRAIN_LINE.prog, num_process
     resumed = _resumption(words)
     if resumed is not None:
         own = resumed.run if (resumed.run / CONFIG_FILE).is_file() else NEW_RUN
-        words = [*as_words(shared_out(resumed, count)), "--output_dir", str(own), *words]
+        words = [*as_words(shared_out(resumed, count)), f"--output_dir={own}", *words]
     model, experts, router, data, train = parse(parser, words, refusal_of)
     check_four_bit(model, train)
     arguments = Arguments(model, experts, router, data, train, resumed)
