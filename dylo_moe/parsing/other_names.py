@@ -53,11 +53,10 @@ OTHER_NAMES = {
     "dataset_num_proc": "preprocessing_num_workers",
     "dataset_processes": "preprocessing_num_workers",
     "interleave": "interleaved_sampling",
-    "mix_strategy": "mix",
     "interleave_probs": "mix",
     # optimisation
     "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size batch_size",
+    "batch_size": "per_device_train_batch_size",
     "bs": "per_device_train_batch_size batch_size",
     "train_batch_size": "per_device_train_batch_size",
     "micro_batch_size": "per_device_train_batch_size",

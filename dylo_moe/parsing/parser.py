@@ -79,7 +79,7 @@ class Parser(HfArgumentParser):
         for word in self.with_values(words):
             if word.startswith("--"):
                 action = self._option_string_actions.get(word)
-                in_list = action is not None and action.nargs in ("+", "*")
+                in_list = "=" not in word and (action is None or action.nargs in ("+", "*"))
             (others if in_list or word.startswith("--") else alone).append(word)
         return alone, others
 
@@ -114,16 +114,27 @@ def plain_options(parser: Parser) -> Parser:
 def parse(parser: Parser, words: Sequence[str], refusal: Refusal, given: Sequence[str] = ()) -> tuple[Any, ...]:
     """Read a command line into the configs of a parser; words in `given` come first and are not checked as typed
     flags."""
-    alone, words = parser.split(words)
+    words = parser.with_values(words)
     _check_names(words, parser, refusal)
-    if alone:
-        raise UsageError(f"{listed([repr(word) for word in alone])} belongs to no flag; --help lists the flags")
+    check_every_word_has_a_flag(words, parser)
     try:
         return parser.configs([*given, *words])
     except UsageError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error).strip()) from error
+
+
+def check_every_word_has_a_flag(words: Sequence[str], parser: Parser) -> None:
+    """Raise UsageError for a word that is no flag and the value of none."""
+    alone, _ = parser.split(words)
+    if not alone:
+        return
+    before = words[list(words).index(alone[0]) - 1] if words[0] != alone[0] else ""
+    option = before.partition("=")[0]
+    is_behind_switch = option in options(parser) and parser.is_switch(option)
+    rule = f"{option} takes true or false, or no value" if is_behind_switch else "--help lists the flags"
+    raise UsageError(f"{listed([repr(word) for word in alone])} belongs to no flag; {rule}")
 
 
 def parse_with_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any, set[str]]:
@@ -172,12 +183,11 @@ def unknown(name: str, parser: Parser, refusal: Refusal) -> str:
     reason = refusal(plain)
     if reason:
         return f"{name} is not offered: {reason}"
-    offered = [option for option in options(parser) if "-" not in option[2:] and not refusal(option[2:])]
-    meant = meant_by(plain, {option[2:] for option in offered})
-    if meant:
-        return f"there is no flag {name}; {meant}"
-    near = difflib.get_close_matches(f"--{plain}", offered, n=1, cutoff=0.5)
-    return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+    offered = {option[2:] for option in options(parser) if "-" not in option[2:] and not refusal(option[2:])}
+    meant = meant_by(plain, offered)
+    near = difflib.get_close_matches(plain, offered, n=1, cutoff=0.6)
+    answer = meant or (f"did you mean --{near[0]}?" if near else "--help lists the flags")
+    return f"there is no flag {name}; {answer}"
 
 
 def build_parser(line: CommandLine, trainer: type | None = None, *, show_all: bool = False) -> Parser:

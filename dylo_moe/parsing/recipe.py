@@ -82,7 +82,10 @@ def _words_of_file(path: Path, parser: Parser, refusal: Refusal) -> list[str]:
         elif name in lines:
             problems.append(f"line {line}: {name} is there already, in line {lines[name]}")
         else:
-            words += as_words({name: _plain(value, parser.is_switch(f"--{name}"))})
+            values = _plain(value, parser.is_switch(f"--{name}"))
+            flags = [item for item in values if str(item).startswith("--")] if isinstance(values, list) else []
+            problems += [f"line {line}: {item} in a list would be a flag; give it a line of its own" for item in flags]
+            words += as_words({name: values})
         lines.setdefault(name, line)
     if problems:
         raise UsageError(f"recipe {path}: {'; '.join(problems)}")

@@ -103,7 +103,7 @@ def test_every_field_of_a_job():
                                 *("--run_folder", "/gcs/my-runs/dylora/code/run", "--"),
                                 *("torchrun", "--standalone", "--nproc_per_node=4", "train.py"),
                                 *("--model", "/gcs/my-runs/base"),
-                                *("--datasets", "code_alpaca,/gcs/my-runs/more.jsonl", "--bf16"),
+                                *("--datasets", "code_alpaca,/gcs/my-runs/more.jsonl", "--bf16", "True"),
                                 *("--num_train_epochs", "2", "--report_to", "wandb"),
                                 *("--output_dir", "/gcs/my-runs/dylora/code/run", "--resume_from_checkpoint", "auto"),
                             ],
@@ -417,7 +417,7 @@ def test_all_that_is_missing_is_named_at_once(capsys):
     [
         (["--lora_rr", "8"], "there is no flag --lora_rr; did you mean --lora_r?"),
         (["--lora_r", "eight"], "lora_r: invalid int value: 'eight'"),
-        (["word"], "unrecognized arguments: word"),
+        (["word"], "'word' belongs to no flag"),
         (["--output_dir", "x"], "it is made of --bucket and --display_name"),
         (["--resume_from_checkpoint", "x"], "a job always resumes its run"),
         (["--bf16", "--fp16"], "At most one of fp16 and bf16"),

@@ -15,7 +15,7 @@ from dylo_moe.commands.submit.machines import Machine
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.locate import locate
-from dylo_moe.parsing.parser import Parser, build_parser, parse
+from dylo_moe.parsing.parser import Parser, build_parser, check_every_word_has_a_flag, parse
 from dylo_moe.parsing.recipe import with_recipe
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.tracking import REFERENCE
@@ -61,6 +61,7 @@ def parse_submit(argv: Sequence[str]) -> SubmitRequest:
     groups = _by_flag(words, parser)
     here = {name: values for name, values in groups.items() if name not in OF_THE_MACHINE}
     options, model, _, _, data, train = parse(parser, [*_as_words(here), "--use_cpu", "true"], submit_refusal)
+    check_every_word_has_a_flag(words, parser)
     parser.parse_args(words)  # checks the form of every value, also of flags that only the job's machine can check
     if importlib.util.find_spec("bitsandbytes") is not None:
         check_four_bit(model, train)
