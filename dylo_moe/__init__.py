@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
+
+from dylo_moe.utils.other_libraries import drop_useless_lines
 
 if TYPE_CHECKING:
     from dylo_moe.base.loading import load_base, load_tokenizer
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from dylo_moe.routing.router import Routing
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # what the package says is printed only where asked for
+drop_useless_lines()
 
 _HOMES = {
     "CheckpointError": "dylo_moe.model.checkpoint",

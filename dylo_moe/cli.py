@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from dylo_moe.parsing.ending import print_error
+from dylo_moe.parsing.ending import no_such_command, print_error
+from dylo_moe.utils.other_libraries import only_our_lines
+from dylo_moe.utils.quiet import quiet
+
+QUIET = "--quiet"
+"""The flag of every command, wherever it stands: only warnings, errors, and the answer or the result's path."""
 
 COMMANDS = {
     "train": "train several experts and their router together on one frozen model",
@@ -39,7 +43,8 @@ def main(argv: Sequence[str] | None = None, **options: Any) -> int:
     Args:
         options: keyword arguments of the command's own `main`, from a script in its place.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in typed if word != QUIET]
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -50,34 +55,32 @@ def main(argv: Sequence[str] | None = None, **options: Any) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
-        print(f"dylora: there is no command {name!r}{hint}", file=sys.stderr)
+        print_error("", no_such_command(name, COMMANDS))
         return 2
     if os.environ.get("WORLD_SIZE", "1") != "1" and name != "train":
-        print_error(f"dylora {name}: this command runs in one process; start it without torchrun or accelerate launch")
+        print_error(name, "this command runs in one process; start it without torchrun or accelerate launch")
         return 2
-    _silence_other_libraries()
+    with quiet(QUIET in typed), only_our_lines(functools.partial(_show_note, name)):
+        return _run(name, rest, options)
+
+
+def _run(name: str, words: list[str], options: dict[str, Any]) -> int:
     try:
-        return int(importlib.import_module(f"dylo_moe.commands.{name}").main(rest, **options))
+        return int(importlib.import_module(f"dylo_moe.commands.{name}").main(words, **options))
     except (ValueError, OSError) as error:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise
-        print_error(f"dylora {name}: {error}")
+        print_error(name, error)
         return 2
     except KeyboardInterrupt:
-        print_error(f"dylora {name}: interrupted")
+        print_error(name, "interrupted")
         return 130
 
 
-def _silence_other_libraries() -> None:
-    """Suppress messages of other libraries that a user of the command can do nothing about."""
-    # PEFT reads an attribute that Transformers has deprecated.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # On some CPUs, bitsandbytes logs at every start that an optional package is missing.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def _show_note(name: str, sentence: str) -> None:
+    from dylo_moe.utils.screen import Screen  # late: it needs rich, and the help does not
+
+    Screen(name).note(sentence)
 
 
 def _overview() -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dylo_moe.evaluation.answers import Decoding
@@ -20,6 +19,7 @@ from dylo_moe.evaluation.problems import load_examples, load_problems
 from dylo_moe.evaluation.prompts import Asking
 from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, Limits
 from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
+from dylo_moe.utils.screen import Screen
 
 
 class BenchmarkSchedule(NamedTuple):
@@ -112,12 +112,12 @@ class BenchmarkCallback(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
         *,
-        console: Console,
+        screen: Screen,
         log: Callable[[dict[str, float]], None],
         between: Callable[[], Any],
         pause: Callable[[float], None],
     ) -> None:
-        self.plan, self.tokenizer, self.folder, self.console = plan, tokenizer, folder, console
+        self.plan, self.tokenizer, self.folder, self.screen = plan, tokenizer, folder, screen
         self.log, self.between, self.pause = log, between, pause
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -151,10 +151,8 @@ class BenchmarkCallback(TrainerCallback):
             benchmark, model, self.tokenizer, sandbox, samples=samples, verdicts=verdicts, k=[1], tell=tell
         )
         name, rate, late = benchmark.asking.benchmark, outcome.rates[0], outcome.counts["timed out"]
-        self.console.print(
-            f"step {step}: {name} pass@1 {rate.rate:.3f} of the first {rate.num_tasks} problems, {late} timed out",
-            highlight=False,
-            soft_wrap=True,
+        self.screen.progress(
+            f"step {step}: {name} pass@1 {rate.rate:.3f} of the first {rate.num_tasks} problems, {late} timed out"
         )
         return {
             f"eval_{name}_pass_at_1": rate.rate,

@@ -14,9 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +24,9 @@ from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.config import BASE
 from dylo_moe.training.metrics import token_losses
+from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.table import Cell, Table
+from dylo_moe.utils.words import counted
 
 DOCUMENTS = "documents"
 
@@ -83,7 +83,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int,
-    console: Console | None = None,
+    screen: Screen | None = None,
 ) -> Losses:
     """Measure the loss of every held-out row, with the model's current routing. The model is left as it was.
 
@@ -91,7 +91,7 @@ def measure(
         held: the held-out rows.
         tokenizer: the tokenizer of the model's base.
         batch_size: the number of rows in one forward; rows are sorted by length, so that little is padding.
-        console: where progress is shown; None: it is not shown.
+        screen: where progress is shown; None: it is not shown.
 
     Raises:
         ValueError: for a loss that is not finite, naming the dataset.
@@ -102,7 +102,7 @@ def measure(
         for name, rows in held.rows.items():
             order = np.argsort(np.asarray(rows["length"]), kind="stable")
             sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-            with nullcontext() if console is None else console.status(f"{name}: {len(rows):,} held-out rows"):
+            with nullcontext() if screen is None else screen.status(f"{name}: {len(rows):,} held-out rows"):
                 for start in range(0, len(rows), batch_size):
                     places = order[start : start + batch_size]
                     sums[places], tokens[places] = _row_losses(model, collator([rows[int(place)] for place in places]))
@@ -245,7 +245,7 @@ def run_losses(
     batch_size: int,
     expert: str | None,
     seed: int,
-    console: Console,
+    screen: Screen,
 ) -> dict[str, Any]:
     """Measure the held-out losses of a model and of its base, print them, and return them as plain values.
 
@@ -255,24 +255,24 @@ def run_losses(
         batch_size: the number of rows in one forward.
         expert: the expert that every token is sent to, or "base" for the unchanged base; None: the router decides.
         seed: the seed of the resampling, and of the split if the checkpoint has none.
-        console: where the losses are printed.
+        screen: where the losses are printed.
 
     Raises:
         ValueError: for an unknown expert, and as `held_out` and `measure` do.
     """
     held = held_out(checkpoint, tokenizer, datasets=datasets, data_dir=data_dir, eval_subset=eval_subset, seed=seed)
     with nullcontext() if expert is None else model.route_to(None if expert == BASE else expert):
-        ours = measure(model, held, tokenizer, batch_size=batch_size, console=console)
+        ours = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
     with model.route_to(None):
-        base = measure(model, held, tokenizer, batch_size=batch_size, console=console)
+        base = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
     found = {
         "model": estimates([ours], seed=seed),
         "base": estimates([base], seed=seed),
         "difference": estimates([ours], [base], seed=seed),
     }
-    show_estimates(console, found, title="the model" if expert is None else expert)
+    show_estimates(screen, found, title="the model" if expert is None else expert)
     for note in held.notes:
-        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+        screen.note(note)
     tokens = {name: sum(item.tokens) for name, item in ours.items()}
     rows = {name: len(item.tokens) for name, item in ours.items()}
     return {
@@ -286,42 +286,37 @@ def run_losses(
     }
 
 
-def show_estimates(console: Console, found: Mapping[str, Estimates], *, title: str) -> None:
+def show_estimates(screen: Screen, found: Mapping[str, Estimates], *, title: str) -> None:
     """Print a table with a line for each dataset, and one for the mean.
 
     Args:
         found: the estimates of "model", "base" and their "difference".
         title: the heading of the model's column.
     """
-    table = Table(title="held-out loss, nats per token, with 95 % intervals", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("dataset", overflow="fold")
-    for column in ("the base", title, "difference", "resampled"):
-        table.add_column(column, justify="right", overflow="fold")
+    columns = ["dataset", "the base", title, "difference", "resampled"]
+    table = Table("held-out loss, nats per token, with 95 % intervals", columns)
     model, base, difference = found["model"], found["base"], found["difference"]
     for name, item in difference.datasets.items():
         cells = _cells(base.datasets[name], model.datasets[name], item)
-        table.add_row(name, *cells, f"{item.num_units} {item.unit}")
+        table.add_row(name, *cells, counted(item.num_units, item.unit.removesuffix("s")))
     if len(difference.datasets) > 1:
         table.add_section()
         table.add_row("mean", *_cells(base.mean, model.mean, difference.mean), difference.mean.unit)
-    console.print(table)
+    screen.answer(table)
 
 
-def _cells(base: Estimate, model: Estimate, difference: Estimate) -> list[Text]:
+def _cells(base: Estimate, model: Estimate, difference: Estimate) -> list[Cell]:
     colour = "" if not difference.interval.excludes_zero else "green" if difference.value < 0 else "red"
-    return [
-        Text(shown_estimate(base)),
-        Text(shown_estimate(model)),
-        Text(shown_estimate(difference, sign=True), style=colour),
-    ]
+    changed = tuple(Text(part, colour) for part in shown_estimate(difference, sign=True))
+    return [shown_estimate(base), shown_estimate(model), changed]
 
 
-def shown_estimate(item: Estimate, *, sign: bool = False) -> str:
-    """A mean and its interval in words: "1.234 [1.100, 1.300]".
+def shown_estimate(item: Estimate, *, sign: bool = False) -> tuple[str, str]:
+    """A mean and its interval, as the parts of a cell: "1.234" and "[1.100, 1.300]".
 
     Args:
         sign: whether to show a plus before positive numbers, as for a difference.
     """
     form = "{:+.3f}" if sign else "{:.3f}"
     ends = item.interval.as_json()
-    return form.format(item.value) + (f" [{', '.join(form.format(end) for end in ends)}]" if ends else " [not known]")
+    return form.format(item.value), f"[{', '.join(form.format(end) for end in ends)}]" if ends else "[not known]"

@@ -21,6 +21,7 @@ from dylo_moe.experts.layer import RoutedLayer, compute_dtype, routed_class
 from dylo_moe.experts.memory_layout import pack
 from dylo_moe.routing.dispatch import ExpertShape, Layout
 from dylo_moe.routing.forward_context import ContextSlot
+from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.words import listed
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -158,6 +159,7 @@ class ExpertPool:
             warnings.warn(
                 f"adapter {path} was trained with lora_dropout {config.lora_dropout}; here it has the pool's, "
                 f"{self.lora.lora_dropout}",
+                DyLoRAWarning,
                 stacklevel=3,
             )
             config.lora_dropout = self.lora.lora_dropout

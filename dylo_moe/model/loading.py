@@ -33,6 +33,7 @@ from dylo_moe.model.checkpoint import (
 )
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.routing.config import RouterConfig
+from dylo_moe.utils.errors import DyLoRAWarning
 
 Model = TypeVar("Model", bound=RoutedPeftModel)
 
@@ -110,7 +111,9 @@ def _base_differences(saved: dict[str, Any], base: PreTrainedModel) -> list[str]
     if not saved["fingerprint"]["quantized"] and getattr(base, "hf_quantizer", None) is None:
         return compare_base(saved["fingerprint"], base)
     warnings.warn(
-        "a quantised base has no values to sample; it is recognised by its id and revision only", stacklevel=3
+        "a quantised base has no values to sample; it is recognised by its id and revision only",
+        DyLoRAWarning,
+        stacklevel=3,
     )
     was, found = (saved["id"], saved["revision"]), base_identity(base)
     return [] if was == found else [f"its id and revision are {found}, were {was}"]

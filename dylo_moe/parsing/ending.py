@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dylo_moe.utils.errors import RankLost, Stopped
 
@@ -14,14 +16,30 @@ def asks_for_help(words: list[str]) -> bool:
     return any(word in ("-h", "--help", "--help_all") for word in words)
 
 
-def print_error(text: str) -> None:
-    """Print why a command ends, on stderr; where several processes run the command, one of them prints it."""
+def no_such_command(name: str, commands: Iterable[str], *, of: str = "") -> str:
+    """Say that there is no command of a name, and which is the nearest, or which there are.
+
+    Args:
+        of: the command whose sub-commands are meant.
+    """
+    near = difflib.get_close_matches(name, commands, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+    return f"there is no command {f'{of} {name}'.strip()!r}; {hint}"
+
+
+def print_error(name: str, reason: object) -> None:
+    """Print why a command ends, on stderr, and log it; where several processes run the command, one of them does.
+
+    Args:
+        name: the command's name; empty for `dylora` itself.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from dylo_moe.utils.distributed import prints_for_all  # late: it needs torch, and one process does not need it
 
         if not prints_for_all():
             return
-    print(text, file=sys.stderr, flush=True)
+    print(f"{f'dylora {name}'.strip()}: {reason}", file=sys.stderr, flush=True)
+    logging.getLogger(f"dylo_moe.{name or 'cli'}").error("%s", reason)
 
 
 def until_stopped(name: str, run: Callable[[], object]) -> int:
@@ -33,11 +51,11 @@ def until_stopped(name: str, run: Callable[[], object]) -> int:
     try:
         run()
     except Stopped as stopped:
-        print_error(f"dylora {name}: {stopped}")
+        print_error(name, stopped)
         return 128 + stopped.signal
     except RankLost as lost:
         if os.environ.get("DYLORA_TRACEBACK"):
             raise
-        print_error(f"dylora {name}: {lost}")
+        print_error(name, lost)
         return 1
     return 0

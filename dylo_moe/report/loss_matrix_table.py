@@ -2,68 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from dylo_moe.evaluation.loss_matrix import FIGURES, OF_UNLEARNED, Matrix, shown
+from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.table import Table
 
 NOTABLE = 0.005
 """The smallest change that has a colour, in nats per token."""
 
-MIN_WIDTH, MAX_WIDTH, MIN_LABEL_WIDTH, MAX_LABEL_WIDTH = 8, 10, 11, 28
-"""The widths of a skill's column and of that of the stages, in letters; longer names continue in the next line."""
-
-GAP = 3
-"""The number of letters that a column takes in addition to its width."""
-
-NARROW = 64
-"""The width in letters below which a terminal shows the worst skill under a figure's name, not beside its value."""
+WHICH = "worst skill; skills counted"
 
 
 class MatrixTable:
-    """A rich renderable of a matrix as it is now: print it, or give it to `rich.live.Live` after each stage.
-
-    If the terminal is too narrow for all skills, there are several tables, one below the other, so that no number is
-    cut."""
+    """A rich renderable of a matrix as it is now: print it, or show it by `Screen.live` while stages are measured."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the tables and notes; rich calls this."""
-        matrix = self.matrix
-        labels = ["base", *(stage_label(matrix, place) for place in range(len(matrix.stages)))]
-        longest = min(max(len(label) for label in labels), MAX_LABEL_WIDTH, options.max_width // 3)
-        width = max(longest, MIN_LABEL_WIDTH)
-        yield Text("Held-out loss, nats per token", style="italic")
-        columns: list[str] = []
-        for column in [*matrix.skills, *matrix.unlearned]:
-            if columns and sum(_width(name) + GAP for name in [*columns, column]) + width + GAP > options.max_width:
-                yield self._losses(columns, labels, width)
-                columns = []
-            columns.append(column)
-        yield self._losses(columns, labels, width)
+        yield self._losses()
         yield Text("*: just after learning; later changes are measured from here, earlier losses are dim", style="dim")
-        yield Text("-: not measured", style="dim")
-        if matrix.stages:
-            yield Text("\nFigures", style="italic")
-            yield self._figures(options.max_width < NARROW)
+        yield Text("-: not measured\n", style="dim")
+        if self.matrix.stages:
+            yield self._figures()
 
-    def _losses(self, columns: Sequence[str], labels: Sequence[str], width: int) -> Table:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("after stage", width=width, overflow="fold")
-        for column in columns:
-            style = "dim" if column in self.matrix.unlearned else ""
-            table.add_column(Text(column, style), width=_width(column), justify="right", overflow="fold")
-        table.add_row(labels[0], *(_loss(self.matrix.base.get(column), "") for column in columns), style="dim")
+    def _losses(self) -> Table:
+        matrix = self.matrix
+        columns = [*matrix.skills, *matrix.unlearned]
+        heads = [Text(column, "dim" if column in matrix.unlearned else "") for column in columns]
+        table = Table("held-out loss, nats per token", ["after stage", *heads])
+        table.add_row("base", *(_loss(matrix.base.get(column), "") for column in columns), style="dim")
         table.add_section()
-        for place in range(len(self.matrix.stages)):
-            table.add_row(Text(labels[place + 1]), *(self._cell(place, column) for column in columns))
+        for place in range(len(matrix.stages)):
+            table.add_row(stage_label(matrix, place), *(self._cell(place, column) for column in columns))
         return table
 
     def _cell(self, place: int, column: str) -> Text:
@@ -74,23 +50,16 @@ class MatrixTable:
             return _loss(loss, "dim")
         return _loss(loss, "" if abs(change) < NOTABLE else "green" if change < 0 else "red")
 
-    def _figures(self, is_narrow: bool) -> Table:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("", overflow="fold")
-        for title in ("mean", "worst"):
-            table.add_column(title, justify="right", no_wrap=True)
-        if not is_narrow:
-            table.add_column("worst skill; skills counted", overflow="fold")
+    def _figures(self) -> Table:
+        table = Table("figures of the matrix", ["", "mean", "worst", WHICH], words=[WHICH])
         for row in figure_rows(self.matrix):
-            below = [Text(f"{row.title} ({row.which})")] if is_narrow else [row.title]
-            numbers = (text.replace(" ", "\n") if is_narrow else text for text in (row.mean, row.worst))
-            table.add_row(*below, *numbers, *([] if is_narrow else [Text(row.which)]))
+            table.add_row(row.title, row.mean, row.worst, row.which)
         return table
 
 
-def show_matrix(console: Console, matrix: Matrix) -> None:
+def show_matrix(screen: Screen, matrix: Matrix) -> None:
     """Print the matrix and its figures."""
-    console.print(MatrixTable(matrix))
+    screen.say(MatrixTable(matrix))
 
 
 class FigureRow(NamedTuple):
@@ -126,10 +95,6 @@ def stage_label(matrix: Matrix, place: int) -> str:
     expert = stage.decision.get("expert")
     taken = "" if stage.has_trained else f" ({stage.decision['action']})"
     return f"{place + 1} {stage.name}" + (f" → {expert}" if expert not in (None, stage.name) else "") + taken
-
-
-def _width(column: str) -> int:
-    return min(max(len(column), MIN_WIDTH), MAX_WIDTH)
 
 
 def _loss(value: float | None, style: str, mark: str = "") -> Text:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +16,9 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.config import BASE
 from dylo_moe.training.alarms import DEAD_SHARE, dead_experts
 from dylo_moe.training.metrics import MeterReading
+from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.table import Table
+from dylo_moe.utils.words import counted
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow")
 
@@ -44,69 +44,65 @@ MAX_REASONS = 8
 """The most reasons shown for one dataset; the others are counted."""
 
 
-def show_data(console: Console, data: LoadedData) -> None:
+def show_data(screen: Screen, data: LoadedData) -> None:
     """Print how every row was used or why it was left out, and what an epoch consists of."""
-    show_counts(console, data.counts)
+    show_counts(screen, data.counts)
     for name, origin in data.origins.items():
-        console.print(Text(f"{name}: {origin}", style="dim"), soft_wrap=True)
+        screen.say(f"{name}: {origin}", style="dim")
     for name, reasons in data.reasons.items():
-        show_reasons(console, name, reasons)
-    show_mixture(console, data.shares)
+        show_reasons(screen, name, reasons)
+    show_mixture(screen, data.shares)
     for note in data.notes:
-        console.print(Text(f"Note: {note}", style="yellow"))
+        screen.note(note)
 
 
-def show_counts(console: Console, counts: Sequence[DatasetCounts]) -> None:
+def show_counts(screen: Screen, counts: Sequence[DatasetCounts]) -> None:
     """Print the counts of rows with a column for each dataset; a line that is zero everywhere is left out."""
-    table = Table(title="rows read, and how they were used", box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for count in counts:
-        table.add_column(count.name, justify="right", overflow="fold")
+    table = Table("rows read, and how they were used", ["rows", *(count.name for count in counts)])
     for field, title in COUNT_TITLES.items():
         values = [getattr(count, field) for count in counts]
         if field in ("train", "evaluation") or any(values):
             table.add_row(title, *(f"{value:,}" for value in values))
-    console.print(table)
+    screen.say(table)
 
 
-def show_reasons(console: Console, name: str, reasons: Sequence[Reason]) -> None:
+def show_reasons(screen: Screen, name: str, reasons: Sequence[Reason]) -> None:
     """Print why rows of a dataset were left out or changed."""
     for reason in reasons[:MAX_REASONS]:
-        console.print(Text(f"{name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})"), soft_wrap=True)
+        screen.say(f"{name}: {reason_in_words(reason)}")
     if len(reasons) > MAX_REASONS:
-        rest = sum(reason.num_rows for reason in reasons[MAX_REASONS:])
-        console.print(f"{name}: {rest:,} more rows with {len(reasons) - MAX_REASONS:,} other reasons", highlight=False)
+        rest = counted(sum(reason.num_rows for reason in reasons[MAX_REASONS:]), "more row")
+        screen.say(f"{name}: {rest} with {counted(len(reasons) - MAX_REASONS, 'other reason')}")
 
 
-def show_mixture(console: Console, shares: Sequence[Share]) -> None:
+def reason_in_words(reason: Reason) -> str:
+    """Say how many rows were left out or changed, why, and where the first of them is."""
+    return f"{reason.num_rows:,} x {reason.text} (first: {reason.first})"
+
+
+def show_mixture(screen: Screen, shares: Sequence[Share]) -> None:
     """Print the share that each dataset has in an epoch."""
-    table = Table(title="one epoch, in rows and in trained tokens")
-    for column in ("dataset", "rows", "share", "tokens", "share", "passes"):
-        table.add_column(column, justify="left" if column == "dataset" else "right", overflow="fold")
+    columns = ["dataset", "rows", "share", "tokens", "share", "passes"]
+    table = Table("one epoch, in rows and in trained tokens", columns)
     for share in shares:
         cells = f"{share.rows:,}", f"{share.share:.1%}", f"{share.tokens:,}", f"{share.token_share:.1%}"
         table.add_row(share.name, *cells, f"{share.passes:.2f}")
-    console.print(table)
+    screen.say(table)
 
 
-def show_losses(console: Console, before: dict[str, float], after: dict[str, MeterReading]) -> None:
+def show_losses(screen: Screen, before: dict[str, float], after: dict[str, MeterReading]) -> None:
     """Print the held-out loss of each dataset before and after training."""
-    table = Table(title="held-out loss, nats per token")
-    for column in ("dataset", "before", "after", "change"):
-        table.add_column(column, justify="left" if column == "dataset" else "right")
+    table = Table("held-out loss, nats per token", ["dataset", "before", "after", "change"])
     for domain, reading in after.items():
         change = reading.loss - before[domain]
         colour = "green" if change < 0 else "red"
         table.add_row(domain, f"{before[domain]:.3f}", f"{reading.loss:.3f}", Text(f"{change:+.3f}", style=colour))
-    console.print(table)
+    screen.say(table)
 
 
-def show_shares(console: Console, readings: dict[str, MeterReading]) -> None:
+def show_shares(screen: Screen, readings: dict[str, MeterReading]) -> None:
     """Print the share of each dataset's held-out tokens that went to each expert."""
-    table = Table(title="share of the held-out tokens sent to each expert")
-    table.add_column("expert")
-    for domain in readings:
-        table.add_column(domain, justify="right", overflow="fold")
+    table = Table("share of the held-out tokens sent to each expert", ["expert", *readings])
     experts = list(next(iter(readings.values())).shares)
     for index, expert in enumerate(experts):
         cells = []
@@ -121,20 +117,18 @@ def show_shares(console: Console, readings: dict[str, MeterReading]) -> None:
     table.add_section()
     for label, cells_ in entropies:
         table.add_row(Text(label, style="dim"), *cells_)
-    console.print(table)
+    screen.say(table)
     dead = dead_experts(readings)
     if dead:
-        console.print(
-            f"[red]dead: {', '.join(dead)}[/red] (under {DEAD_SHARE:.0%} of every dataset); "
-            "raise --balance_coefficient or use fewer experts"
+        screen.warn(
+            f"dead: {', '.join(dead)} (under {DEAD_SHARE:.0%} of every dataset); raise --balance_coefficient or use "
+            "fewer experts"
         )
     else:
-        console.print("No expert is dead.")
+        screen.say("No expert is dead.")
 
 
-def show_sample(
-    console: Console, sample: RoutedText, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]
-) -> None:
+def show_sample(screen: Screen, sample: RoutedText, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]) -> None:
     """Print a text with each token in the colour of its expert; without colours, each change of expert is written
     out."""
     styles: dict[str | None, str] = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(experts)}
@@ -143,26 +137,26 @@ def show_sample(
         if position == sample.prompt_length:
             text.append(" » ", style="bold")
         name = expert or BASE
-        if not console.is_terminal and not console.record and name != last:
+        if not screen.has_colours and name != last:
             text.append(f"⟨{name}⟩")
         last = name
         dim = " dim" if position < sample.prompt_length else ""
         text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + dim)
-    console.rule(sample.domain, align="left", style="dim")
-    console.print(text, highlight=False)
+    screen.rule(sample.domain)
+    screen.answer(text)
 
 
-def show_legend(console: Console, experts: Sequence[str]) -> None:
+def show_legend(screen: Screen, experts: Sequence[str]) -> None:
     """Print which colour stands for which expert."""
     legend = Text("tokens by expert: ")
     for index, name in enumerate(experts):
         legend.append(f"{name}  ", style=COLOURS[index % len(COLOURS)])
     legend.append("(the prompt is dim; the model continues after »)", style="dim")
-    console.print(legend)
+    screen.say(legend)
 
 
-def show_loss(console: Console, model: DyLoRAMoE, wanted: int | None) -> None:
+def show_loss(screen: Screen, model: DyLoRAMoE, wanted: int | None) -> None:
     """Choose how the loss is computed, and print it."""
     text = chunk_loss(model, wanted)
     if text:
-        console.print(text, highlight=False, markup=False)
+        screen.say(text)

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from dylo_moe.utils.atomic_files import write_whole
+from dylo_moe.utils.screen import Screen
 
 
 class MetricsFile(TrainerCallback):
@@ -67,8 +67,8 @@ class MetricsFile(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """Shows the step, the losses, the router's entropy, tokens per second and the time that is left."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
         self.progress: Progress | None = None
         self.task: Any = None
         self.started, self.start_step = 0.0, 0
@@ -76,7 +76,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
         self.started, self.start_step = time.time(), state.global_step
-        if not state.is_world_process_zero or not self.console.is_terminal:
+        if not state.is_world_process_zero or not self.screen.is_live:
             return
         columns = [
             TextColumn("training"),
@@ -87,7 +87,7 @@ class ProgressBar(TrainerCallback):
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         ]
-        self.progress = Progress(*columns, console=self.console)
+        self.progress = Progress(*columns, console=self.screen.console)
         self.task = self.progress.add_task("training", total=state.max_steps, note="", completed=state.global_step)
         self.progress.start()
 
@@ -106,15 +106,12 @@ class ProgressBar(TrainerCallback):
         )
         if self.progress is not None:
             self.progress.update(self.task, note=note)
-        else:
-            elapsed = time.time() - self.started
-            done = max(state.global_step - self.start_step, 1)
-            left = elapsed / done * (state.max_steps - state.global_step)
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  {note}  {elapsed:.0f} s, about {left:.0f} s left",
-                highlight=False,
-                soft_wrap=True,
-            )
+        elapsed = time.time() - self.started
+        done = max(state.global_step - self.start_step, 1)
+        left = elapsed / done * (state.max_steps - state.global_step)
+        self.screen.progress(
+            f"step {state.global_step}/{state.max_steps}  {note}  {elapsed:.0f} s, about {left:.0f} s left"
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""

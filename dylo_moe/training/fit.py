@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from transformers import TrainerState
 
 from dylo_moe.training.callbacks import MetricsFile
@@ -17,6 +16,7 @@ from dylo_moe.training.stopping import EarlyStopping, StopRequest
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.words import counted
 
 
@@ -34,7 +34,7 @@ def command() -> str:
     return os.path.relpath(beside) if beside.exists() else f"{sys.executable} -m dylo_moe.cli"
 
 
-def resume_log(console: Console, metrics: MetricsFile, checkpoint: Path | None) -> TrainerState | None:
+def resume_log(screen: Screen, metrics: MetricsFile, checkpoint: Path | None) -> TrainerState | None:
     """Cut metrics.jsonl back to the step that training begins at.
 
     Returns:
@@ -50,7 +50,7 @@ def resume_log(console: Console, metrics: MetricsFile, checkpoint: Path | None) 
     dropped = metrics.rewind(state.log_history)
     if dropped:
         lines = counted(dropped, "line of metrics.jsonl is", "lines of metrics.jsonl are")
-        console.print(f"{lines} newer than the checkpoint, and will be logged again", highlight=False)
+        screen.say(f"{lines} newer than the checkpoint, and will be logged again")
     return state
 
 
@@ -87,8 +87,8 @@ def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
     return state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history))
 
 
-def evaluate(trainer: DyLoRATrainer, console: Console, when: str) -> dict[str, MeterReading]:
+def evaluate(trainer: DyLoRATrainer, screen: Screen, when: str) -> dict[str, MeterReading]:
     """Evaluate every dataset; the status line says when this is."""
-    with console.status(f"evaluating {when}"):
+    with screen.status(f"evaluating {when}"):
         trainer.evaluate()
     return dict(trainer.readings)

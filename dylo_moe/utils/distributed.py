@@ -14,8 +14,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import distributed
+
+from dylo_moe.utils.screen import Screen
 
 STORE_TIMEOUT = timedelta(seconds=10)
 """How long a rank tries to reach the launcher's store."""
@@ -45,9 +46,9 @@ def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def console() -> Console:
-    """A console that prints on rank 0 alone, so that nothing is printed twice."""
-    return Console(quiet=not is_first())
+def screen(area: str) -> Screen:
+    """A screen that prints and logs on rank 0 alone, so that nothing is said twice."""
+    return Screen(area, is_first=is_first())
 
 
 def from_first(make: Callable[[], str]) -> str:

@@ -19,3 +19,7 @@ class Stopped(Exception):
 
 class RankLost(Exception):
     """Another process of the run has ended, so that this one cannot continue."""
+
+
+class DyLoRAWarning(UserWarning):
+    """Something that a user should know, and that does not stop the work; commands print it as a note."""

@@ -32,15 +32,22 @@ class Screen:
         area: the last part of the logger's name, such as the command's name.
         console: where everything is printed; None: stdout and stderr.
         is_first: whether this process speaks for all processes of a run; others print and log nothing.
+        is_answer: whether all that is said is what the command was asked for, which --quiet does not hide.
         is_logged: whether statements are logged.
     """
 
     def __init__(
-        self, area: str, *, console: Console | None = None, is_first: bool = True, is_logged: bool = True
+        self,
+        area: str,
+        *,
+        console: Console | None = None,
+        is_first: bool = True,
+        is_answer: bool = False,
+        is_logged: bool = True,
     ) -> None:
         self._answers = console or make_console(quiet=not is_first)
         self._errors = console or make_console(quiet=not is_first, stderr=True)
-        self.is_quiet = is_quiet()
+        self.is_quiet = is_quiet() and not is_answer
         self.console = make_console(quiet=True) if self.is_quiet else self._answers
         self._logger = logging.getLogger(f"dylo_moe.{area}")
         self._is_logged = is_logged and is_first
@@ -82,6 +89,11 @@ class Screen:
             self._print(self.console, sentence, "")
         self._log(logging.INFO, sentence)
 
+    def copyable(self, text: str) -> None:
+        """Print lines that are to be copied, such as a command: none is wrapped or coloured."""
+        self.console.print(Text(text), soft_wrap=True)
+        self._log(logging.INFO, text)
+
     def file(self, label: str, path: str | Path) -> None:
         """Print the path of a file or a folder behind its label."""
         self.say(f"{label:12s} {path}")
@@ -116,9 +128,9 @@ class Screen:
             return
         text = Text(what, style) if isinstance(what, str) else what
         # A terminal's lines are wrapped between words. Elsewhere a sentence stays one line, and so does what is to be
-        # copied: a path or a command that no line can hold.
-        fits = all(cell_len(word) <= console.width for word in text.plain.split())
-        console.print(text, soft_wrap=not (console.is_terminal and fits))
+        # copied: a sentence with a path or a command that no line can hold.
+        is_long = isinstance(what, str) and any(cell_len(word) > console.width for word in what.split())
+        console.print(text, soft_wrap=is_long or not (console.is_terminal or console.record))
 
     def _log(self, level: int, what: RenderableType) -> None:
         if self._is_logged and self._logger.isEnabledFor(level):

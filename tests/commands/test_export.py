@@ -377,7 +377,7 @@ def test_nothing_is_written_over_and_nothing_is_left_behind(trained, tmp_path, c
 def test_without_a_measurement_it_says_so(trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert export(trained / "checkpoint", tmp_path / "empty", "--to", "vllm") == 0
-    assert "was not measured" in capsys.readouterr().out
+    assert "was not measured" in capsys.readouterr().err
     assert record_of(tmp_path / "empty")["measured"] is None
     assert "**not measured**" in (tmp_path / "empty" / "README.md").read_text()
 

@@ -167,7 +167,7 @@ def test_known_data_consolidates_is_skipped_or_grows(done, tmp_path):
 def test_a_fixed_pool_reports_and_trains_nothing_unless_told(done, tmp_path, capsys):
     checkpoint, fixed = done / "run" / "checkpoint", ("--allow_expert_growth", "false")
     assert main(on(checkpoint, done, tmp_path / "fixed", "else", more=fixed)) == 0
-    assert "--learn_with" in capsys.readouterr().out
+    assert "--learn_with" in capsys.readouterr().err
     [stage] = read_matrix(tmp_path / "fixed" / "matrix.json").stages
     assert (stage.decision["novel"], stage.decision["action"], stage.tokens) == (True, "reported", 0)
     assert files_of(tmp_path / "fixed" / "checkpoint") == files_of(checkpoint)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from reference.runs import WORDS, flags, tiny_run_folder
 from reference.tiny import tiny_base, tiny_moe
-from rich.console import Console
 from transformers import AutoTokenizer
 
 from dylo_moe import DyLoRAMoE
@@ -24,6 +23,7 @@ from dylo_moe.evaluation.intervals import (
     wilson_interval,
 )
 from dylo_moe.evaluation.losses import DatasetLosses, estimates, from_json, mean_loss, measure, run_losses, to_json
+from dylo_moe.utils.screen import Screen
 
 # --- intervals
 
@@ -233,12 +233,12 @@ def test_the_command_shows_the_base_beside_the_model(trained, capsys):
     model, tokenizer = loaded(trained)
     options = {"datasets": None, "data_dir": None, "eval_subset": None, "batch_size": 8, "seed": 0}
     checkpoint = trained / "run" / "checkpoint"
-    found = run_losses(model, tokenizer, checkpoint, **options, expert=None, console=Console(width=120))
+    found = run_losses(model, tokenizer, checkpoint, **options, expert=None, screen=Screen("eval"))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for name, item in found["difference"]["datasets"].items():
         sides = [found[side]["datasets"][name]["value"] for side in ("model", "base")]
         assert item["value"] == pytest.approx(sides[0] - sides[1], abs=1e-9)
-    base = run_losses(model, tokenizer, checkpoint, **options, expert="base", console=Console(width=120))
+    base = run_losses(model, tokenizer, checkpoint, **options, expert="base", screen=Screen("eval"))
     assert base["difference"]["mean"]["value"] == 0.0 and base["model"] == base["base"] == found["base"]
     alone = measure_plain_base(trained, tokenizer)
     assert {name: item["value"] for name, item in base["base"]["datasets"].items()} == pytest.approx(alone, rel=1e-5)

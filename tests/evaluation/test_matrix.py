@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dylo_moe.evaluation.loss_matrix import ACTIONS, FIGURES, Matrix, Stage, read_matrix, write_matrix
 from dylo_moe.report.loss_matrix_table import MatrixTable, show_matrix
+from dylo_moe.utils.screen import Screen
 
 # Values that are exact in binary, so that the figures can be compared with ==.
 BY_HAND = {
@@ -403,7 +404,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(tmp_path):
 def shown_in(width, stream, **options):
     console = Console(width=width, **options)
     with console.capture() as capture:
-        show_matrix(console, stream)
+        show_matrix(Screen("test", console=console), stream)
     return capture.get()
 
 
@@ -441,7 +442,7 @@ def test_a_cell_that_is_missing_is_no_number_in_the_table():
     stream = matrix()
     stream.stages[2].losses = {"b": math.nan}
     rows = [line.split() for line in shown_in(100, stream).splitlines()]
-    assert ["3", "c", "-", "not", "-*", "-"] in rows  # "not finite" takes two lines
+    assert ["3", "c", "-", "not", "finite", "-*", "-"] in rows
     assert ["forgetting", "not", "finite", "not", "finite", "b;", "1", "of", "3"] in rows
     assert ["unlearned", "text", "against", "the", "base", "not", "measured", "not", "measured", "0", "of", "1"] in rows
     assert ["1", "a", "2.000*", "2.500", "2.250", "5.000"] in rows

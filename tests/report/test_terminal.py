@@ -7,6 +7,7 @@ from rich.console import Console
 
 from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.report.terminal import show_sample
+from dylo_moe.utils.screen import Screen
 
 
 def test_without_colours_each_change_of_expert_is_written_once():
@@ -15,5 +16,5 @@ def test_without_colours_each_change_of_expert_is_written_once():
     ids = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
     experts = [None, None, "one", "one", None, None]
     console = Console(file=StringIO(), width=100)
-    show_sample(console, RoutedText("text", ids, experts, prompt_length=1), tokenizer, ["one"])
+    show_sample(Screen("test", console=console), RoutedText("text", ids, experts, prompt_length=1), tokenizer, ["one"])
     assert console.file.getvalue().splitlines()[-1] == "⟨base⟩a » b⟨one⟩cd⟨base⟩ef"

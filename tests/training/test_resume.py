@@ -112,7 +112,7 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(interrupted, whole, capsy
     with pytest.raises(CheckpointError, match=f"{newest.name} is not whole: optimizer.pt is missing"):
         parse_train(["--resume_from_checkpoint", "latest", *words])
     train(parse_train(["--resume_from_checkpoint", "auto", *words]))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"passed over: checkpoint {newest} is not whole: optimizer.pt is missing" in said
     assert f"kept aside as broken-{newest.name}" in said
     assert (interrupted / f"broken-{newest.name}" / "dylora.json").is_file()
@@ -142,7 +142,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_its_beginning(whole,
     for _, path in checkpoints_in(interrupted):
         shutil.rmtree(path)
     train(parse_train(["--resume_from_checkpoint", "latest", "--output_dir", str(interrupted)]))
-    assert "starts from the beginning" in capsys.readouterr().out
+    assert "starts from the beginning" in capsys.readouterr().err
     ours, theirs = ((path / "metrics.jsonl").read_text().splitlines() for path in (interrupted, whole))
     assert [json.loads(line)["step"] for line in ours] == [json.loads(line)["step"] for line in theirs]
     assert files_of(interrupted / "checkpoint") == files_of(whole / "checkpoint")

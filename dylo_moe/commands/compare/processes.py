@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
+
+from dylo_moe.utils.screen import Screen
 
 LOCK = ".lock"
 
@@ -33,7 +35,7 @@ _held: list[int] = []
 
 
 @contextmanager
-def hold(folder: Path, console: Console) -> Iterator[None]:
+def hold(folder: Path, screen: Screen) -> Iterator[None]:
     """Lock a folder against other comparisons.
 
     Raises:
@@ -50,7 +52,7 @@ def hold(folder: Path, console: Console) -> Iterator[None]:
                 if time.monotonic() - started > LONGEST_WAIT_SECONDS:
                     raise ValueError(f"another comparison is running in {folder}; wait for it, or end it") from None
                 if not told:
-                    console.print(f"waiting for a process that still runs in {folder}", highlight=False, soft_wrap=True)
+                    screen.say(f"waiting for a process that still runs in {folder}")
                 told = True
                 time.sleep(0.5)
         _held.append(descriptor)
@@ -62,7 +64,7 @@ def hold(folder: Path, console: Console) -> Iterator[None]:
         os.close(descriptor)
 
 
-def run_program(words: Sequence[str], *, log: Path, title: str, console: Console) -> None:
+def run_program(words: Sequence[str], *, log: Path, title: str, screen: Screen) -> None:
     """Run a command to its end; its output is appended to a file, and its newest line is shown.
 
     An exception that ends the wait, such as one from a signal, ends the command too.
@@ -87,7 +89,7 @@ def run_program(words: Sequence[str], *, log: Path, title: str, console: Console
             preexec_fn=_end_with_parent,
         )
     try:
-        _watch(process, log, start, title, console)
+        _watch(process, log, start, title, screen)
     except BaseException:
         process.terminate()
         try:
@@ -102,21 +104,21 @@ def run_program(words: Sequence[str], *, log: Path, title: str, console: Console
         raise ValueError(f"{title} failed with status {process.returncode}: {last} (whole output: {log})")
 
 
-def _watch(process: subprocess.Popen[bytes], log: Path, start: int, title: str, console: Console) -> None:
+def _watch(process: subprocess.Popen[bytes], log: Path, start: int, title: str, screen: Screen) -> None:
     shown, told = "", time.monotonic()
-    if not console.is_terminal:
-        console.print(title, highlight=False, markup=False, soft_wrap=True)
-    with console.status(title) as status:
+    if not screen.is_live:
+        screen.say(title)
+    with screen.status(title) as status:
         while process.poll() is None:
             time.sleep(0.2)
             line = _last_line(log, start)
             if line == shown:
                 continue
-            if console.is_terminal:
-                status.update(f"{title}\n{line}".replace("[", "\\["))
+            if status is not None:
+                status.update(Text(f"{title}\n{line}"))
                 shown = line
             elif time.monotonic() - told > LINE_SECONDS:
-                console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+                screen.progress(f"  {line}")
                 shown, told = line, time.monotonic()
 
 

@@ -19,8 +19,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
@@ -28,7 +26,7 @@ from dylo_moe.commands.compare.arguments import BASE_ARM, OURS
 from dylo_moe.commands.compare.arm_folder import ArmFolder, identity, read_benchmarks, read_losses, read_run
 from dylo_moe.commands.compare.processes import LOCK, hold, run_program
 from dylo_moe.commands.compare.request import CompareRequest, settings_of_arm
-from dylo_moe.commands.compare.table import ArmRun, as_json, as_markdown, as_tables, make_lines, sentences
+from dylo_moe.commands.compare.table import ArmRun, as_json, as_markdown, as_table, make_lines, sentences
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure, to_json
@@ -41,6 +39,7 @@ from dylo_moe.training.stopping import StopRequest
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.differences import Difference, differences
 from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.settings_folder import Settings, refuse_foreign, take_folder
 from dylo_moe.utils.words import counted
 
@@ -63,23 +62,23 @@ def compare(request: CompareRequest) -> Path:
 
 
 def _compare(request: CompareRequest) -> Path:
-    console, output = Console(), request.output
+    screen, output = Screen("compare"), request.output
     transformers_logging.disable_progress_bar()
     refuse_foreign(output, what="comparison", beside=[LOCK])
     output.mkdir(parents=True, exist_ok=True)
     asked: Settings = {"settings": request.settings, "evaluation": request.evaluation}
     asked |= {name: getattr(request.options, name) for name in CAN_GROW}
-    with StopRequest(), hold(output, console):
+    with StopRequest(), hold(output, screen):
         take_folder(output, asked, what="comparison", changes=_changes, merge=_merge, beside=[LOCK])
         arms_of_seed = arm_folders(request)
-        train_all([place for places in arms_of_seed.values() for place in places], request, console)
+        train_all([place for places in arms_of_seed.values() for place in places], request, screen)
         for places in arms_of_seed.values():
-            evaluate_seed(places, request, console)
+            evaluate_seed(places, request, screen)
         runs = {
             arm: [read_run(places[number], request.options.benchmarks) for places in arms_of_seed.values()]
             for number, arm in enumerate(request.options.arms)
         }
-    write_result(request, runs, list(arms_of_seed), console)
+    write_result(request, runs, list(arms_of_seed), screen)
     return output
 
 
@@ -92,20 +91,18 @@ def arm_folders(request: CompareRequest) -> dict[int, list[ArmFolder]]:
     }
 
 
-def write_result(
-    request: CompareRequest, runs: dict[str, list[ArmRun]], seeds: Sequence[int], console: Console
-) -> None:
+def write_result(request: CompareRequest, runs: dict[str, list[ArmRun]], seeds: Sequence[int], screen: Screen) -> None:
     """Write the table as JSON and Markdown, and print it with its conclusions in words."""
     output, lines = request.output, make_lines(runs)
     said = sentences(lines, seeds)
     write_json(output / "compare.json", {"seeds": seeds, "settings": request.settings, **as_json(lines, said)})
     (output / "compare.md").write_text(as_markdown(lines, said), encoding="utf-8")
-    for table in as_tables(lines, width=console.width):
-        console.print(table)
+    screen.say(as_table(lines))
     for text in said:
-        console.print(Text(text), soft_wrap=True)
-    console.print(f"\ntable       {output / 'compare.md'}", highlight=False, soft_wrap=True)
-    console.print(f"figures     {output / 'compare.json'}", highlight=False, soft_wrap=True)
+        screen.say(text)
+    screen.rule()
+    screen.file("figures", output / "compare.json")
+    screen.result("table", output / "compare.md")
 
 
 # The folder.
@@ -127,19 +124,19 @@ def _merge(before: Settings, now: Settings) -> Settings:
 # Training.
 
 
-def train_all(places: Sequence[ArmFolder], request: CompareRequest, console: Console) -> None:
+def train_all(places: Sequence[ArmFolder], request: CompareRequest, screen: Screen) -> None:
     """Train the arms that are not trained yet, one after another."""
     places = [place for place in places if place.arm != BASE_ARM]
     left = [place for place in places if not place.is_trained]
     num_done = len(places) - len(left)
     if num_done:
         verb = "is" if num_done == 1 else "are"
-        console.print(f"{num_done} of {counted(len(places), 'training')} {verb} already done", highlight=False)
+        screen.say(f"{num_done} of {counted(len(places), 'training')} {verb} already done")
     started = time.monotonic()
     for number, place in enumerate(left):
         seconds = (time.monotonic() - started) / number * (len(left) - number) if number else None
         title = f"training {num_done + number + 1} of {len(places)}: {place.title}{time_left(seconds)}"
-        train_arm(place, request, console, title)
+        train_arm(place, request, screen, title)
 
 
 def time_left(seconds: float | None) -> str:
@@ -150,7 +147,7 @@ def time_left(seconds: float | None) -> str:
     return f", about {counted(minutes, 'minute')} left in all" if minutes else ", less than a minute left in all"
 
 
-def train_arm(place: ArmFolder, request: CompareRequest, console: Console, title: str) -> None:
+def train_arm(place: ArmFolder, request: CompareRequest, screen: Screen, title: str) -> None:
     """Train one arm in a separate process; an interrupted training is resumed."""
     place.folder.mkdir(parents=True, exist_ok=True)
     recipe = place.folder / f"{place.arm}.yaml"
@@ -163,16 +160,16 @@ def train_arm(place: ArmFolder, request: CompareRequest, console: Console, title
         ],
         log=place.folder / f"{place.arm}.log",
         title=title,
-        console=console,
+        screen=screen,
     )
     step = read_manifest(place.checkpoint)["training"]["step"]
-    console.print(f"{place.title}: trained to step {step} in {time.monotonic() - began:.0f} s", highlight=False)
+    screen.say(f"{place.title}: trained to step {step} in {time.monotonic() - began:.0f} s")
 
 
 # Evaluating.
 
 
-def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, console: Console) -> None:
+def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, screen: Screen) -> None:
     """Measure the arms of one seed that are not measured yet; the base is loaded from a trained arm's checkpoint."""
     trained = [place for place in places if place.arm != BASE_ARM]
     check_arms_share_data(trained)
@@ -180,10 +177,10 @@ def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, console:
     for place in places:
         if read_losses(place) is None:
             checkpoint = trained[0].checkpoint if place.arm == BASE_ARM else place.checkpoint
-            held = measure_losses(place, checkpoint, held, request, console)
+            held = measure_losses(place, checkpoint, held, request, screen)
             gc.collect()
     for place in places if request.evaluation else []:
-        run_benchmarks(place, trained[0], request, console)
+        run_benchmarks(place, trained[0], request, screen)
 
 
 def check_arms_share_data(trained: Sequence[ArmFolder]) -> None:
@@ -197,7 +194,7 @@ def check_arms_share_data(trained: Sequence[ArmFolder]) -> None:
 
 
 def measure_losses(
-    place: ArmFolder, checkpoint: Path, held: HeldOut | None, request: CompareRequest, console: Console
+    place: ArmFolder, checkpoint: Path, held: HeldOut | None, request: CompareRequest, screen: Screen
 ) -> HeldOut:
     """Measure and write the loss of an arm on every held-out row.
 
@@ -211,11 +208,11 @@ def measure_losses(
     tokenizer = load_tokenizer(str(model.base_id), revision=model.base_revision)
     held = held_out(checkpoint, tokenizer) if held is None else held
     with model.route_to(None) if place.arm == BASE_ARM else nullcontext():
-        losses = measure(model, held, tokenizer, batch_size=request.batch_size, console=console)
+        losses = measure(model, held, tokenizer, batch_size=request.batch_size, screen=screen)
     place.losses.parent.mkdir(exist_ok=True)
     write_json(place.losses, {"of": identity(place), "losses": to_json(losses)})
     total, count = (sum(sum(getattr(item, name)) for item in losses.values()) for name in ("sums", "tokens"))
-    console.print(f"{place.title}: {total / count:.4f} nats per held-out token", highlight=False)
+    screen.say(f"{place.title}: {total / count:.4f} nats per held-out token")
     return held
 
 
@@ -228,7 +225,7 @@ def load(checkpoint: Path, request: CompareRequest) -> DyLoRAMoE:
     return model
 
 
-def run_benchmarks(place: ArmFolder, trained: ArmFolder, request: CompareRequest, console: Console) -> None:
+def run_benchmarks(place: ArmFolder, trained: ArmFolder, request: CompareRequest, screen: Screen) -> None:
     """Run `dylora eval` for one arm in a separate process; answers that it already has are kept.
 
     Args:
@@ -249,5 +246,5 @@ def run_benchmarks(place: ArmFolder, trained: ArmFolder, request: CompareRequest
         [sys.executable, "-m", "dylo_moe.cli", "eval", str(checkpoint), *words],
         log=place.evaluation.parent / f"{place.arm}.log",
         title=f"{place.title}: {' and '.join(tasks)}",
-        console=console,
+        screen=screen,
     )

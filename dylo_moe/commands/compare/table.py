@@ -6,15 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
 from dylo_moe.commands.compare.arguments import ARMS, BASE_ARM, OURS
 from dylo_moe.evaluation.losses import Estimate, Estimates, Losses, estimates, mean_loss
 from dylo_moe.utils.markdown import Markdown, markdown_table
+from dylo_moe.utils.table import Table
 
 WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "unknown"
 """The verdicts on our model against another arm."""
@@ -211,29 +206,11 @@ def _rates(rates: Sequence[Rate]) -> list[str]:
     return [mean, "not known" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"]
 
 
-def as_tables(lines: Sequence[ArmLine], *, width: int) -> list[Table]:
-    """Make the table for a terminal of `width` columns, with each interval below its figure.
-
-    Where it is too wide, the losses of the datasets are in a second table, so that no figure is cut.
-    """
-    title = "held-out loss, nats per token, with 95 % intervals"
-    columns = list(zip(header(lines), *(cells(line) for line in lines), strict=True))
-    datasets = range(4, 4 + len(lines[0].losses.datasets))
-    whole, endless = _table(lines, columns, title), Console(width=10_000)
-    if Measurement.get(endless, endless.options, whole).maximum <= width:
-        return [whole]
-    of_datasets = [columns[0], *(columns[place] for place in datasets)]
-    others = [column for place, column in enumerate(columns) if place not in datasets]
-    return [_table(lines, others, title), _table(lines, of_datasets, "the same of each dataset")]
-
-
-def _table(lines: Sequence[ArmLine], columns: Sequence[Sequence[Any]], title: str) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    for place, (head, *_) in enumerate(columns):
-        table.add_column(head, justify="right" if place else "left", overflow="fold")
-    for place, line in enumerate(lines, start=1):
-        style = "bold" if line.arm == OURS else ""
-        table.add_row(*(Text("\n".join(column[place])) for column in columns), style=style)
+def as_table(lines: Sequence[ArmLine]) -> Table:
+    """Make the table for a terminal."""
+    table = Table("held-out loss, nats per token, with 95 % intervals", header(lines))
+    for line in lines:
+        table.add_row(*(tuple(parts) for parts in cells(line)), style="bold" if line.arm == OURS else "")
     return table
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group
+from rich.padding import Padding
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,9 @@ from dylo_moe.data.sources.locate import locate_all
 from dylo_moe.data.sources.read import SourceRows, read_dataset
 from dylo_moe.data.tokenized import TokenizedDataset as Rows
 from dylo_moe.data.tokenized import tokenise_all
-from dylo_moe.report.terminal import show_data, show_reasons
+from dylo_moe.report.terminal import reason_in_words, show_data, show_reasons
+from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.table import Table
 from dylo_moe.utils.words import counted
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -40,8 +42,7 @@ MAX_OVERLAPS = 5
 
 def list_datasets() -> None:
     """Print every dataset of the catalog."""
-    console = Console()
-    width = max(map(len, CATALOG)) + 2
+    screen = Screen("data", is_answer=True)
     for source in CATALOG.values():
         licence = Text(source.licence, style="red" if source.non_commercial else "")
         licence.append(", not for commercial use" if source.non_commercial else "")
@@ -51,30 +52,24 @@ def list_datasets() -> None:
         origin = source.origin
         if source.revision is not None:
             origin += f"{':' + source.config if source.config else ''} at {source.revision[:10]}"
-        grid = Table.grid(padding=(0, 0))
-        grid.add_column(width=width, no_wrap=True)
-        grid.add_column()
-        grid.add_row(Text(source.name, style="bold"), source.description)
-        grid.add_row("", facts)
-        grid.add_row("", Text(origin, style="dim"))
-        console.print(grid)
-    console.print(
+        screen.say(source.name, style="bold")
+        screen.say(Padding(Group(Text(source.description), facts, Text(origin, "dim")), (0, 0, 0, 4)))
+    screen.say(
         "\nDatasets of the hub are read from there, or from --data_dir FOLDER, which has a folder for each name. The "
         "path of a file or folder, or a hub id, names a dataset too. docs/datasets.md has more.",
-        highlight=False,
     )
 
 
 def show_dataset(config: DataConfig, look: LookArguments) -> None:
     """Print examples of one dataset as the model will see them."""
-    console = Console()
+    screen = Screen("data", is_answer=True)
     tokenizer = load_tokenizer(look.model)
     (place,) = locate_all(config)
     reading = read_dataset(place, config)
     (rows,) = tokenise_all([reading], text_format(tokenizer), config, None)
     good = np.flatnonzero(rows.good)
     chosen = np.sort(np.random.default_rng(look.seed).permutation(good)[: look.examples])
-    _show_head(console, reading, rows, len(good))
+    _show_head(screen, reading, rows, len(good))
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     for position in chosen.tolist():
@@ -82,28 +77,27 @@ def show_dataset(config: DataConfig, look: LookArguments) -> None:
         title = f"row {position} · {counted(row['length'], 'token')}, {row['trained']} trained"
         if row["cut"]:
             title += f" · cut from {row['whole_length']}"
-        console.rule(Text(title), align="left", style="dim")
-        text = coloured(row["input_ids"], row["labels"], tokenizer, special, marked=not console.is_terminal)
-        console.print(text, soft_wrap=True)
-    console.rule(style="dim")
-    show_reasons(console, reading.name, rows.reasons())
+        screen.rule(title)
+        text = coloured(row["input_ids"], row["labels"], tokenizer, special, marked=not screen.has_colours)
+        screen.say(text)
+    screen.rule()
+    show_reasons(screen, reading.name, rows.reasons())
 
 
-def _show_head(console: Console, reading: SourceRows, rows: Rows, num_good: int) -> None:
+def _show_head(screen: Screen, reading: SourceRows, rows: Rows, num_good: int) -> None:
     source = reading.source
     licence = f", licence {source.licence}" if source is not None else ""
-    console.print(
+    screen.say(
         f"{reading.name} ({reading.origin}{licence}): {counted(len(rows.rows), 'row')} read, {num_good:,} usable",
-        highlight=False,
     )
     if source is not None and not source.for_training:
-        console.print(Text("For evaluation only: dylora train refuses it.", style="yellow"))
+        screen.warn("For evaluation only: dylora train refuses it.")
     legend = Text("tokens: ")
     legend.append("prompt", PROMPT_STYLE).append("  ").append("trained", TRAINED_STYLE).append("  ")
     legend.append("template", SPECIAL_STYLE).append("  ").append("end token, trained", TRAINED_SPECIAL_STYLE)
-    if not console.is_terminal:
+    if not screen.has_colours:
         legend = Text("⟦...⟧: trained; the rest is the prompt")
-    console.print(legend)
+    screen.say(legend)
 
 
 def coloured(
@@ -141,60 +135,53 @@ def coloured(
 
 def check_datasets(config: DataConfig, look: LookArguments) -> None:
     """Print what training on these datasets would use: rows, lengths, padding, and overlap with benchmarks."""
-    console = Console()
+    screen = Screen("data", is_answer=True)
     tokenizer = load_tokenizer(look.model)
     data = load_data(config, tokenizer, seed=look.seed)
-    show_data(console, data)
+    show_data(screen, data)
     form = text_format(tokenizer)
-    _show_lengths(console, tokenise_all(data.readings, form, config, None), config)
-    _show_padding(console, data, config, look.per_device_train_batch_size)
+    _show_lengths(screen, tokenise_all(data.readings, form, config, None), config)
+    _show_padding(screen, data, config, look.per_device_train_batch_size)
     benchmarks, missing = load_benchmarks(config)
     for name, reason in missing.items():
-        console.print(Text(f"Overlap with {name}: not checked. {reason}", style="yellow"), soft_wrap=True)
+        screen.warn(f"Overlap with {name}: not checked. {reason}")
     if benchmarks.problems:
         rows = tokenise_all(data.readings, form, config, benchmarks)
-        _show_overlaps(console, rows, len(benchmarks.problems), benchmarks.unfindable, removed=config.decontaminate)
+        _show_overlaps(screen, rows, len(benchmarks.problems), benchmarks.unfindable, removed=config.decontaminate)
 
 
-def _show_lengths(console: Console, tables: Sequence[Rows], config: DataConfig) -> None:
+def _show_lengths(screen: Screen, tables: Sequence[Rows], config: DataConfig) -> None:
     """Print quantiles of the rows' lengths in tokens, before long rows are cut."""
-    table = Table(title="tokens of a row, before anything is cut")
-    table.add_column("dataset")
-    for quantile in QUANTILES:
-        table.add_column("longest" if quantile == 1 else f"{quantile:.0%}", justify="right")
-    table.add_column(f"over {config.max_seq_length}", justify="right")
+    heads = ["longest" if quantile == 1 else f"{quantile:.0%}" for quantile in QUANTILES]
+    columns = ["dataset", *heads, f"over {config.max_seq_length}"]
+    table = Table("tokens of a row, before anything is cut", columns)
     for rows in tables:
         lengths = rows.whole_lengths[rows.whole_lengths > 0]
         cells = [f"{value:,.0f}" for value in np.quantile(lengths, QUANTILES)]
         table.add_row(rows.name, *cells, f"{(lengths > config.max_seq_length).mean():.1%}")
-    console.print(table)
+    screen.say(table)
 
 
-def _show_padding(console: Console, data: LoadedData, config: DataConfig, batch_size: int) -> None:
+def _show_padding(screen: Screen, data: LoadedData, config: DataConfig, batch_size: int) -> None:
     packed = PackedTexts(data.train, config.max_seq_length)
-    console.print(
+    screen.say(
         f"In batches of {batch_size}, {padding_share(packed.lengths, batch_size):.1%} of the tokens are padding; with "
         f"--packing, {1 - packed.fill:.1%}, in {counted(len(packed), 'row')} instead of {len(packed.lengths):,}.",
-        highlight=False,
     )
 
 
 def _show_overlaps(
-    console: Console, tables: Sequence[Rows], num_problems: int, unfindable: int, *, removed: bool
+    screen: Screen, tables: Sequence[Rows], num_problems: int, unfindable: int, *, removed: bool
 ) -> None:
     """Print how many rows overlap with a benchmark, and which problems they overlap with."""
     done = ", removed" if removed else ", kept; --decontaminate removes them"
     short = f" ({unfindable} of them too short to be found)" if unfindable else ""
     total = sum(rows.num(Fate.CONTAMINATED) for rows in tables)
     rows = counted(total, "row") + done if total else "none"
-    console.print(f"Overlap with {counted(num_problems, 'test problem')}{short}: {rows}.", highlight=False)
+    screen.say(f"Overlap with {counted(num_problems, 'test problem')}{short}: {rows}.")
     for table in tables:
         found = [reason for reason in table.reasons() if reason.text.startswith("it overlaps with")]
         for reason in found[:MAX_OVERLAPS]:
-            console.print(
-                f"  {table.name}: {reason.num_rows:,} x {reason.text} (first: {reason.first})", highlight=False
-            )
+            screen.say(f"  {table.name}: {reason_in_words(reason)}")
         if len(found) > MAX_OVERLAPS:
-            console.print(
-                f"  {table.name}: and with {counted(len(found) - MAX_OVERLAPS, 'more problem')}", highlight=False
-            )
+            screen.say(f"  {table.name}: and with {counted(len(found) - MAX_OVERLAPS, 'more problem')}")

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +35,7 @@ from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.eval_tables import TITLES, live_rate, show_example, show_results
 from dylo_moe.routing.config import BASE
+from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.words import counted
 
 
@@ -56,7 +55,7 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
         SandboxError: where generated code cannot be isolated.
     """
     transformers_logging.disable_progress_bar()
-    console, options, checkpoint = Console(), request.options, Path(request.checkpoint)
+    screen, options, checkpoint = Screen("eval"), request.options, Path(request.checkpoint)
     manifest = read_manifest(checkpoint)
     check_expert(manifest, options.expert)
     trained = (manifest.get("training") or {}).get("settings", {})
@@ -69,7 +68,7 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
         settings["problems"] = {exam.asking.benchmark: problems_digest(exam.problems) for exam in exams}
     folder = evaluation_folder(checkpoint, options)
     take_evaluation_folder(folder, settings)
-    say_trained_on(console, trained, options)
+    say_trained_on(screen, trained, options)
     model = DyLoRAMoE.from_pretrained(str(checkpoint), dtype=torch.bfloat16 if bf16 else "auto").eval()
     if model.device.type != device:
         model.to(device)
@@ -77,15 +76,15 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     if exams and options.prompt == CHAT:
         check_chat(tokenizer)
     if LOSSES in read_results(folder) and LOSSES in options.tasks:
-        console.print(f"losses were already measured: {folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
+        screen.say(f"losses were already measured: {folder / RESULTS_FILE}")
     elif LOSSES in options.tasks:
-        add_result(folder, (LOSSES,), evaluate_losses(console, model, tokenizer, checkpoint, options))
+        add_result(folder, (LOSSES,), evaluate_losses(screen, model, tokenizer, checkpoint, options))
     for exam in exams:
         assert sandbox is not None
         with forced(model, options.expert):
-            run_exam(console, exam, model, tokenizer, sandbox, options, folder)
-    show_results(console, read_results(folder))
-    console.print(f"results     {folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
+            run_exam(screen, exam, model, tokenizer, sandbox, options, folder)
+    show_results(screen, read_results(folder))
+    screen.file("results", folder / RESULTS_FILE)
     return folder
 
 
@@ -115,7 +114,7 @@ def read_exam(name: str, options: EvalArguments) -> Exam:
     return Exam(Asking(name, options.prompt, tuple(examples)), problems)
 
 
-def say_trained_on(console: Console, trained: dict[str, Any], options: EvalArguments) -> None:
+def say_trained_on(screen: Screen, trained: dict[str, Any], options: EvalArguments) -> None:
     """Print a note where training data may overlap with a benchmark, or where that is not known."""
     if not options.benchmarks:
         return
@@ -128,11 +127,11 @@ def say_trained_on(console: Console, trained: dict[str, Any], options: EvalArgum
     elif not trained.get("decontaminate"):
         note = "Its training rows were not compared with the benchmarks (--decontaminate does that)."
     if note is not None:
-        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+        screen.note(note)
 
 
 def evaluate_losses(
-    console: Console, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, options: EvalArguments
+    screen: Screen, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, options: EvalArguments
 ) -> dict[str, Any]:
     """Measure the held-out losses of a checkpoint; returns them as JSON values."""
     return run_losses(
@@ -145,12 +144,12 @@ def evaluate_losses(
         batch_size=options.batch_size,
         expert=options.expert,
         seed=options.seed,
-        console=console,
+        screen=screen,
     )
 
 
 def run_exam(
-    console: Console,
+    screen: Screen,
     exam: Exam,
     model: DyLoRAMoE,
     tokenizer: PreTrainedTokenizerBase,
@@ -177,41 +176,40 @@ def run_exam(
             seed=options.seed,
         )
         samples, verdicts = files_of(folder, benchmark)
-        say_taken_up(console, samples, verdicts.num_dropped)
+        say_taken_up(screen, samples, verdicts.num_dropped)
         if place == 0:
             known = samples.samples[:1]
             example = known[0] if known else benchmark.generate(model, tokenizer, 0, benchmark.keys[:1])[0]
-            show_example(console, benchmark, example, tokenizer)
+            show_example(screen, benchmark, example, tokenizer)
             room = benchmark.room(model, tokenizer)
             if room is not None and room < options.max_new_tokens:
                 text = f"the base's context has room for {room} tokens of an answer after the longest prompt"
-                console.print(Text(f"Note: {text}.", style="yellow"), soft_wrap=True)
-        with live_rate(console, f"{TITLES[name]} {decoding.name}", len(benchmark.keys)) as tell:
+                screen.note(text)
+        with live_rate(screen, f"{TITLES[name]} {decoding.name}", len(benchmark.keys)) as tell:
             outcome = run_benchmark(
                 benchmark, model, tokenizer, sandbox, samples=samples, verdicts=verdicts, k=k, tell=tell
             )
         add_result(folder, (name, decoding.name), outcome.as_json())
         if options.export:
-            say_exported(console, export_evalplus(samples), name, options)
+            say_exported(screen, export_evalplus(samples), name, options)
 
 
-def say_taken_up(console: Console, samples: SampleFile, num_dropped_verdicts: int) -> None:
+def say_taken_up(screen: Screen, samples: SampleFile, num_dropped_verdicts: int) -> None:
     """Print how many answers an earlier run left, and how many of its answers and verdicts were cut off."""
     if samples.samples:
-        console.print(
+        screen.say(
             f"resuming: {len(samples.samples)} of {counted(len(samples.keys), 'answer')} already generated",
-            highlight=False,
         )
     for count, what in ((samples.num_dropped, "answer"), (num_dropped_verdicts, "verdict")):
         if count:
             verb = "was" if count == 1 else "were"
             text = f"{counted(count, what)} {verb} cut off when the last run was killed, and will be made again"
-            console.print(Text(text, style="yellow"), soft_wrap=True)
+            screen.warn(text)
 
 
-def say_exported(console: Console, path: Path, name: str, options: EvalArguments) -> None:
+def say_exported(screen: Screen, path: Path, name: str, options: EvalArguments) -> None:
     """Print the path of the samples for EvalPlus, and which answers it expects besides them."""
-    console.print(f"for EvalPlus {path}", highlight=False, soft_wrap=True)
+    screen.file("for EvalPlus", path)
     missing = []
     if options.limit is not None:
         missing.append(f"this file has the first {options.limit} only")
@@ -219,4 +217,4 @@ def say_exported(console: Console, path: Path, name: str, options: EvalArguments
         missing.append("MBPP+ also has tasks of MBPP's other splits")
     if missing:
         text = f"EvalPlus expects an answer to every task of its set: {'; '.join(missing)}"
-        console.print(Text(f"Note: {text}.", style="yellow"), soft_wrap=True)
+        screen.note(text)

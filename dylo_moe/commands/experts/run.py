@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -18,6 +15,8 @@ from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.routing.config import BASE
+from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.table import Table
 
 REHEARSED = 1000
 """The number of draws from each skill's statistics that estimate where its tokens are routed."""
@@ -28,21 +27,20 @@ def list_experts(checkpoint: str) -> None:
     manifest = read_manifest(checkpoint)
     growth = manifest.get("growth")
     skills = {} if growth is None else skills_by_expert(growth["skills"])
-    table = Table(
-        "expert", "rank", "parameters", "state", "skills: texts, tokens seen", box=SIMPLE_HEAD, pad_edge=False
-    )
+    title, known = f"experts of {checkpoint}", "skills: texts, tokens seen"
+    table = Table(title, ["expert", "rank", "parameters", "state", known], words=["state", known])
     if growth is not None and BASE in growth["members"]:
         table.add_row(Text(BASE, style="dim"), "-", "0", "frozen", "text of no known skill")
     for expert in manifest["experts"]:
         state = ("mature" if expert["mature"] else "nascent") + ("" if expert["trainable"] else ", frozen")
         known = "; ".join(skills.get(expert["name"], [])) or "not known"
         table.add_row(Text(expert["name"]), str(expert["rank"]), f"{expert['parameters']:,}", state, Text(known))
-    console = Console()
-    console.print(table)
+    screen = Screen("experts", is_answer=True)
+    screen.say(table)
     if growth is None:
-        console.print("It has no skill library: it was trained jointly, and its pool is fixed.", highlight=False)
+        screen.say("It has no skill library: it was trained jointly, and its pool is fixed.")
     elif not growth["allow_expert_growth"]:
-        console.print("Its pool is fixed: new data is reported, and grows no expert.", highlight=False)
+        screen.say("Its pool is fixed: new data is reported, and grows no expert.")
 
 
 def remove_expert(checkpoint: str, name: str, output: str) -> None:
@@ -53,7 +51,9 @@ def remove_expert(checkpoint: str, name: str, output: str) -> None:
     save_checkpoint(model, output)
     known = f", and with it what the skill library held of {', '.join(gone)}" if gone else ""
     verb = "remains" if len(model.experts) == 1 else "remain"
-    Console().print(Text(f"{name} was removed{known}; {', '.join(model.experts.names)} {verb}, in {output}"))
+    screen = Screen("experts")
+    screen.say(f"{name} was removed{known}; {', '.join(model.experts.names)} {verb}.")
+    screen.result("checkpoint", output)
 
 
 class Change(NamedTuple):
@@ -78,19 +78,19 @@ def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
         raise ValueError(f"{checkpoint} has no skill library to fit gate rows to; it was trained jointly")
     rows = model.growth.refit(seed=seed)
     changes = refit_changes(model, rows, seed=seed)
-    table = Table("skill", "expert", "to it now", "after a refit", "row's cosine", box=SIMPLE_HEAD, pad_edge=False)
+    title = f"share of {REHEARSED:,} draws from each skill's statistics that are routed to its expert"
+    table = Table(title, ["skill", "expert", "now", "after a refit", "row's cosine"], words=["expert"])
     for change in changes:
         shares = [f"{share:.1%}" for share in (change.before, change.after)]
         table.add_row(Text(change.skill), Text(change.expert), *shares, f"{change.alike:.4f}")
-    console = Console()
-    console.print(f"Of {REHEARSED:,} draws from each skill's statistics:", highlight=False)
-    console.print(table)
+    screen = Screen("experts")
+    screen.answer(table)
     if output is None:
-        console.print("Nothing was written. With --output FOLDER the refitted model is written there.", highlight=False)
+        screen.say("Nothing was written. With --output FOLDER the refitted model is written there.")
         return
     set_rows(model, rows)
     save_checkpoint(model, output)
-    console.print(Text(f"The refitted model is in {output}"))
+    screen.file("refitted", output)
 
 
 def set_rows(model: DyLoRAMoE, rows: GateRows) -> None:

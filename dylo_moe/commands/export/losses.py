@@ -11,10 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.commands.export.request_routing import experts_for
@@ -25,6 +21,8 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.config import BASE, UNIFORM
 from dylo_moe.routing.token_masks import prompt_ends
 from dylo_moe.utils.redact import short_name
+from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.table import Table
 
 ROUTED = "each token routed"
 
@@ -49,14 +47,14 @@ class Measured(NamedTuple):
 
 
 def measure_requests(
-    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, console: Console
+    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, screen: Screen
 ) -> Measured:
     """Measure each token routed, one expert a request, every expert always, and the base alone."""
-    ways, notes = measure_routed(model, held, tokenizer, batch_size=batch_size, console=console), list(held.notes)
+    ways, notes = measure_routed(model, held, tokenizer, batch_size=batch_size, screen=screen), list(held.notes)
     by_member = {BASE: ways[BASE_ALONE]}
     for name in model.experts.names:
         with model.route_to(name):
-            by_member[name] = measure(model, held, tokenizer, batch_size=batch_size, console=console)
+            by_member[name] = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
     requests: dict[str, dict[str, int]] = {}
     if model.router_config.policy == UNIFORM:
         notes.append("The router's policy is 'uniform', which prefers no expert: which one to ask is up to you.")
@@ -69,12 +67,12 @@ def measure_requests(
 
 
 def measure_routed(
-    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, console: Console
+    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, screen: Screen
 ) -> dict[str, Losses]:
     """Measure the base alone, and each token routed."""
     with model.route_to(None):
-        base = measure(model, held, tokenizer, batch_size=batch_size, console=console)
-    return {BASE_ALONE: base, ROUTED: measure(model, held, tokenizer, batch_size=batch_size, console=console)}
+        base = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
+    return {BASE_ALONE: base, ROUTED: measure(model, held, tokenizer, batch_size=batch_size, screen=screen)}
 
 
 def row_experts(
@@ -152,31 +150,30 @@ def losses_as_json(measured: Measured, *, seed: int) -> dict[str, Any]:
     }
 
 
-def table_of(measured: Measured, *, seed: int) -> list[list[str]]:
-    """Write the losses as cells: a line of titles, then a line for each way."""
+def table_of(measured: Measured, *, seed: int) -> tuple[list[str], list[list[str | tuple[str, ...]]]]:
+    """Write the losses as titles of columns, and a line of cells for each way; an estimate is a cell of two parts."""
     routed = measured.ways[ROUTED]
     datasets = list(routed)
     means = ["mean"] if len(datasets) > 1 else []
-    lines = [["held-out loss", *(short_name(name) for name in datasets), *means, "lost"]]
+    head = ["way", *(short_name(name) for name in datasets), *means, "lost"]
+    lines: list[list[str | tuple[str, ...]]] = []
     for way, losses in measured.ways.items():
         found, lost = estimates([losses], seed=seed), estimates([losses], [routed], seed=seed).mean
         values = [*(found.datasets[name].value for name in datasets), *(found.mean.value for _ in means)]
         cells = [f"{value:.3f}" for value in values]
         lines.append([way, *cells, "" if way == ROUTED else shown_estimate(lost, sign=True)])
-    return lines
+    return head, lines
 
 
-def show_served_losses(console: Console, measured: Measured, *, seed: int) -> None:
+def show_served_losses(screen: Screen, measured: Measured, *, seed: int) -> None:
     """Print the losses as a table, and the notes."""
-    head, *lines = table_of(measured, seed=seed)
-    table = Table(title=TITLE, box=SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(head):  # a narrow window folds names, but not numbers, which have five characters
-        table.add_column(name, justify="right" if place else "left", overflow="fold", no_wrap=not place, min_width=5)
+    head, lines = table_of(measured, seed=seed)
+    table = Table(TITLE, head)
     for line in lines:
-        table.add_row(*(Text(cell) for cell in line))
-    console.print(table)
+        table.add_row(*line)
+    screen.say(table)
     for note in measured.notes:
-        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+        screen.note(note)
 
 
 def loss_in_words(measured: Measured, way: str, *, seed: int) -> str:

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from rich.console import Console
-from rich.text import Text
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -39,6 +37,7 @@ from dylo_moe.model.checkpoint import ADAPTER_FILES, MANIFEST, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
 from dylo_moe.utils.markdown import Markdown, markdown_table
+from dylo_moe.utils.screen import Screen
 
 EXPORT_FORMAT_VERSION = 1
 
@@ -52,7 +51,7 @@ class Export(NamedTuple):
     manifest: dict[str, Any]
     options: ExportArguments
     output: Path
-    console: Console
+    screen: Screen
 
     @property
     def base(self) -> dict[str, Any]:
@@ -72,14 +71,14 @@ def export(request: ExportRequest) -> Path:
     options, output = request.options, Path(request.options.output)
     manifest = read_manifest(request.checkpoint)
     check_free(output)
-    export = Export(Path(request.checkpoint), manifest, options, output, Console())
+    export = Export(Path(request.checkpoint), manifest, options, output, Screen("export"))
     if not manifest["base"]["id"]:
         raise ValueError(f"checkpoint {request.checkpoint} does not name its base, which every engine has to load")
     if options.to == MERGED:
         export_merged(export)
     else:
         export_adapters(export)
-    export.console.print(f"exported to  {output}", highlight=False, soft_wrap=True)
+    export.screen.result("exported to", output)
     return output
 
 
@@ -92,9 +91,7 @@ def export_adapters(export: Export) -> None:
     measured = None
     if not export.options.no_measure:
         model, tokenizer, held = ready(export)
-        measured = measure_requests(
-            model, held, tokenizer, batch_size=export.options.batch_size, console=export.console
-        )
+        measured = measure_requests(model, held, tokenizer, batch_size=export.options.batch_size, screen=export.screen)
     with whole_folder(export.output) as folder:
         for name, adapter in adapters.items():
             (folder / name).mkdir()
@@ -109,11 +106,9 @@ def export_adapters(export: Export) -> None:
         (folder / PAGE).write_text(page, encoding="utf-8")
     show_export_losses(export, measured, PER_REQUEST)
     for note in [f"{item['name']}: {note}" for item in record["experts"] for note in item["notes"]] + record["notes"]:
-        export.console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
-    export.console.print("To serve them (README.md there says how to ask):", highlight=False)
-    print(
-        f"cd {shlex.quote(str(export.output))}\n{record['serve_command']}"
-    )  # without wrapping or colours, so that it can be copied
+        export.screen.note(note)
+    export.screen.say("To serve them (README.md there says how to ask):")
+    export.screen.copyable(f"cd {shlex.quote(str(export.output))}\n{record['serve_command']}")
 
 
 def padded_adapters(export: Export) -> dict[str, PaddedAdapter]:
@@ -179,7 +174,7 @@ def export_merged(export: Export) -> None:
     measured, held = None, None
     if not options.no_measure:
         model, tokenizer, held = ready(export)
-        ways = measure_routed(model, held, tokenizer, batch_size=options.batch_size, console=export.console)
+        ways = measure_routed(model, held, tokenizer, batch_size=options.batch_size, screen=export.screen)
         measured = Measured(ways, list(held.notes), {})
         weights = weights or routed_shares(model, held, tokenizer, batch_size=options.batch_size)
         del model
@@ -200,7 +195,7 @@ def export_merged(export: Export) -> None:
         write_json(folder / RECORD, record)
         (folder / PAGE).write_text(merged_page(record, page_of_losses(export, measured, PLAIN)), encoding="utf-8")
     mixed = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
-    export.console.print(f"merged       {mixed}, in {record['dtype']}", highlight=False, soft_wrap=True)
+    export.screen.file("merged", f"{mixed}, in {record['dtype']}")
     show_export_losses(export, measured, PLAIN)
 
 
@@ -221,7 +216,7 @@ def losses_of_plain(folder: Path, held: HeldOut, export: Export) -> dict[str, An
     model = DyLoRAMoE.from_base(plain, num_experts=1, lora=smallest).to(device())  # `measure` runs only a DyLoRAMoE
     with model.route_to(None):
         return measure(
-            model, held, load_tokenizer(str(folder)), batch_size=export.options.batch_size, console=export.console
+            model, held, load_tokenizer(str(folder)), batch_size=export.options.batch_size, screen=export.screen
         )
 
 
@@ -283,8 +278,11 @@ def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
     seed = export.options.seed
     sentences = [loss_in_words(measured, way, seed=seed)] if way in measured.ways else []
     notes = [f"- {note}" for note in measured.notes]
-    head, *lines = losses.table_of(measured, seed=seed)
-    table = markdown_table(head, [[way, *map(Markdown, cells)] for way, *cells in lines], right=range(1, len(head)))
+    head, lines = losses.table_of(measured, seed=seed)
+    rows = [
+        [way, *(Markdown(cell if isinstance(cell, str) else " ".join(cell)) for cell in cells)] for way, *cells in lines
+    ]
+    table = markdown_table(head, rows, right=range(1, len(head)))
     return "\n\n".join(
         [
             *sentences,
@@ -298,8 +296,8 @@ def page_of_losses(export: Export, measured: Measured | None, way: str) -> str:
 def show_export_losses(export: Export, measured: Measured | None, way: str) -> None:
     """Print the losses of an export, or that they were not measured."""
     if measured is None:
-        export.console.print(Text(NOT_MEASURED.replace("*", ""), style="yellow"), soft_wrap=True)
+        export.screen.warn(NOT_MEASURED.replace("*", ""))
         return
-    losses.show_served_losses(export.console, measured, seed=export.options.seed)
+    losses.show_served_losses(export.screen, measured, seed=export.options.seed)
     if way in measured.ways:
-        export.console.print(Text(loss_in_words(measured, way, seed=export.options.seed)), soft_wrap=True)
+        export.screen.say(loss_in_words(measured, way, seed=export.options.seed))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from rich.console import Console
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.data.encoding import encode_prompt, text_format
 from dylo_moe.evaluation.continuation import end_ids, sample
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.terminal import show_legend, show_sample
+from dylo_moe.utils.screen import Screen
 
 
 def generate(
@@ -50,6 +50,9 @@ def generate(
             temperature=temperature,
             label="answer" if not raw else "text",
         )
-    console = Console()
-    show_legend(console, model.router.names)
-    show_sample(console, generated, tokenizer, model.router.names)
+    screen = Screen("generate")
+    if screen.is_quiet:
+        screen.answer(str(tokenizer.decode(generated.ids[generated.prompt_length :], skip_special_tokens=True)))
+        return
+    show_legend(screen, model.router.names)
+    show_sample(screen, generated, tokenizer, model.router.names)

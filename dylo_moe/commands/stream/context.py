@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.training.stopping import StopRequest
+from dylo_moe.utils.screen import Screen
 
 
 class StreamContext(NamedTuple):
@@ -20,7 +19,7 @@ class StreamContext(NamedTuple):
     data: LoadedData
     collator: Collator
     folder: Path
-    console: Console
+    screen: Screen
     stop: StopRequest
     record: dict[str, Any]
     """The record that every checkpoint's manifest holds: settings, the rows' fingerprint, and facts of the run."""

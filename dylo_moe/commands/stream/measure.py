@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-from rich.live import Live
 from transformers import PrinterCallback
 
 from dylo_moe.commands.stream.context import StreamContext
@@ -20,7 +19,7 @@ from dylo_moe.training.trainer import DyLoRATrainer
 def measure_base(context: StreamContext, model: DyLoRAMoE, state: StreamState) -> None:
     """Measure the base alone, which is the first row of the matrix."""
     trainer = _evaluator(context, model)
-    with context.console.status("evaluating the base"), model.route_to(None):
+    with context.screen.status("evaluating the base"), model.route_to(None):
         for name in (*state.matrix.skills, *state.matrix.unlearned):
             trainer.evaluate({name: context.data.evaluation[name]})
             state.matrix.base[name] = trainer.readings[name].loss
@@ -35,7 +34,7 @@ def measure_stage(
     whose expert the stage has trained, the loss of that expert alone.
     """
     trainer = _evaluator(context, model)
-    with Live(MatrixTable(state.matrix), console=context.console, transient=True) as screen:
+    with context.screen.live(MatrixTable(state.matrix)) as live:
         for name in (*state.matrix.skills, *state.matrix.unlearned):
             rows = {name: context.data.evaluation[name]}
             trainer.evaluate(rows)
@@ -49,7 +48,8 @@ def measure_stage(
                 with model.route_to(owner):
                     trainer.evaluate(rows)
                 stage.alone[name] = trainer.readings[name].loss
-            screen.refresh()
+            if live is not None:
+                live.refresh()
 
 
 def _evaluator(context: StreamContext, model: DyLoRAMoE) -> DyLoRATrainer:

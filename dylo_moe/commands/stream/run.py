@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
@@ -40,6 +39,7 @@ from dylo_moe.training.run_folder import CONFIG_FILE, new_output_dir, save_confi
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.stopping import StopRequest
 from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils.screen import Screen
 
 
 def stream(request: StreamRequest) -> Path:
@@ -50,19 +50,19 @@ def stream(request: StreamRequest) -> Path:
     """
     started = time.time()
     transformers_logging.disable_progress_bar()
-    console = Console()
+    screen = Screen("stream")
     with StopRequest() as stop:
         set_seed(request.train.seed)
         tokenizer = tokenizer_of(request)
         data = read_data(request, tokenizer)
-        show_data(console, data)
+        show_data(screen, data)
         folder, checkpoint = open_folder(request)
         try:
             collator = Collator(tokenizer)
             state, model = start_state(request, data, collator, checkpoint)
-            show_loss(console, model, request.model.loss_chunk_size)
+            show_loss(screen, model, request.model.loss_chunk_size)
             record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
-            context = StreamContext(request, data, collator, folder, console, stop, record)
+            context = StreamContext(request, data, collator, folder, screen, stop, record)
             final = run_stages(context, model, state, checkpoint)
         except Stopped as stopped:
             raise Stopped(stopped.signal, how_to_resume(folder)) from stopped

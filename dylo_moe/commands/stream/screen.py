@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.text import Text
-
 from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import StageData
 from dylo_moe.commands.stream.state import StreamState
@@ -17,19 +15,18 @@ from dylo_moe.utils.words import counted
 
 def show_begin(context: StreamContext, state: StreamState, checkpoint: Path | None, *, num_stages: int) -> None:
     """Print what the stream resumes or starts from, and how many stages it has."""
-    console, stages = context.console, counted(num_stages, "stage")
+    screen, stages = context.screen, counted(num_stages, "stage")
     if checkpoint is not None:
         verb = "is" if state.num_done == 1 else "are"
-        console.print(f"resuming from {checkpoint}: {state.num_done} of {stages} {verb} done", highlight=False)
+        screen.say(f"resuming from {checkpoint}: {state.num_done} of {stages} {verb} done")
     elif context.request.stream.checkpoint is not None:
-        console.print(f"starting from {context.request.stream.checkpoint}", highlight=False)
-    console.print(f"{stages}, in {context.folder}", highlight=False, soft_wrap=True)
+        screen.say(f"starting from {context.request.stream.checkpoint}")
+    screen.say(f"{stages}, in {context.folder}")
 
 
 def show_stage(context: StreamContext, number: int, stage: StageData) -> None:
     """Print the heading of a stage."""
-    title = Text(f"stage {number}: {stage.name}, {counted(len(stage.rows), 'row')}")
-    context.console.rule(title, align="left", style="dim")
+    context.screen.rule(f"stage {number}: {stage.name}, {counted(len(stage.rows), 'row')}")
 
 
 def show_decision(context: StreamContext, stage: StageData, decision: SkillDecision) -> None:
@@ -49,20 +46,20 @@ def show_decision(context: StreamContext, stage: StageData, decision: SkillDecis
         "skipped": "It is skipped: nothing is trained.",
         "reported": "The pool is fixed, so nothing is trained; --learn_with EXPERT names the expert to train on it.",
     }
-    style = "yellow" if decision.expert is None else ""
-    context.console.print(Text(text + follows[decision.action], style=style), soft_wrap=True)
+    say = context.screen.warn if decision.expert is None else context.screen.say
+    say(text + follows[decision.action])
 
 
 def show_end(context: StreamContext, final: Path, seconds: float) -> None:
     """Write the report, and print the files of the stream and what to type next."""
     page = write_report(str(context.folder))
-    console = context.console
-    console.rule(style="dim")
-    for label, path in (("checkpoint", final), ("matrix", context.folder / "matrix.json"), ("page", page)):
-        console.print(f"{label:11s} {path}", highlight=False, soft_wrap=True)
-    console.print(f"The whole stream took {seconds:.0f} s.\n\nTeach it more:\n", highlight=False)
-    words = f"  {command()} stream --checkpoint {final} --datasets NAME\n"
-    console.print(words, highlight=False, soft_wrap=True, markup=False)
+    screen = context.screen
+    screen.rule()
+    screen.result("checkpoint", final)
+    screen.file("matrix", context.folder / "matrix.json")
+    screen.file("page", page)
+    screen.say(f"The whole stream took {seconds:.0f} s.\n\nTeach it more:\n")
+    screen.copyable(f"  {command()} stream --checkpoint {final} --datasets NAME\n")
 
 
 def how_to_resume(folder: Path) -> str:

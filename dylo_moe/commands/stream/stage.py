@@ -57,7 +57,7 @@ def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, plac
     measure_stage(context, model, state, stage, decision)
     stage.seconds = round(time.time() - started, 1)
     save_stage(model, context.folder, folder, state, context.record, keep=stream.keep_stages)
-    show_matrix(context.console, state.matrix)
+    show_matrix(context.screen, state.matrix)
 
 
 def free_name(model: DyLoRAMoE, wanted: str) -> str:
@@ -111,7 +111,7 @@ def train_expert(
         data_collator=context.collator,
         domains=context.data.names,
         training=dict(context.record),
-        callbacks=[metrics, ProgressBar(context.console), context.stop],
+        callbacks=[metrics, ProgressBar(context.screen), context.stop],
         expert=expert,
         stream=request.stream,
         is_new=is_new,
@@ -120,8 +120,8 @@ def train_expert(
     found = checkpoints_in(folder)
     checkpoint = found[-1][1] if found else None
     if checkpoint is not None:
-        context.console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
-    trainer_state = resume_log(context.console, metrics, checkpoint)
+        context.screen.say(f"resuming from {checkpoint}")
+    trainer_state = resume_log(context.screen, metrics, checkpoint)
     write_run_files(context, model, folder, data)
     train_to_end(trainer, context.stop, checkpoint, trainer_state)
     write_json(

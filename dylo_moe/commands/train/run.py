@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -44,6 +42,7 @@ from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.errors import RankLost
+from dylo_moe.utils.screen import Screen
 
 SAMPLE_TOKENS = 32
 
@@ -52,7 +51,7 @@ class TrainingRun(NamedTuple):
     """What the steps of one training run work with."""
 
     arguments: Arguments
-    console: Console
+    screen: Screen
     tokenizer: PreTrainedTokenizerBase
     data: LoadedData
     model: DyLoRAMoE
@@ -89,23 +88,23 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     """Run a training from its flags to its final checkpoint."""
     started = time.time()
     transformers_logging.disable_progress_bar()
-    console = distributed.console()
+    screen = distributed.screen("train")
     settings = settings_of(arguments)
     sharding = take_sharding(arguments.train, num_processes=distributed.num_ranks())
-    show_begin(console, arguments, sharding)
+    show_begin(screen, arguments, sharding)
     set_seed(arguments.train.seed)
     schedule = benchmark_schedule(arguments, sharding)
-    tokenizer, data = read_data(arguments, console)
+    tokenizer, data = read_data(arguments, screen)
     rows = epoch_of(data.train, arguments.data)
-    show_packing(console, rows, batch_size=arguments.train.per_device_train_batch_size)
-    model = make_model(arguments, console)
-    run = open_run(arguments, settings, console, tokenizer, data, model)
+    show_packing(screen, rows, batch_size=arguments.train.per_device_train_batch_size)
+    model = make_model(arguments, screen)
+    run = open_run(arguments, settings, screen, tokenizer, data, model)
     if sharding is not None:
         shard_base(model, sharding, device=arguments.train.device)
     trainer = make_trainer(run, rows, stop)
     if schedule is not None:
         trainer.add_callback(benchmark_callback(run, schedule, trainer))
-    state = resume_log(console, run.metrics, run.checkpoint)
+    state = resume_log(screen, run.metrics, run.checkpoint)
     run.record["losses_before"] = losses_before(run, trainer)
     train_to_end(trainer, stop, run.checkpoint, state)
     final = save_result(run, trainer, started)
@@ -139,7 +138,7 @@ def benchmark_schedule(arguments: Arguments, sharding: Sharding | None) -> Bench
     return schedule
 
 
-def read_data(arguments: Arguments, console: Console) -> tuple[PreTrainedTokenizerBase, LoadedData]:
+def read_data(arguments: Arguments, screen: Screen) -> tuple[PreTrainedTokenizerBase, LoadedData]:
     """Read the base's tokenizer and the datasets.
 
     Raises:
@@ -148,31 +147,31 @@ def read_data(arguments: Arguments, console: Console) -> tuple[PreTrainedTokeniz
     tokenizer = load_tokenizer(arguments.model.model)
     with arguments.train.main_process_first(desc="tokenising"):
         data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)
-    show_data(console, data)
+    show_data(screen, data)
     check_same_data(arguments.resumed, data)
     return tokenizer, data
 
 
-def make_model(arguments: Arguments, console: Console) -> DyLoRAMoE:
+def make_model(arguments: Arguments, screen: Screen) -> DyLoRAMoE:
     """Load the base and give it new experts and a new router."""
     model = build_model(arguments.model, arguments.experts, arguments.router, bf16=arguments.train.bf16)
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
-    show_model(console, model)
-    show_loss(console, model, arguments.model.loss_chunk_size)
+    show_model(screen, model)
+    show_loss(screen, model, arguments.model.loss_chunk_size)
     return model
 
 
 def open_run(
     arguments: Arguments,
     settings: dict[str, Any],
-    console: Console,
+    screen: Screen,
     tokenizer: PreTrainedTokenizerBase,
     data: LoadedData,
     model: DyLoRAMoE,
 ) -> TrainingRun:
     """Make the run's folder, start its tracker, and start the gate of a run that is not resumed."""
-    folder = Path(distributed.from_first(lambda: str(run_folder(console, arguments, settings))))
+    folder = Path(distributed.from_first(lambda: str(run_folder(screen, arguments, settings))))
     arguments.train.output_dir = str(folder)
     prepare(arguments.train, folder)
     log_settings(settings)
@@ -183,12 +182,10 @@ def open_run(
     if distributed.is_first():
         write_json(folder / "run.json", facts)
     record = {"settings": settings, "data": data.fingerprint, "facts": facts}
-    return TrainingRun(
-        arguments, console, tokenizer, data, model, folder, MetricsFile(folder / "metrics.jsonl"), record
-    )
+    return TrainingRun(arguments, screen, tokenizer, data, model, folder, MetricsFile(folder / "metrics.jsonl"), record)
 
 
-def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any]) -> Path:
+def run_folder(screen: Screen, arguments: Arguments, settings: dict[str, Any]) -> Path:
     """Make the folder of a new run, or take that of the resumed run, and write the settings into it.
 
     Raises:
@@ -199,7 +196,7 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
         folder = resumed.run
         if resumed.broken:
             for name in set_aside(folder, resumed.checkpoint):
-                console.print(f"kept aside as {name}", highlight=False, style="yellow")
+                screen.warn(f"kept aside as {name}")
         newer = [path.name for _, path in checkpoints_in(folder)]
         if resumed.checkpoint is not None and newer[-1] != resumed.checkpoint.name:
             raise ValueError(
@@ -207,7 +204,7 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
                 "give a new --output_dir to branch off"
             )
         for name in clear_unfinished(folder):
-            console.print(f"removed {name}, which an interrupted save left", highlight=False)
+            screen.say(f"removed {name}, which an interrupted save left")
     else:
         folder = new_output_dir(arguments.train.output_dir)
     save_config(settings, folder / CONFIG_FILE)
@@ -220,7 +217,7 @@ def run_folder(console: Console, arguments: Arguments, settings: dict[str, Any])
 def make_trainer(run: TrainingRun, rows: Any, stop: StopRequest) -> DyLoRATrainer:
     """Make the Trainer of the run, with the callbacks that log, track and stop it."""
     train = run.arguments.train
-    callbacks: list[TrainerCallback] = [run.metrics, ProgressBar(run.console), stop]
+    callbacks: list[TrainerCallback] = [run.metrics, ProgressBar(run.screen), stop]
     if "wandb" in list(train.report_to or ()):
         callbacks.append(CheckpointArtifacts())
     if train.early_stopping_patience is not None:
@@ -248,7 +245,7 @@ def alarm_printer(run: TrainingRun) -> Callable[[int, list[str]], None]:
             return
         run.metrics.write(step, {"alarms": sentences})
         for sentence in sentences:
-            run.console.print(Text(f"step {step}: {sentence}", style="yellow"), soft_wrap=True)
+            run.screen.warn(f"step {step}: {sentence}")
 
     return print_alarms
 
@@ -260,7 +257,7 @@ def benchmark_callback(run: TrainingRun, schedule: BenchmarkSchedule, trainer: D
         schedule,
         run.tokenizer,
         run.folder,
-        console=run.console,
+        screen=run.screen,
         log=trainer.log,
         between=lambda: trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control),
         pause=trainer.pause,
@@ -271,7 +268,7 @@ def losses_before(run: TrainingRun, trainer: DyLoRATrainer) -> dict[str, float]:
     """Measure the held-out loss of each dataset before training; a resumed run reads it from its checkpoint."""
     if run.arguments.resumed is not None and run.checkpoint is not None:
         return run.arguments.resumed.record["losses_before"]
-    return {name: reading.loss for name, reading in evaluate(trainer, run.console, "before training").items()}
+    return {name: reading.loss for name, reading in evaluate(trainer, run.screen, "before training").items()}
 
 
 # After training.
@@ -288,7 +285,7 @@ def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Pat
     run.model.router.collect_counts()
     if distributed.is_first():
         save_checkpoint(run.model, final, training=record)
-    after = evaluate(trainer, run.console, "after training")
+    after = evaluate(trainer, run.screen, "after training")
     samples = sample_of_each(run.model, run.tokenizer, run.data)
     if distributed.is_first():
         before = run.record["losses_before"]
@@ -297,7 +294,7 @@ def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Pat
         plots = write_plots(run.folder / "plots", run.folder / "metrics.jsonl", after)
         log_plots(plots)
         results = Results(before, after, samples, plots)
-        show_end(run.console, run.folder, run.tokenizer, trainer, results, seconds=time.time() - started)
+        show_end(run.screen, run.folder, run.tokenizer, trainer, results, seconds=time.time() - started)
     return final
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.base.frozen import count_parameters
@@ -24,6 +23,7 @@ from dylo_moe.training.sharding import Sharding
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
+from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.words import counted
 
 QUESTION = "Write the Python function clamp. Limit a number to a range."
@@ -43,67 +43,64 @@ class Results(NamedTuple):
 # The beginning.
 
 
-def show_begin(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
+def show_begin(screen: Screen, arguments: Arguments, sharding: Sharding | None) -> None:
     """Print how many processes train, and what a resumed run resumes from."""
-    _show_processes(console, arguments, sharding)
-    _show_resumption(console, arguments)
+    _show_processes(screen, arguments, sharding)
+    _show_resumption(screen, arguments)
 
 
-def _show_processes(console: Console, arguments: Arguments, sharding: Sharding | None) -> None:
+def _show_processes(screen: Screen, arguments: Arguments, sharding: Sharding | None) -> None:
     """Print how many processes train together, and how many GPUs of this machine are idle."""
     train, count = arguments.train, distributed.num_ranks()
     if count > 1:
         each, turns = train.per_device_train_batch_size, train.gradient_accumulation_steps
         how = "each with all of the base" if sharding is None else "each with a share of the base (FSDP2)"
-        console.print(f"{count} processes, {how}: {count} x {turns} x {each} rows a step", highlight=False)
+        screen.say(f"{count} processes, {how}: {count} x {turns} x {each} rows a step")
     idle = torch.cuda.device_count() - 1
     if count == 1 and idle > 0 and train.device.type == "cuda":
         verb = "is" if idle == 1 else "are"
-        console.print(
+        screen.warn(
             f"one process trains on one GPU; {counted(idle, 'other GPU')} of this machine {verb} idle "
-            "(docs/distributed.md)",
-            style="yellow",
+            "(docs/distributed.md)"
         )
 
 
-def _show_resumption(console: Console, arguments: Arguments) -> None:
+def _show_resumption(screen: Screen, arguments: Arguments) -> None:
     resumed = arguments.resumed
     if resumed is None:
         return
     for problem in resumed.broken:
-        console.print(Text(f"passed over: {problem}", style="yellow"), soft_wrap=True)
+        screen.warn(f"passed over: {problem}")
     if resumed.checkpoint is None:
         text = f"{resumed.run} was interrupted before its first checkpoint: it starts from the beginning."
-        console.print(Text(text, style="yellow"), soft_wrap=True)
+        screen.warn(text)
         return
-    console.print(f"resuming from {resumed.checkpoint}, step {resumed.record['step']}", highlight=False, soft_wrap=True)
+    screen.say(f"resuming from {resumed.checkpoint}, step {resumed.record['step']}")
     for change in arguments.changed:
-        console.print(f"changed, which is allowed: {change}", highlight=False, soft_wrap=True)
+        screen.say(f"changed, which is allowed: {change}")
 
 
-def show_packing(console: Console, rows: Any, *, batch_size: int) -> None:
+def show_packing(screen: Screen, rows: Any, *, batch_size: int) -> None:
     """Print how full packed rows are, compared with one text in each row."""
     if isinstance(rows, PackedTexts):
         padding = padding_share(rows.lengths, batch_size)
-        console.print(
+        screen.say(
             f"packing: {counted(len(rows.lengths), 'text')} in {counted(len(rows), 'row')} of {rows.max_seq_length} "
             f"tokens, {rows.fill:.1%} full; with one text a row, {padding:.1%} of a batch of {batch_size} would be "
-            "padding",
-            highlight=False,
+            "padding"
         )
 
 
-def show_model(console: Console, model: DyLoRAMoE) -> None:
+def show_model(screen: Screen, model: DyLoRAMoE) -> None:
     """Print how many parameters are frozen and how many are trained, counted from the model itself."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = count_parameters(parameter for parameter in model.parameters() if not parameter.requires_grad)
     expert = model.experts[0]
     router = sum(parameter.numel() for parameter in model.router.parameters())
     each = f"{expert.parameters:,} parameters" + (" each" if len(model.experts) > 1 else "")
-    console.print(
+    screen.say(
         f"{model.base_id}: {frozen:,} parameters frozen, {trainable:,} trained: "
         f"{counted(len(model.experts), 'expert')} of rank {expert.rank} with {each}, a router of {router:,}",
-        highlight=False,
     )
 
 
@@ -111,7 +108,7 @@ def show_model(console: Console, model: DyLoRAMoE) -> None:
 
 
 def show_end(
-    console: Console,
+    screen: Screen,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     trainer: DyLoRATrainer,
@@ -120,41 +117,38 @@ def show_end(
     seconds: float,
 ) -> None:
     """Print the best checkpoint, tables and samples, the files of the run, and what to type next."""
-    _show_best(console, trainer)
-    _show_results(console, folder, tokenizer, trainer.own_model(), results)
-    _show_files(console, folder, results.plots)
-    _show_next(console, folder / "checkpoint")
-    console.print(f"The whole run took {seconds:.0f} s.", highlight=False)
+    _show_best(screen, trainer)
+    _show_results(screen, folder, tokenizer, trainer.own_model(), results)
+    _show_files(screen, folder, results.plots)
+    _show_next(screen, folder / "checkpoint")
+    screen.say(f"The whole run took {seconds:.0f} s.")
 
 
-def _show_best(console: Console, trainer: DyLoRATrainer) -> None:
+def _show_best(screen: Screen, trainer: DyLoRATrainer) -> None:
     state = trainer.state
     if state.best_metric is None:
         return
     kept = f"kept as {state.best_model_checkpoint}" if state.best_model_checkpoint else "not saved"
     ends = "the run ends with it" if trainer.args.load_best_model_at_end else "the run ends with the last one"
-    console.print(
+    screen.say(
         f"best eval_{trainer.args.metric_for_best_model} {state.best_metric:.4f} at step {state.best_global_step}, "
         f"{kept}; {ends} (step {state.global_step})",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def _show_results(
-    console: Console, folder: Path, tokenizer: PreTrainedTokenizerBase, model: DyLoRAMoE, results: Results
+    screen: Screen, folder: Path, tokenizer: PreTrainedTokenizerBase, model: DyLoRAMoE, results: Results
 ) -> None:
     """Print losses, routing and samples, and save them as samples.json and as a picture, result.svg."""
     write_json(folder / "samples.json", [readable(item, tokenizer) for item in results.samples])
-    recorder = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    for target in (console, recorder):
+    picture = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
+    for target in (screen, Screen("train", console=picture, is_answer=True, is_logged=False)):
         show_losses(target, results.before, results.after)
         show_shares(target, results.after)
         show_legend(target, model.router.names)
         for item in results.samples:
             show_sample(target, item, tokenizer, model.router.names)
-    recorder.save_svg(str(folder / "result.svg"), title="dylora train")
-    recorder.file.close()
+    picture.save_svg(str(folder / "result.svg"), title="dylora train")
 
 
 def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -163,25 +157,24 @@ def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}
 
 
-def _show_files(console: Console, folder: Path, plots: list[Path]) -> None:
-    console.rule(style="dim")
+def _show_files(screen: Screen, folder: Path, plots: list[Path]) -> None:
+    screen.rule()
+    screen.result("checkpoint", folder / "checkpoint")
     for label, path in (
-        ("checkpoint", folder / "checkpoint"),
         ("metrics", folder / "metrics.jsonl"),
         *(("plot", plot) for plot in plots),
         ("picture", folder / "result.svg"),
         ("settings", folder / "config.yaml"),
     ):
-        console.print(f"{label:11s} {path}", highlight=False, soft_wrap=True)
+        screen.file(label, path)
 
 
 # What to type next.
 
 
-def _show_next(console: Console, checkpoint: Path) -> None:
-    console.print("\nNext, ask the model something:\n")
-    words = f"  {command()} generate --checkpoint {checkpoint} --prompt {QUESTION!r}\n"
-    console.print(words, highlight=False, soft_wrap=True, markup=False)
+def _show_next(screen: Screen, checkpoint: Path) -> None:
+    screen.say("\nNext, ask the model something:\n")
+    screen.copyable(f"  {command()} generate --checkpoint {checkpoint} --prompt {QUESTION!r}\n")
 
 
 def lost_process(arguments: Arguments) -> str:

@@ -1,0 +1,63 @@
+"""What other libraries say that nobody can act on: it is kept out of what is printed, here and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dylo_moe.utils.errors import DyLoRAWarning
+
+SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_SILENT": "true",
+}
+"""What the libraries read when they are imported. A value of the user's own environment stays."""
+
+
+def drop_useless_lines() -> None:
+    """Drop the line that bitsandbytes, which PEFT imports, logs on every CPU without one more package."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+
+
+@contextmanager
+def only_our_lines(show: Callable[[str], None]) -> Iterator[None]:
+    """Keep the messages of other libraries out of a command's output until the `with` block ends.
+
+    Deprecations are for programmers, who see them where they import the package; warnings about anything else stay.
+
+    Args:
+        show: called with the text of each warning of ours.
+    """
+    added = {name: value for name, value in SETTINGS.items() if name not in os.environ}
+    os.environ.update(added)
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        theirs = warnings.showwarning
+
+        def show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, DyLoRAWarning):
+                show(str(message))
+            else:
+                theirs(message, category, *rest, **more)
+
+        warnings.showwarning = show_warning
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
