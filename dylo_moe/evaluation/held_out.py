@@ -69,9 +69,8 @@ def held_out(
     data = load_data(config, tokenizer, seed=seed if settings is None else settings["seed"])
     notes = []
     if datasets is None:
-        differences = data_changes(
-            _comparable(record["data"], eval_subset), _comparable(data.fingerprint, eval_subset), data.names
-        )
+        trained = record | {"data": _comparable(record["data"], eval_subset)}
+        differences = data_changes(trained, _comparable(data.fingerprint, eval_subset), data.names)
         if differences:
             raise ValueError(
                 f"the data of {checkpoint} is not what it was when it was trained: {'; '.join(differences)}. Give "

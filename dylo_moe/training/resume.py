@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from dylo_moe.data.loading import LoadedData
 from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.run_folder import CONFIG_FILE, NUMBERED, RUNS, STREAM_FILE, checkpoints_in
-from dylo_moe.utils.differences import differences
+from dylo_moe.utils.differences import Difference, differences
 from dylo_moe.utils.words import counted
 
 LATEST = "latest"
@@ -196,16 +196,59 @@ def changes(
     return refused, allowed
 
 
-def data_changes(saved: Mapping[str, str], now: Mapping[str, str], names: list[str]) -> list[str]:
-    """How the rows differ from those of a checkpoint: a phrase for each difference."""
+def data_changes(record: Mapping[str, Any], now: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """How rows differ from those of a checkpoint: a phrase for each difference, with the dataset's name.
 
-    def title(key: str) -> str:
-        place, _, what = key.partition(": ")
-        return f"{names[int(place)]}: {what}" if what and int(place) < len(names) else key
+    A dataset may have another name than before where it is in the same place and has the same rows.
 
-    return [
-        f"{title(item.name)} are {item.now or 'none'}, were {item.before or 'none'}" for item in differences(saved, now)
+    Args:
+        record: the checkpoint's record of its training.
+        now: the fingerprint of the rows to compare with it.
+        names: the names of the datasets in `now`, in their order.
+    """
+    saved = [item["name"] for item in record.get("facts", {}).get("data", ())]
+    before, after = _by_dataset(record["data"], saved), _by_dataset(now, names)
+    same = [one for one, other in zip(before, after, strict=False) if before[one] == after[other]]
+    renamed = {other for one, other in zip(before, after, strict=False) if one in same}
+    phrases = [
+        f"{name} is not among the datasets (it had {_all_rows(rows)})"
+        for name, rows in before.items()
+        if name not in after and name not in same
     ]
+    phrases += [
+        f"{name} is a new dataset ({_all_rows(rows)})"
+        for name, rows in after.items()
+        if name not in before and name not in renamed
+    ]
+    for name in before.keys() & after.keys():
+        phrases += [_changed_rows(name, item) for item in differences(before[name], after[name])]
+    others = [str(item) for item in differences(record["data"], now)]
+    if others and not phrases:
+        wanted, given = list(before), list(after)
+        is_order = wanted != given and set(wanted) == set(given)
+        return [f"the datasets are {', '.join(given)}, were in the order {', '.join(wanted)}"] if is_order else others
+    return sorted(phrases)
+
+
+def _by_dataset(fingerprint: Mapping[str, str], names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The entries of a fingerprint for each dataset, such as {"low": {"training rows": "54 rows, HASH"}}."""
+    found: dict[str, dict[str, str]] = {}
+    for key, value in fingerprint.items():
+        place, sign, what = key.partition(": ")
+        if sign:
+            name = names[int(place)] if int(place) < len(names) else f"dataset {int(place) + 1}"
+            found.setdefault(name, {})[what] = value
+    return found
+
+
+def _all_rows(rows: Mapping[str, str]) -> str:
+    return " and ".join(f"{value.partition(' ')[0]} {what}" for what, value in rows.items())
+
+
+def _changed_rows(name: str, item: Difference) -> str:
+    """A phrase for rows of a dataset whose number, or else whose content, is another one."""
+    now, before = (str(value).partition(" ")[0] for value in (item.now, item.before))
+    return f"{name} has {now} {item.name}, " + (f"had {before}" if now != before else "as before, but with other texts")
 
 
 def trainable_set(model: DyLoRAMoE) -> dict[str, Any]:
@@ -227,6 +270,6 @@ def check_same_data(resumed: Resumption | None, data: LoadedData) -> None:
     """Raises ValueError, with each difference, unless the rows are those that the checkpoint was trained on."""
     if resumed is None or resumed.checkpoint is None:
         return
-    changed = data_changes(resumed.record["data"], data.fingerprint, data.names)
+    changed = data_changes(resumed.record, data.fingerprint, data.names)
     if changed:
         raise ValueError(f"cannot resume from {resumed.checkpoint} with other data: {'; '.join(changed)}")

@@ -17,6 +17,7 @@ from dylo_moe.cli import main
 from dylo_moe.commands.train.request import parse_train
 from dylo_moe.commands.train.run import train
 from dylo_moe.model.checkpoint import CheckpointError
+from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import checkpoints_in
 from dylo_moe.training.stopping import StopRequest, is_exhausted
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -193,8 +194,54 @@ def test_other_data_is_refused(folder, interrupted, tmp_path):
     train(parse_train([*words, *datasets]))
     lines = (moved / "high.jsonl").read_text().splitlines()
     (moved / "high.jsonl").write_text("\n".join(lines[:-3]))
-    with pytest.raises(ValueError, match=r"with other data: high: training rows are 51 rows, \w+, were 54 rows"):
+    with pytest.raises(ValueError, match=r"with other data: high has 51 training rows, had 54"):
         train(parse_train([*words, *datasets]))
+
+
+def rows_of_datasets(**datasets):
+    """A fingerprint, and the record of a checkpoint that has it; each dataset is its (training, held-out) rows."""
+    entries = {
+        f"{place}: {what} rows": f"{value[:2]} rows, {value}"
+        for place, values in enumerate(datasets.values())
+        for what, value in zip(("training", "held-out"), values, strict=True)
+    }
+    entries["the epoch's order"] = str(sorted(datasets.values()))
+    return entries, {"data": entries, "facts": {"data": [{"name": name} for name in datasets]}}
+
+
+LOW, HIGH, OTHER = ("54a", "60a"), ("54b", "60b"), ("54c", "51c")
+
+
+@pytest.mark.parametrize(
+    ("now", "phrases"),
+    [
+        ({"low": LOW, "high": HIGH}, []),
+        ({"low": LOW, "renamed": HIGH}, []),
+        ({"low": LOW}, ["high is not among the datasets (it had 54 training rows and 60 held-out rows)"]),
+        ({"high": HIGH}, ["low is not among the datasets (it had 54 training rows and 60 held-out rows)"]),
+        (
+            {"low": LOW, "high": HIGH, "more": OTHER},
+            ["more is a new dataset (54 training rows and 51 held-out rows)"],
+        ),
+        (
+            {"renamed": LOW, "more": OTHER},
+            [
+                "high is not among the datasets (it had 54 training rows and 60 held-out rows)",
+                "more is a new dataset (54 training rows and 51 held-out rows)",
+            ],
+        ),
+        (
+            {"low": LOW, "high": OTHER},
+            ["high has 51 held-out rows, had 60", "high has 54 training rows, as before, but with other texts"],
+        ),
+        ({"high": HIGH, "low": LOW}, ["the datasets are high, low, were in the order low, high"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_difference_of_the_data_has_the_name_of_its_dataset(now, phrases):
+    """They were named by their places, as in "1: held-out rows are none, were 6"."""
+    _, record = rows_of_datasets(low=LOW, high=HIGH)
+    assert data_changes(record, rows_of_datasets(**now)[0], list(now)) == phrases
 
 
 def test_another_base_is_refused(folder, interrupted, tmp_path):

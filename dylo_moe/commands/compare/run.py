@@ -186,9 +186,9 @@ def evaluate_seed(places: Sequence[ArmFolder], request: CompareRequest, screen: 
 def check_arms_share_data(trained: Sequence[ArmFolder]) -> None:
     """Raise ValueError, with each difference, unless all arms of a seed were trained on the same rows."""
     records = {place.arm: read_manifest(place.checkpoint)["training"] for place in trained}
-    names = [item["name"] for item in records[OURS]["facts"]["data"]]
     for place in trained:
-        others = data_changes(records[OURS]["data"], records[place.arm]["data"], names)
+        own = records[place.arm]
+        others = data_changes(records[OURS], own["data"], [item["name"] for item in own["facts"]["data"]])
         if others:
             raise ValueError(f"{place.run} was trained on other data than {OURS}: {'; '.join(others)}")
 

@@ -120,7 +120,7 @@ def start_state(
     """
     if checkpoint is not None:
         state, record = read_state(checkpoint)
-        differences = data_changes(record["data"], data.fingerprint, data.names)
+        differences = data_changes(record, data.fingerprint, data.names)
         if differences:
             raise ValueError(f"cannot resume from {checkpoint} with other data: {'; '.join(differences)}")
         options = base_options(request.model, bf16=request.train.bf16)
