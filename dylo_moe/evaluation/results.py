@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from dylo_moe.utils.settings_folder import Settings, take_folder
 
 RESULTS_FILE = "results.json"
 
+EVALUATIONS = "evaluation"
+"""The folder, beside a run's checkpoints, of the evaluations of each."""
+
 
 def evaluation_folder(checkpoint: Path, options: EvalArguments) -> Path:
     """The folder for the results: `output_dir`, or else evaluation/NAME beside the checkpoint.
@@ -27,7 +31,18 @@ def evaluation_folder(checkpoint: Path, options: EvalArguments) -> Path:
         return Path(options.output_dir)
     folder = checkpoint.resolve()
     name = folder.name if options.expert is None else f"{folder.name}-{options.expert}"
-    return folder.parent / "evaluation" / name
+    return folder.parent / EVALUATIONS / name
+
+
+def rename_evaluations(run: Path, names: Mapping[str, str]) -> None:
+    """Rename evaluations of a run together with the checkpoints that they are of, so that they can be resumed.
+
+    Args:
+        names: the new name of each checkpoint, by its old one.
+    """
+    for before, after in names.items():
+        if (run / EVALUATIONS / before).is_dir():
+            (run / EVALUATIONS / before).rename(run / EVALUATIONS / after)
 
 
 def evaluation_settings(checkpoint: Path, options: EvalArguments, *, bf16: bool, device: str) -> Settings:

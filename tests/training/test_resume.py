@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from dylo_moe.cli import main
 from dylo_moe.commands.train.request import parse_train
 from dylo_moe.commands.train.run import train
+from dylo_moe.evaluation.arguments import EvalArguments
+from dylo_moe.evaluation.results import evaluation_folder, evaluation_settings, take_evaluation_folder
 from dylo_moe.model.checkpoint import CheckpointError
 from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import checkpoints_in
@@ -121,22 +123,63 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(interrupted, whole, capsy
     assert trained(interrupted) == trained(whole)
 
 
-def test_a_finished_run_is_finished_again_without_a_step(whole, tmp_path):
+def written(run):
+    """Every file of a run, with its content and the time of its last change."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("more", [[], ["--num_epochs", "2"]], ids=["the same", "fewer epochs"])
+def test_a_finished_run_says_so_and_nothing_of_it_is_written(more, whole, capsys):
+    """Its checkpoint was written again, so that an evaluation of it was refused as one of another checkpoint."""
+    before = written(whole)
+    assert train(parse_train(["--resume_from_checkpoint", str(whole), *more])) == whole / "checkpoint"
+    assert written(whole) == before
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"{whole} is finished, at step 21, epoch 3: nothing is left to train, and nothing was written" in said
+
+
+def test_a_finished_run_whose_result_is_lost_makes_it_again(whole, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "checkpoint")
     train(parse_train(["--resume_from_checkpoint", str(copy)]))
     assert files_of(copy / "checkpoint") == files_of(whole / "checkpoint")
     assert trained(copy) == trained(whole)
 
 
-def test_more_epochs_go_on_from_the_last_checkpoint(whole, tmp_path):
+def test_a_finished_run_without_numbered_checkpoints_is_not_trained_anew(whole, tmp_path):
+    """It began at its beginning, and wrote over its result."""
     copy = tmp_path / "run"
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = written(copy)
+    train(parse_train(["--resume_from_checkpoint", str(copy)]))
+    for more, reason in ((["--num_epochs", "4"], "go on from. Its result"), (["--lora_r", "8"], "lora_r is 8, was 4")):
+        with pytest.raises(CheckpointError, match=rf"is finished, at step 21, epoch 3, and has no .*{reason}"):
+            train(parse_train(["--resume_from_checkpoint", str(copy), *more]))
+    assert written(copy) == before
+
+
+def test_more_epochs_go_on_from_the_last_checkpoint_and_keep_the_earlier_result(whole, tmp_path, capsys):
+    """With its evaluation, which can be resumed as before."""
+    copy, options = tmp_path / "run", EvalArguments()
+
+    def evaluate(checkpoint):
+        settings = evaluation_settings(checkpoint, options, bf16=False, device="cpu")
+        take_evaluation_folder(evaluation_folder(checkpoint, options), settings)
+
     shutil.copytree(whole, copy)
+    evaluate(copy / "checkpoint")
     arguments = parse_train(["--resume_from_checkpoint", str(copy), "--num_epochs", "4"])
     assert arguments.changed == ("num_train_epochs is 4.0, was 3.0",)
     train(arguments)
+    kept = copy / "checkpoint-of-step-21"
+    assert f"the earlier result is kept as {kept}" in capsys.readouterr().out.replace("\n", "")
     state = json.loads((checkpoints_in(copy)[-1][1] / "trainer_state.json").read_text())
     assert state["epoch"] == 4
+    assert files_of(kept) == files_of(whole / "checkpoint") != files_of(copy / "checkpoint")
+    assert [path.name for path in (copy / "evaluation").iterdir()] == [kept.name]
+    evaluate(kept)
+    evaluate(copy / "checkpoint")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_at_its_beginning(whole, interrupted, capsys):
@@ -191,11 +234,12 @@ def test_other_data_is_refused(folder, interrupted, tmp_path):
     shutil.copytree(folder, moved)
     datasets = [f"{moved / 'low.jsonl'},{moved / 'high.jsonl'}"]
     words = ["--resume_from_checkpoint", str(interrupted), "--model", str(moved / "base"), "--datasets"]
-    train(parse_train([*words, *datasets]))
-    lines = (moved / "high.jsonl").read_text().splitlines()
-    (moved / "high.jsonl").write_text("\n".join(lines[:-3]))
+    whole = (moved / "high.jsonl").read_text()
+    (moved / "high.jsonl").write_text("\n".join(whole.splitlines()[:-3]))
     with pytest.raises(ValueError, match=r"with other data: high has 51 training rows, had 54"):
         train(parse_train([*words, *datasets]))
+    (moved / "high.jsonl").write_text(whole)
+    train(parse_train([*words, *datasets]))
 
 
 def rows_of_datasets(**datasets):

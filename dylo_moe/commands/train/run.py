@@ -12,17 +12,26 @@ from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.commands.train.request import Arguments, settings_of
-from dylo_moe.commands.train.screen import Results, lost_process, show_begin, show_end, show_model, show_packing
+from dylo_moe.commands.train.screen import (
+    Results,
+    lost_process,
+    show_begin,
+    show_end,
+    show_model,
+    show_packing,
+)
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData, load_data
 from dylo_moe.data.packing import check_texts_kept_apart, epoch_of
 from dylo_moe.evaluation.callback import BenchmarkCallback, BenchmarkSchedule, plan_benchmarks
 from dylo_moe.evaluation.continuation import RoutedText, end_ids, sample
+from dylo_moe.evaluation.results import rename_evaluations
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.report.terminal import show_data, show_loss
 from dylo_moe.training.build import build_model, start_router
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
+from dylo_moe.training.finished import LOSSES_AFTER, RESULT, keep_earlier_result, nothing_left
 from dylo_moe.training.fit import evaluate, resume_log, train_to_end
 from dylo_moe.training.plots import write_plots
 from dylo_moe.training.resume import check_same_data
@@ -90,6 +99,9 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     transformers_logging.disable_progress_bar()
     screen = distributed.screen("train")
     settings = settings_of(arguments)
+    if is_finished(arguments, settings, screen):
+        distributed.leave()
+        return Path(arguments.train.output_dir) / RESULT
     sharding = take_sharding(arguments.train, num_processes=distributed.num_ranks())
     show_begin(screen, arguments, sharding)
     set_seed(arguments.train.seed)
@@ -113,6 +125,20 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
 
 
 # Before training.
+
+
+def is_finished(arguments: Arguments, settings: dict[str, Any], screen: Screen) -> bool:
+    """Whether the resumed run has nothing left to train; then say so. Nothing has been written by now.
+
+    Raises:
+        CheckpointError: where the run is finished, and cannot be trained further as the flags ask.
+    """
+    sentence = nothing_left(arguments.resumed, arguments.train.output_dir, settings)
+    if sentence is None:
+        return False
+    screen.say(sentence)
+    screen.result("checkpoint", Path(arguments.train.output_dir) / RESULT)
+    return True
 
 
 def benchmark_schedule(arguments: Arguments, sharding: Sharding | None) -> BenchmarkSchedule | None:
@@ -278,23 +304,28 @@ def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Pat
     """Save the final checkpoint, evaluate it, and print the results; returns the checkpoint's folder.
 
     The checkpoint is saved before the evaluation, so that a kill during the evaluation loses no training, and saved
-    again with the losses afterwards.
+    again with the losses at the very end: from then on the run counts as finished. The result of an earlier end, of
+    fewer steps, is kept under another name, and what was evaluated of it too.
     """
-    final = run.folder / "checkpoint"
+    final = run.folder / RESULT
     record = {**run.record, "step": trainer.state.global_step, "epoch": trainer.state.epoch}
     run.model.router.collect_counts()
     if distributed.is_first():
+        kept = keep_earlier_result(run.folder, trainer.state.global_step)
+        rename_evaluations(run.folder, kept)
+        if kept:
+            run.screen.say(f"the earlier result is kept as {run.folder / kept[RESULT]}")
         save_checkpoint(run.model, final, training=record)
     after = evaluate(trainer, run.screen, "after training")
     samples = sample_of_each(run.model, run.tokenizer, run.data)
     if distributed.is_first():
         before = run.record["losses_before"]
         losses = {"before": before, "after": {name: reading.loss for name, reading in after.items()}}
-        save_checkpoint(run.model, final, training=record, losses=losses)
         plots = write_plots(run.folder / "plots", run.folder / "metrics.jsonl", after)
         log_plots(plots)
         results = Results(before, after, samples, plots)
         show_end(run.screen, run.folder, run.tokenizer, trainer, results, seconds=time.time() - started)
+        save_checkpoint(run.model, final, training=record | {LOSSES_AFTER: losses["after"]}, losses=losses)
     return final
 
 
