@@ -27,7 +27,7 @@ COMMANDS = {
     "compare": "ours against the base, single LoRAs of equal size, and routing that is not learned; says if it wins",
     "generate": "continue a prompt with a trained model, each token coloured by the expert it used",
     "export": "an adapter for each expert with the command that serves them, or one plain model; says what that loses",
-    "report": "one page about a run or a stream: losses, routing, matrix, settings; it needs no network",
+    "report": "one page about a run, a stream or a comparison: losses, routing, verdicts; it needs no network",
 }
 """The summary of each command. `dylo_moe.commands.NAME.main` runs the command; its package is imported only when the
 command is typed, so that the overview and the answer to a mistyped command appear at once."""

@@ -6,10 +6,13 @@ A page is one file. It needs no network and runs no script.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from dylo_moe.report.run_record import finite
 from dylo_moe.training.charts import COLOURS
@@ -77,6 +80,11 @@ def _environment() -> Environment:
 def render(template: str, **values: Any) -> str:
     """Render a page with one of the templates of this package."""
     return _environment().get_template(template).render(values)
+
+
+def page_link(page: Path, home: Path) -> str:
+    """The address of another page, relative to the folder `home` of the page that links to it."""
+    return "./" + quote(Path(os.path.relpath(page, home.resolve())).as_posix())
 
 
 def settings_table(settings: dict[str, Any]) -> HtmlTable:

@@ -10,6 +10,8 @@ from dylo_moe.training.charts import Series
 from dylo_moe.utils.redact import short_name
 from dylo_moe.utils.words import counted
 
+NATS = "nats per token"
+
 
 def loss_charts(record: Record) -> list[Chart]:
     """Draw the training and held-out loss of each dataset, and the loss of all training tokens."""
@@ -19,9 +21,9 @@ def loss_charts(record: Record) -> list[Chart]:
             Series("training", record.points(f"loss_{domain}"), index),
             Series("held out", record.losses[domain], index, dots=True),
         ]
-        charts.append(line_chart(short_name(domain), series))
+        charts.append(line_chart(short_name(domain), series, unit=NATS))
     whole = [Series("language model", record.points("lm_loss"), 0), Series("with all terms", record.points("loss"), 1)]
-    return [*charts, line_chart("all training tokens", whole)]
+    return [*charts, line_chart("all training tokens", whole, unit=NATS)]
 
 
 def benchmark_charts(record: Record) -> list[Chart]:
@@ -30,8 +32,9 @@ def benchmark_charts(record: Record) -> list[Chart]:
     for index, name in enumerate(record.benchmarks):
         rates = Series("pass@1", record.points(f"eval_{name}_pass_at_1"), index, dots=True)
         tasks = record.last(f"eval_{name}_num_tasks")
-        caption = "" if tasks is None else f"{counted(round(tasks), 'task')}, one greedy answer each."
-        charts.append(line_chart(name, [rates], floor=0, caption=caption))
+        each = "" if tasks == 1 else " each"
+        caption = "" if tasks is None else f"{counted(round(tasks), 'task')}, one greedy answer{each}."
+        charts.append(line_chart(name, [rates], unit="share of the tasks", floor=0, caption=caption))
     return charts
 
 
@@ -59,13 +62,13 @@ def entropy_charts(record: Record) -> list[Chart]:
         Series("of one token", record.points("token_entropy"), 0),
         Series("of the mean", record.points("average_entropy"), 1),
     ]
-    charts = [line_chart("entropy in training", training, floor=0, marks=marks)]
+    charts = [line_chart("entropy in training", training, unit="nats", floor=0, marks=marks)]
     for key, title in (("token", "of one held-out token"), ("average", "of the mean over held-out tokens")):
         series = [
             Series(short_name(domain), record.points(f"eval_{domain}_{key}_entropy"), index)
             for index, domain in enumerate(record.domains)
         ]
-        charts.append(line_chart(title, series, floor=0, marks=marks))
+        charts.append(line_chart(title, series, unit="nats", floor=0, marks=marks))
     return charts
 
 
@@ -74,11 +77,12 @@ def load_charts(record: Record) -> list[Chart]:
     shares = [Series(expert, record.points(f"share_{expert}"), index) for index, expert in enumerate(record.experts)]
     even = [(1 / len(record.experts), "even")] if len(record.experts) > 1 else []
     imbalance = [Series("load imbalance", record.points("load_imbalance"), 0)]
-    caption = "The busiest expert's share over the mean share."
     return [
-        line_chart("share of all training tokens", shares, floor=0, marks=even),
-        line_chart("load imbalance", imbalance, floor=1, caption=caption),
-        line_chart("balance loss", [Series("balance loss", record.points("balance_loss"), 0)]),
+        line_chart("share of all training tokens", shares, unit="share of the tokens", floor=0, marks=even),
+        line_chart("load imbalance", imbalance, unit="busiest share / mean share", floor=1),
+        line_chart(
+            "balance loss", [Series("balance loss", record.points("balance_loss"), 0)], unit="loss term, no unit"
+        ),
     ]
 
 
@@ -87,16 +91,18 @@ def drift_charts(record: Record) -> list[Chart]:
     series = [
         Series(expert, record.points(f"gate_drift_{expert}"), index) for index, expert in enumerate(record.experts)
     ]
-    return [line_chart("drift of each expert's gate row", series, floor=0)]
+    return [line_chart("drift of each expert's gate row", series, unit="distance / length at the start", floor=0)]
 
 
 def gradient_charts(record: Record) -> list[Chart]:
     """Draw the norms of gradients, the learning rate and the speed."""
     names = [*record.experts, "router"]
     series = [Series(name, record.points(f"grad_norm_{name}"), index) for index, name in enumerate(names)]
-    return [
-        line_chart("norm of each expert's and the router's gradient", series, floor=0),
-        line_chart("norm of the whole gradient", [Series("all", record.points("grad_norm"), 0)], floor=0),
-        line_chart("learning rate", [Series("learning rate", record.points("learning_rate"), 0)], floor=0),
-        line_chart("speed, tokens per second", [Series("speed", record.points("tokens_per_second"), 0)], floor=0),
-    ]
+    charts = [line_chart("norm of each expert's and the router's gradient", series, unit="2-norm", floor=0)]
+    for key, title, unit in (
+        ("grad_norm", "norm of the whole gradient", "2-norm"),
+        ("learning_rate", "learning rate", "learning rate"),
+        ("tokens_per_second", "speed", "tokens per second"),
+    ):
+        charts.append(line_chart(title, [Series(title, record.points(key), 0)], unit=unit, floor=0))
+    return charts

@@ -1,21 +1,17 @@
-"""Write the page about a run, or a stream, as one HTML file that needs no network and runs no script."""
+"""The page about a run: what it was made of, what it learned, and where the router sends what."""
 
 from __future__ import annotations
 
 import json
 import math
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylo_moe.model.model_card import hardware_lines
 from dylo_moe.report import run_charts
-from dylo_moe.report.charts import Key, colour_class, mean
-from dylo_moe.report.html import REPORT, Cell, HtmlTable, count, in_short, render, settings_table, share
-from dylo_moe.report.run_record import Record, finite, read_record
-from dylo_moe.report.stream_page import stream_page
-from dylo_moe.report.stream_record import is_stream, read_stream
-from dylo_moe.utils.atomic_files import write_whole
+from dylo_moe.report.charts import Key, colour_class, mean, number
+from dylo_moe.report.html import Cell, HtmlTable, count, in_short, render, settings_table, share
+from dylo_moe.report.run_record import Record, finite
 from dylo_moe.utils.redact import short_name, without_secrets
 from dylo_moe.utils.words import counted
 
@@ -23,24 +19,8 @@ MAX_RAW_LINES = 400
 """The most lines of metrics.jsonl that are shown on the page."""
 
 
-def write_report(folder: str, output: str | None = None) -> Path:
-    """Write the page about the run or stream in `folder`; returns its path, by default report.html in that folder.
-
-    Raises:
-        ValueError: for a folder that is neither a run's nor a stream's, or an output that is a folder.
-    """
-    target = Path(folder) / REPORT if output is None else Path(output)
-    if target.is_dir():
-        raise ValueError(f"output {target} is a folder; name a file, such as {target / REPORT}")
-    text = stream_page(read_stream(Path(folder)), target.parent) if is_stream(Path(folder)) else run_page(Path(folder))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, text.encode("utf-8", errors="replace"))  # a text may hold half a surrogate pair
-    return target
-
-
-def run_page(folder: Path) -> str:
+def run_page(record: Record) -> str:
     """The page about a run as HTML."""
-    record = read_record(folder)
     facts = record.facts
     evaluated = [step for points in record.losses.values() for step, _ in points]
     every = math.ceil(len(record.lines) / MAX_RAW_LINES) or 1
@@ -89,7 +69,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("parameters trained", in_short(facts.get("trainable"))),
         ("datasets", f"{len(record.domains):,}" if record.domains else "not known"),
         ("optimizer steps", f"{steps:,}" + (f" of {planned:,.0f}" if planned > 0 else "")),
-        ("epochs", f"{record.last('epoch') or 0:.3g}"),
+        ("epochs", number(record.last("epoch") or 0, digits=3)),
         ("tokens per second", count(mean([value for _, value in record.points("tokens_per_second")]))),
         ("from first to last log", _duration(record)),
     ]
@@ -109,7 +89,7 @@ def _losses(record: Record) -> HtmlTable:
         change = "" if first is None or last is None else f"{last - first:+.4f}"
         kind = "" if not float(change or 0) else " good" if change.startswith("-") else " bad"
         best = min((value for _, value in points if value is not None), default=None)
-        losses = [Cell("" if value is None else f"{value:.4f}", "n") for value in (first, last, best)]
+        losses = [Cell("not finite" if value is None else f"{value:.4f}", "n") for value in (first, last, best)]
         rows.append([Cell(short_name(domain)), *losses, Cell(change, f"n{kind}")])
     return HtmlTable(["dataset", "first", "last", "lowest", "change"], rows)
 

@@ -15,6 +15,9 @@ from dylo_moe.utils.words import counted
 FILES = ("config.yaml", "metrics.jsonl", "run.json")
 """The files of a run; a folder that holds none of them is not a run's."""
 
+MANIFEST = "dylora.json"
+"""The file by which a checkpoint is known. `model.checkpoint` says so too, but takes PyTorch's seconds to import."""
+
 Points = list[tuple[float, float | None]]
 """The (step, value) of each logged line; the value is None if it is not finite."""
 
@@ -66,16 +69,35 @@ class Record(NamedTuple):
         return [(line["step"], str(text)) for line in self.lines for text in _list(line.get("alarms"))]
 
 
-def read_record(folder: Path) -> Record:
-    """Read the files of a run that are there; `missing` tells about the others.
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return any((folder / name).is_file() for name in FILES)
 
-    Raises:
-        ValueError: for a folder that is not a run's.
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is that of a checkpoint."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_checkpoint(folder: Path) -> Record:
+    """Read what a checkpoint without its run knows about the run: what it was made of, and the losses before it.
+
+    The hashes of its files are not checked.
     """
-    if not folder.is_dir():
-        raise ValueError(f"there is no run folder {folder}")
-    if not any((folder / name).is_file() for name in FILES):
-        raise ValueError(f"{folder} is not a run: it holds none of {', '.join(FILES)}")
+    missing = ["this is a checkpoint without the folder of its run: what was logged in training is not known"]
+    training = read_mapping(folder / MANIFEST, missing, "nothing is known").get("training")
+    training = training if isinstance(training, dict) else {}
+    before, facts, settings = ({**_dict(training.get(name))} for name in ("losses_before", "facts", "settings"))
+    lines = [{"step": 0, **{f"eval_{name}_loss": loss for name, loss in before.items()}}] if before else []
+    step = finite(training.get("step"))
+    if step is not None:
+        lines.append({"step": int(step), "epoch": training.get("epoch")})
+    domains, experts = _names(facts, "data") or list(before), _names(facts, "experts")
+    return Record(folder.resolve().name, facts, settings, lines, [], domains, experts, False, missing)
+
+
+def read_record(folder: Path) -> Record:
+    """Read the files of a run that are there; `missing` tells about the others."""
     missing: list[str] = []
     facts = read_mapping(folder / "run.json", missing, "base, experts, data, versions and hardware are not known")
     settings = read_mapping(folder / "config.yaml", missing, "the configuration is not known")
@@ -86,10 +108,8 @@ def read_record(folder: Path) -> Record:
         samples = _dicts(_read(folder / "samples.json", missing, "there are no samples"))
     else:
         missing.append("samples.json is missing: the run has not ended, or did not end well")
-    domains = [str(item["name"]) for item in _dicts(facts.get("data")) if "name" in item]
-    experts = [str(item["name"]) for item in _dicts(facts.get("experts")) if "name" in item]
-    domains = domains or _named(lines, r"eval_(.+)_loss")
-    experts = experts or _named(lines, r"gate_drift_(.+)")
+    domains = _names(facts, "data") or _named(lines, r"eval_(.+)_loss")
+    experts = _names(facts, "experts") or _named(lines, r"gate_drift_(.+)")
     record = Record(folder.resolve().name, facts, settings, lines, samples, domains, experts, is_finished, missing)
     if lines and not record.has_training_log:
         missing.append("metrics.jsonl holds no training log yet")
@@ -151,6 +171,15 @@ def _named(lines: list[dict[str, Any]], pattern: str) -> list[str]:
     """The names in the keys of the metrics, for a run whose run.json does not hold them."""
     found = [match[1] for line in lines for key in line if (match := re.fullmatch(pattern, key))]
     return list(dict.fromkeys(found))
+
+
+def _names(facts: dict[str, Any], key: str) -> list[str]:
+    """The names of the datasets or experts in the facts of a run."""
+    return [str(item["name"]) for item in _dicts(facts.get(key)) if "name" in item]
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from dylo_moe.evaluation.loss_matrix import FIGURES, OF_UNLEARNED, Matrix, shown
-from dylo_moe.report.html import Cell, HtmlTable, render, settings_table, tinted
+from dylo_moe.report.html import Cell, HtmlTable, page_link, render, settings_table, tinted
 from dylo_moe.report.loss_matrix_table import figure_rows, stage_label
 from dylo_moe.report.run_record import finite
 from dylo_moe.report.stream_record import StreamRecord
@@ -184,7 +182,7 @@ def _decisions(record: StreamRecord, home: Path) -> HtmlTable:
 def _link(page: Path | None, home: Path) -> Cell:
     if page is None:
         return Cell("")
-    return Cell("page", link="./" + quote(Path(os.path.relpath(page, home.resolve())).as_posix()))
+    return Cell("page", link=page_link(page, home))
 
 
 def _word(value: Any) -> str:

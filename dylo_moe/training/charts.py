@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
+    from matplotlib.lines import Line2D
 
 COLOURS = ("#0072b2", "#d55e00", "#00856a", "#b8569a", "#b07a00", "#4a4fb5", "#5f6b73")
 """Colours of series: Okabe and Ito's palette, which colour-blind people can distinguish, darkened for white paper."""
@@ -54,6 +55,13 @@ SETTINGS = {
 """Matplotlib's settings for a chart, on top of its defaults."""
 
 
+TINIEST, LARGEST = 1e-300, 1e300
+"""An axis takes a number below the first for 0, and ends at the second."""
+
+SMALLEST_RANGE = 1e-5
+"""The smallest range of an axis, relative to its largest number."""
+
+
 class Series(NamedTuple):
     """One line, or with `dots` separate points."""
 
@@ -66,8 +74,24 @@ class Series(NamedTuple):
 
     @property
     def known(self) -> list[tuple[float, float]]:
-        """The points that have a value."""
-        return [(step, value) for step, value in self.points if value is not None]
+        """The points that have a value; one past the end of every axis is drawn at that end."""
+        return [(step, min(max(value, -LARGEST), LARGEST)) for step, value in self.points if value is not None]
+
+    @property
+    def alone(self) -> list[tuple[float, float]]:
+        """The points that have a value, but no neighbour with one; no line shows them."""
+        values = [None, *(value for _, value in self.points), None]
+        has_neighbour = [
+            before is not None or after is not None
+            for value, before, after in zip(values[1:], values, values[2:], strict=False)
+            if value is not None
+        ]
+        return [point for point, beside in zip(self.known, has_neighbour, strict=True) if not beside]
+
+    @property
+    def has_line(self) -> bool:
+        """Whether there is a line to draw: neighbours that both have a value, which are not to be dots."""
+        return not self.dots and len(self.alone) < len(self.known)
 
 
 @contextmanager
@@ -94,33 +118,66 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round, evenly spaced numbers from at or below `low` to at or above `high`."""
+def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
+    """Round, evenly spaced numbers from at or below `low` to at or above `high`.
+
+    A range of less than a hundred-thousandth of its numbers is widened: its ticks would need too many digits, and a
+    line that is flat to the eye belongs in the middle of the chart.
+
+    Args:
+        most: the largest number of ticks, at least 5.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat line is drawn in the middle
-        low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
-    return [float(tick) for tick in MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    size = max(abs(low), abs(high))
+    if size < TINIEST:
+        return [0.0, 0.5, 1.0]
+    unit = 10.0 ** math.floor(math.log10(size))
+    low, high = low / unit, high / unit
+    if high - low < SMALLEST_RANGE * size / unit:
+        low, high = low - abs(low) * 0.1, high + abs(high) * 0.1
+    found = MaxNLocator(nbins=most - 2, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1).tick_values(low, high)
+    return [float(tick) * unit for tick in found]
+
+
+def tick_labels(places: Sequence[float]) -> list[str]:
+    """Write evenly spaced numbers so that each has a text of its own, very large and small ones with a power of ten."""
+    largest = max(map(abs, places))
+    step = places[1] - places[0] if len(places) > 1 else largest
+    power = 0 if largest == 0 or 1e-3 <= largest < 1e6 else math.floor(math.log10(largest))
+    end, unit = f"e{power}" if power else "", 10.0**power
+    digits = 0
+    while abs(round(step / unit, digits) - step / unit) > 1e-3 * step / unit:
+        digits += 1
+    return [f"{place / unit:,.{digits}f}{end}" if abs(place) > step / 2 else "0" for place in places]
+
+
+def step_ticks(first: float, last: float) -> list[float]:
+    """Whole optimizer steps, evenly spaced, from `first` to `last`; of a single step that one."""
+    from matplotlib.ticker import MaxNLocator
+
+    if first == last:
+        return [first]
+    return [
+        float(tick) for tick in MaxNLocator(nbins=5, integer=True).tick_values(first, last) if first <= tick <= last
+    ]
 
 
 def draw_lines(
     axes: Axes, series: Sequence[Series], *, floor: float | None = None, marks: Sequence[tuple[float, str]] = ()
-) -> None:
-    """Draw each series over optimizer steps.
+) -> list[Line2D]:
+    """Draw each series over optimizer steps; returns for each that has a value the artist to show in a legend.
 
-    A point without a neighbour is drawn as a dot, because a line would not show it.
+    A point of a line that has no neighbour is drawn as a diamond, because a line would not show it.
 
     Args:
         floor: the vertical axis begins at this value or lower.
         marks: dotted horizontal lines, each with its label.
     """
-    from matplotlib.ticker import MaxNLocator
-
     values = [value for item in series for _, value in item.known]
     if not values:
-        return
-    for item in series:
-        _draw_series(axes, item)
+        return []
+    artists = [_draw_series(axes, item) for item in series if item.known]
     for value, label in marks:
         axes.axhline(value, color=AXIS, linewidth=1, linestyle=(0, (3, 4)), clip_on=False)
         axes.annotate(
@@ -129,31 +186,30 @@ def draw_lines(
     values += [value for value, _ in marks] + ([] if floor is None else [floor])
     rounded = ticks(min(values), max(values))
     axes.set_ylim(rounded[0], rounded[-1])
-    axes.set_yticks(rounded)
+    axes.set_yticks(rounded, tick_labels(rounded))
     axes.grid(axis="y", clip_on=False)
     steps = [step for item in series for step, _ in item.points]
-    axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    first, last = min(steps), max(steps)
+    margin = 1 if first == last else 0  # a single step is drawn in the middle
+    axes.set_xlim(first - margin, last + margin)
+    axes.set_xticks(step_ticks(first, last), tick_labels(step_ticks(first, last)))
+    return artists
 
 
-def _draw_series(axes: Axes, series: Series) -> None:
+def _draw_series(axes: Axes, series: Series) -> Line2D:
     style: dict[str, Any] = {"color": colour(series.colour), "clip_on": False}
-    steps, values = [step for step, _ in series.points], [value for _, value in series.points]
-    label = printable(series.name)
-    if not series.dots:
-        drawn = [math.nan if value is None else value for value in values]
+    artists = []
+    if series.has_line:
+        steps, known = [step for step, _ in series.points], iter(series.known)
+        drawn = [math.nan if value is None else next(known)[1] for _, value in series.points]
         dashes = DASHES[series.colour // len(COLOURS) % len(DASHES)]
-        axes.plot(steps, drawn, linewidth=2, linestyle=dashes, label=label, **style)
-        label = ""
-    around = [None, *values, None]
-    is_dot = [
-        here is not None and (series.dots or (before is None and after is None))
-        for before, here, after in zip(around, values, around[2:], strict=False)
-    ]
-    dots = [point for point, is_shown in zip(series.points, is_dot, strict=True) if is_shown]
-    if dots:
-        marker: dict[str, Any] = {"markersize": 9, "markeredgecolor": "white", "markeredgewidth": 1.5}
-        axes.plot(*zip(*dots, strict=True), "o", label=label, gid="dots", **marker, **style)
+        artists += axes.plot(steps, drawn, linewidth=2, linestyle=dashes, **style)
+    markers = series.known if series.dots else series.alone
+    if markers:
+        style |= {"linestyle": "none", "markeredgecolor": "white", "markeredgewidth": 1.5, "gid": "dots"}
+        style |= {"marker": "o", "markersize": 9} if series.dots else {"marker": "D", "markersize": 8}
+        artists += axes.plot(*zip(*markers, strict=True), **style)
+    return artists[0]
 
 
 def draw_shares(axes: Axes, rows: Sequence[Sequence[float | None]]) -> QuadMesh:

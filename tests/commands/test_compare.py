@@ -152,6 +152,16 @@ def test_the_table_holds_the_figures_of_the_file(compared):
     assert all(sentence in said.replace("\n", " ") and sentence in markdown for sentence in content["sentences"])
 
 
+def test_its_folder_has_a_page(compared, tmp_path, capsys):
+    _, output, _ = compared
+    page = tmp_path / "page.html"
+    assert main(["report", str(output), "--output", str(page)]) == 0 and str(page) in capsys.readouterr().out
+    text, content = page.read_text(), json.loads((output / "compare.json").read_text())
+    assert "<b>finished</b>" in text and all(sentence in text for sentence in content["sentences"])
+    for item in content["arms"].values():
+        assert f">{item['losses']['mean']['value']:.4f}\n[" in text
+
+
 def test_again_it_shows_the_same_and_trains_nothing(compared, capsys, monkeypatch):
     folder, output, said = compared
     monkeypatch.setenv("COLUMNS", "200")

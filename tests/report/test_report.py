@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference.browser import BROWSER, needs_browser, open_page, screenshot
 from reference.pages import HOSTILE, KNOWN_TAGS, Reader, read, shown_and_written
@@ -23,6 +24,7 @@ from reference.runs import flags, tiny_run_folder
 from dylo_moe.cli import main
 from dylo_moe.commands.train.request import parse_train
 from dylo_moe.commands.train.run import train as train
+from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.report.charts import (
     BOTTOM,
     HEIGHT,
@@ -31,14 +33,16 @@ from dylo_moe.report.charts import (
     RIGHT,
     TOP,
     WIDTH,
+    Measured,
     colour_class,
     heatmap,
+    interval_chart,
     line_chart,
     number,
     thinned,
 )
-from dylo_moe.report.run_page import write_report
-from dylo_moe.training.charts import Series, ticks
+from dylo_moe.report.pages import write_report
+from dylo_moe.training.charts import Series, step_ticks, tick_labels, ticks
 from dylo_moe.utils.redact import short_name
 
 SECTIONS = ["summary", "losses", "benchmarks", "experts", "entropy", "load", "drift", "gradients", "alarms"]
@@ -50,7 +54,7 @@ DOMAINS = ["data/a_b.jsonl", f"c {HOSTILE}"]
 
 def write_run(folder: Path, *, num_logs: int = 12) -> Path:
     """The folder of a finished run whose every text is hostile."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     facts = {
         "started": HOSTILE,
         "versions": {"torch": "2.0", HOSTILE: HOSTILE},
@@ -196,43 +200,67 @@ def test_a_run_without_any_log_has_a_page(tmp_path):
 
 
 def test_what_is_not_finite_breaks_the_line(tmp_path):
-    svg = line_chart("x", [Series("a", [(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], 0)]).svg
+    svg = line_chart("x", [Series("a", [(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], 0)], unit="nats").svg
     (path,) = lines_of(svg)
     assert path.count("M") == 2 and path.count("L") == 1 and svg.count("<title>") == 3
     assert len(spots(svg, "points")) == 3
 
 
 @pytest.mark.parametrize("values", [[1.0], [None, 1.0, None], [None, 1.0], [2.0, None, 1.0, None, None]])
-def test_a_point_without_a_neighbour_is_a_dot(values):
-    """A line of one point is no line: without a dot, nothing of it would be seen."""
-    svg = line_chart("x", [Series("a", list(enumerate(values)), 0)]).svg
+def test_a_point_without_a_neighbour_is_a_diamond(values):
+    """A line of one point is no line: without a marker, nothing of it would be seen. Its legend has the marker too."""
+    lone, dots = Series("a", list(enumerate(values)), 0), Series("b", list(enumerate(values)), 0, dots=True)
+    assert [key.kind for key in line_chart("x", [lone, dots], unit="").legend] == ["s0 d0 lone", "s0 d0 point"]
+    svg = line_chart("x", [Series("a", list(enumerate(values)), 0)], unit="nats").svg
     assert len(spots(svg, "dots")) == sum(value is not None for value in values)
-    svg = line_chart("x", [Series("a", [*enumerate(values), (8, 1.0), (9, 1.0)], 0)]).svg
+    svg = line_chart("x", [Series("a", [*enumerate(values), (8, 1.0), (9, 1.0)], 0)], unit="nats").svg
     before_the_line = 1 if values[-1] is not None else 0
     assert len(spots(svg, "dots")) == sum(value is not None for value in values) - before_the_line
 
 
 def test_a_page_needs_no_pytorch_and_a_stream_without_charts_no_matplotlib():
     """They would take most of the time of the command."""
-    code = "import sys, dylo_moe.report.run_page; print(*{'torch', 'transformers', 'matplotlib'} & sys.modules.keys())"
+    code = "import sys, dylo_moe.report.pages; print(*{'torch', 'transformers', 'matplotlib'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == []
 
 
-def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
+def test_what_is_nothing_of_the_kind_is_refused_with_what_was_found_and_what_is_expected(tmp_path, capsys):
+    folder, other = write_run(tmp_path / "runs" / "out"), tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text("{}")
     for argument, said in (
-        (tmp_path / "nothing", "there is no run folder"),
-        (tmp_path, "is not a run: it holds none of"),
+        (tmp_path / "nothing", "there is no folder"),
+        (folder / "metrics.jsonl", "is a file; name the folder of a run (config.yaml"),
+        (other, "holds adapter_config.json, and is not the folder of a run (config.yaml"),
+        (folder.parent, f"name one of the folders in it, such as {folder}"),
     ):
         assert main(["report", str(argument)]) == 2
         error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
-    folder = write_run(tmp_path / "out")
+        assert str(argument) in error and said in error and "a comparison (compare.json)" in error
+        assert error.startswith("dylora report: ") and error.count("\n") == 1
     assert main(["report", str(folder), "--output", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert main(["report", str(folder), "--output", str(tmp_path / "new" / "page.html")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "page.html")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["page.html"]
+
+
+def test_a_checkpoint_stands_for_its_run_and_stays_whole(finished, tmp_path):
+    """Bug this guards against: a page inside a checkpoint, whose own list of files then no longer holds."""
+    page = write_report(str(finished / "checkpoint"))
+    assert page == finished / "report.html" and read(page) == read(write_report(str(finished)))
+    alone = shutil.copytree(finished / "checkpoint", tmp_path / "alone")
+    page = write_report(str(alone))
+    assert page == tmp_path / "alone-report.html"
+    read_manifest(alone)
+    text = html.unescape(read(page))
+    lines = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
+    before = {key: value for line in lines if line["step"] == 0 for key, value in line.items()}
+    for name in ("low", "high"):
+        assert f"held out, step 0: {number(before[f'eval_{name}_loss'])}<" in text
+    assert "a checkpoint without the folder of its run" in text
+    assert "<td>num_experts</td><td class='long'>2</td>" in text
 
 
 # What its charts draw.
@@ -250,6 +278,10 @@ def lines_of(svg: str) -> list[str]:
     return re.findall(r'<g class="line2d"><path d="([^"]*)" style="[^"]*stroke: var\(--c\d\)', svg)
 
 
+def value_of(label: str) -> float:
+    return float(label.replace(",", ""))
+
+
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40)
 
 
@@ -257,29 +289,64 @@ VALUES = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40)
 @given(VALUES)
 def test_a_point_lies_where_its_value_says(values):
     """Heights are an affine map of the values, and steps go to the right."""
-    svg = line_chart("x", [Series("a", list(enumerate(values)), 0)]).svg
+    svg = line_chart("x", [Series("a", list(enumerate(values)), 0)], unit="nats").svg
     places = np.array(spots(svg, "points"))
     assert len(places) == len(values) and (np.diff(places[:, 0]) > 0).all()
     assert (places >= np.array((LEFT, TOP)) - 1e-6).all()
     assert (places <= np.array((WIDTH - RIGHT, HEIGHT - BOTTOM)) + 1e-6).all()
-    axis = re.findall(r'<g class="ytick"><g class="line2d"><path d="M \d+ ([\d.]+).*?<text[^>]*>([^<]+)<', svg)
-    shared = [text for text in re.findall(r"<text[^>]*>(1e[^<]+)<", svg)]  # a power of ten for the whole axis
-    unit = float(shared[0]) if shared else 1.0
-    (low, low_value), (high, high_value) = [(float(y), float(text) * unit) for y, text in (axis[0], axis[-1])]
-    assert high < low and len({text for _, text in axis}) == len(axis)
-    if high_value > low_value and (high_value - low_value) > 1e-2 * max(abs(high_value), abs(low_value)):
-        wanted = low + (np.array(values) - low_value) / (high_value - low_value) * (high - low)
-        assert np.abs(places[:, 1] - wanted).max() < 0.02 * (low - high)  # the labels are rounded
+    axis = re.findall(r'<g class="ytick"><g class="line2d"><path d="M [\d.]+ ([\d.]+).*?<text[^>]*>([^<]+)<', svg)
+    (low, low_value), (high, high_value) = [(float(y), value_of(text)) for y, text in (axis[0], axis[-1])]
+    wanted = low + (np.array(values) - low_value) / (high_value - low_value) * (high - low)
+    assert np.abs(places[:, 1] - wanted).max() < 0.02 * (low - high)  # the labels are rounded
+    assert ">nats<" in svg and ">optimizer step<" in svg
 
 
-@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
-def test_ticks_cover_the_values_evenly(low, size):
-    found = ticks(low, low + size)
-    slack = 1e-6 * (abs(low) + size)
-    assert found[0] <= low + slack and found[-1] >= low + size - slack
-    if low + size > low and size > 1e-6 * abs(low):
-        assert 3 <= len(found) <= 8
-        assert np.diff(found) == pytest.approx(np.diff(found)[0], rel=1e-3)
+ENDS = st.one_of(
+    st.tuples(st.floats(-1e300, 1e300), st.floats(-1e300, 1e300)),
+    st.tuples(st.floats(-10, 10), st.floats(0, 1e-4)).map(lambda pair: (pair[0], sum(pair))),
+    st.tuples(st.floats(-1e9, 1e9), st.floats(0, 1)).map(lambda pair: (pair[0], pair[0] * (1 + 1e-4 * pair[1]))),
+)
+
+
+@given(ENDS, st.integers(5, 9))
+@example((2.3, 2.3), 6)
+@example((0.0, 0.0), 6)
+@example((2.3, 2.3 + 1e-12), 6)
+@example((1.2e-5, 2e-5), 6)
+def test_the_ticks_of_an_axis_cover_its_values_and_all_read_differently(ends, most):
+    low, high = sorted(ends)
+    found = ticks(low, high, most=most)
+    assert 3 <= len(found) <= most
+    size = found[-1] - found[0]
+    assert np.diff(found) / size == pytest.approx(1 / (len(found) - 1), rel=1e-3)
+    assert found[0] <= low + 1e-6 * size and found[-1] >= high - 1e-6 * size
+    labels = tick_labels(found)
+    read_back = [value_of(label) for label in labels]
+    assert read_back == sorted(set(read_back)) and "-0" not in labels
+    assert np.abs(np.array(read_back) - found).max() < 1e-2 * size
+    assert max(map(len, labels)) <= 13
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**9))
+def test_the_steps_below_an_axis_are_whole_and_all_read_differently(first, length):
+    found = step_ticks(first, first + length)
+    assert 1 <= len(found) <= 6 and all(first <= step <= first + length and step == int(step) for step in found)
+    read_back = [value_of(label) for label in tick_labels(found)]
+    assert read_back == sorted(set(read_back))
+    if max(found, default=0) < 1e6:
+        assert read_back == found
+
+
+def test_an_interval_lies_where_its_ends_say():
+    rows = [Measured("a", 2.0, (1.5, 2.75), 0), Measured("b", 1.25, None, 1), Measured("c", math.nan, None, 2)]
+    svg = interval_chart("x", rows, unit="nats", mark=1.75).svg
+    axis = re.findall(r'<g class="xtick"><g class="line2d"><path d="M ([\d.]+) .*?<text[^>]*>([^<]+)<', svg)
+    (left, low), (right, high) = [(float(x), value_of(text)) for x, text in (axis[0], axis[-1])]
+    (bar,) = [path for path in lines_of(svg) if " L " in path]
+    found = [float(x) for x in re.findall(r"[ML] ([\d.]+)", bar)] + [x for x, _ in spots(svg, "dots")]
+    wanted = [left + (value - low) / (high - low) * (right - left) for value in (1.5, 2.75, 2.0, 1.25)]
+    assert found == pytest.approx(wanted, abs=0.01)
+    assert ">a: 2 [1.5, 2.75]<" in svg and ">b: 1.25<" in svg and ">nats<" in svg
 
 
 @given(st.lists(st.floats(-1e3, 1e3), max_size=700))
@@ -310,14 +377,14 @@ def test_a_cell_is_as_full_as_its_share(shares):
 
 def test_experts_beyond_the_colours_have_another_kind_of_line():
     assert len({colour_class(index) for index in range(28)}) == 28
-    svg = line_chart("x", [Series(str(index), [(0, 0.0), (1, 1.0)], index) for index in range(28)]).svg
+    svg = line_chart("x", [Series(str(index), [(0, 0.0), (1, 1.0)], index) for index in range(28)], unit="").svg
     assert len(set(re.findall(r'<g class="line2d"><path [^>]*style="([^"]*stroke: var\(--c[^"]*)"', svg))) == 28
 
 
 def test_the_same_log_gives_the_same_charts():
     """No date, no random identifiers: two pages about one run are equal, letter for letter."""
     series = [Series("a", [(0, 1.0), (1, 2.0)], 0), Series("b", [(0, 3.0)], 1, dots=True)]
-    assert line_chart("x", series) == line_chart("x", series)
+    assert line_chart("x", series, unit="") == line_chart("x", series, unit="")
     assert heatmap("x", [("a", [(0, 0.5)])]) == heatmap("x", [("a", [(0, 0.5)])])
 
 

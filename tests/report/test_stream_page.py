@@ -16,7 +16,7 @@ from reference.pages import HOSTILE, KNOWN_TAGS, Reader, read, shown_and_written
 
 from dylo_moe.cli import main
 from dylo_moe.evaluation.loss_matrix import FIGURES, Matrix, Stage, write_matrix
-from dylo_moe.report.run_page import write_report
+from dylo_moe.report.pages import write_report
 from dylo_moe.utils.redact import short_name
 
 SKILLS = ["python", "cpp", "sql", "legal_text"]

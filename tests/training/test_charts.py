@@ -41,6 +41,20 @@ def test_a_run_of_any_names_has_its_plots(names, tmp_path, recwarn):
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
+def test_one_log_of_nine_datasets_with_long_names_is_seen_whole(tmp_path):
+    """Bugs this guards against: an empty chart of lines with one point; names that end outside the picture."""
+    names = [f"organisation/dataset_number_{place}_with_a_name_{'that_goes_on_and_' * 4}on" for place in range(9)]
+    line = {"step": 4} | {f"loss_{name}": 2.0 + place for place, name in enumerate(names)}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    shares = {"an_expert_with_a_long_name_" * 3: 1.0, "e1": 0.0}
+    readings = {name: MeterReading(1.0, {}, shares, {}, 0.5, 3, 0.5) for name in names}
+    for path in write_plots(tmp_path / "plots", tmp_path / "metrics.jsonl", readings):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        edges = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
+        assert all((edge == 255).all() for edge in edges), path
+    assert all(pixels_like(tmp_path / "plots" / "losses.png", colour) > 50 for colour in COLOURS)
+
+
 def test_what_cannot_be_drawn_is_replaced():
     assert printable("a\x00\ud800\nb ü") == "a\ufffd\ufffd\ufffdb ü"
 

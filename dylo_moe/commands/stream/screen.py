@@ -8,7 +8,7 @@ from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import StageData
 from dylo_moe.commands.stream.state import StreamState
 from dylo_moe.continual.growth import SkillDecision
-from dylo_moe.report.run_page import write_report
+from dylo_moe.report.pages import write_report
 from dylo_moe.training.fit import command
 from dylo_moe.utils.words import counted
 

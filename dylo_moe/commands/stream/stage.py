@@ -20,7 +20,7 @@ from dylo_moe.data.packing import epoch_of
 from dylo_moe.evaluation.loss_matrix import Stage
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.loss_matrix_table import show_matrix
-from dylo_moe.report.run_page import write_report
+from dylo_moe.report.pages import write_report
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.fit import resume_log, train_to_end
 from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in, save_config
