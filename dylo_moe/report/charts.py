@@ -41,7 +41,7 @@ grows with the labels of the axis."""
 LETTER = 9.5
 """The width of a digit in these units, in the larger letters that a narrow screen shows."""
 
-ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 112, 12
+ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 130, 12
 """The height of a heatmap's row, the width of the names on its left, and how many letters of a name are shown."""
 
 INTERVAL_HEIGHT = 42
