@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dylo_moe.parsing.ending import no_such_command, print_error
+from dylo_moe.parsing.help_format import overview
 from dylo_moe.utils.other_libraries import only_our_lines
 from dylo_moe.utils.quiet import quiet
 
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None, **options: Any) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in typed if word != QUIET]
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        print(overview("dylora COMMAND [--FLAG VALUE ...]", COMMANDS, description=DESCRIPTION))
         return 0
-    if words[0] == "--version":
+    if words[0] == "--version" or words[1:] == ["--version"]:
         from dylo_moe import __version__
 
         print(f"dylora {__version__}")
@@ -81,12 +82,6 @@ def _show_note(name: str, sentence: str) -> None:
     from dylo_moe.utils.screen import Screen  # late: it needs rich, and the help does not
 
     Screen(name).note(sentence)
-
-
-def _overview() -> str:
-    lines = [DESCRIPTION, "", "usage: dylora COMMAND [--FLAG VALUE ...]", ""]
-    lines += [f"  {name:10s} {text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "`dylora COMMAND --help` explains a command."])
 
 
 if __name__ == "__main__":

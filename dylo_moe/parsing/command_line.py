@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from dylo_moe.parsing.help_format import Formatter, epilog
 
 SHOWN_FLAGS = (  # noqa: SIM905
     "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
@@ -80,6 +81,8 @@ class CommandLine(NamedTuple):
     """The dataclasses of our flags, in the order in which the help shows them."""
     description: str
     usage: str
+    examples: tuple[str, ...]
+    """Whole command lines, which the help ends with."""
     refusal: Refusal = refuses_nothing
     """Says which of the flags are not offered, and why."""
     trainer: type | None = None
@@ -93,8 +96,8 @@ class CommandLine(NamedTuple):
             "prog": self.prog,
             "usage": self.usage,
             "description": self.description,
-            "epilog": None if self.trainer is None else TRAINER_EPILOG,
+            "epilog": epilog(self.examples, *([] if self.trainer is None else [TRAINER_EPILOG])),
             "allow_abbrev": False,
             "add_help": False,
-            "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+            "formatter_class": Formatter,
         }

@@ -1,10 +1,10 @@
 """The help of a command, printed without the imports that take seconds.
 
 A parser is made by Transformers' `HfArgumentParser`, and importing that and the Trainer's arguments takes seconds. The
-help needs neither: our flags are fields of dataclasses that import next to nothing, and the Trainer's flags, with the
-texts that Transformers gives them, are read from `trainer_flags.json`, which `python -m dylo_moe.parsing.record_flags`
-writes. Where the installed version of Transformers is not the recorded one, the command makes its parser to print the
-help. tests/parsing/test_help.py checks that both ways print the same.
+help needs neither: our flags are fields of dataclasses that import next to nothing, and the Trainer's flags and their
+defaults are read from `trainer_flags.json`, which `python -m dylo_moe.parsing.record_flags` writes; their texts are in
+`trainer_texts.py`. Where the installed version of Transformers is not the recorded one, the command makes its parser to
+print the help. tests/parsing/test_help.py checks that both ways print the same.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine
 from dylo_moe.parsing.flags import flags_class
+from dylo_moe.parsing.help_format import default_in_words, sort_into_sections
+from dylo_moe.parsing.trainer_texts import TRAINER_TEXTS
 
 RECORD = Path(__file__).parent / "trainer_flags.json"
 """The Trainer's flags that a help shows, and the version of Transformers that has them."""
@@ -34,7 +36,12 @@ class HelpEntry(NamedTuple):
     nargs: str | int | None
     """The number of values that follow the flag, in argparse's notation; 0: no value."""
     default: str
+    """The default in words; empty where there is none."""
     help: str
+    choices: list[str] | None = None
+    """The only values that the flag takes; None: it takes others too."""
+    is_switch: bool = False
+    """Whether the flag is on or off, so that it is typed alone."""
 
 
 def print_help(line: CommandLine) -> bool:
@@ -49,15 +56,18 @@ def print_help(line: CommandLine) -> bool:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
         if record["transformers"] != version("transformers"):
             return False
-        entries += _trainer_entries(line.trainer, [HelpEntry(**flag) for flag in record["flags"]])
+        recorded = [HelpEntry(**flag, help=TRAINER_TEXTS.get(flag["name"], "")) for flag in record["flags"]]
+        entries += _trainer_entries(line.trainer, recorded)
     parser = argparse.ArgumentParser(**line.layout)
     for entry in entries:
         if line.refusal(entry.name):
             continue
-        options: dict[str, Any] = {"nargs": entry.nargs, "metavar": "VALUE"}
-        if entry.nargs == 0:
-            options = {"action": "store_false"}
-        parser.add_argument(*entry.options, default=entry.default, help=entry.help, **options)
+        options: dict[str, Any] = {"action": "store_false"}
+        if entry.nargs != 0:
+            options = {"nargs": entry.nargs, "choices": entry.choices, "metavar": "VALUE"}
+        action = parser.add_argument(*entry.options, dest=entry.name, default=entry.default, help=entry.help, **options)
+        action.const = True if entry.is_switch else action.const
+    sort_into_sections(parser, line.kinds, has_trainer=line.trainer is not None)
     parser.print_help()
     return True
 
@@ -91,8 +101,10 @@ def _entries(item: Field[Any], kind: Any) -> Iterator[HelpEntry]:
     has_default = default is not MISSING
     is_switch = kind is bool or kind == bool | None  # a switch may be typed alone or with a value
     nargs = item.metadata.get("nargs", "?" if is_switch else "+" if get_origin(kind) is list else None)
-    shown = str(default if has_default else False if kind is bool else None)
-    text = item.metadata.get("help", "")
-    yield HelpEntry(item.name, options, nargs, shown, text)
+    shown = default_in_words(default if has_default else None)
+    text, choices = item.metadata.get("help", ""), item.metadata.get("choices")
+    literal = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
+    choices = list(get_args(literal)) if literal is not None and choices is None else choices
+    yield HelpEntry(item.name, options, nargs, shown, text, choices, is_switch)
     if is_switch and default is True:
-        yield HelpEntry(item.name, [f"--no_{item.name}"], 0, "False", text)
+        yield HelpEntry(item.name, [f"--no_{item.name}"], 0, "", text)

@@ -13,7 +13,9 @@ from transformers.hf_argparser import string_to_bool
 from dylo_moe.model.checkpoint import checkpoint_in
 from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine, Refusal
 from dylo_moe.parsing.flags import config_from, flags_class, flags_of
+from dylo_moe.parsing.help_format import sort_into_sections
 from dylo_moe.parsing.other_names import meant_by
+from dylo_moe.parsing.trainer_texts import TRAINER_TEXTS
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import listed
 
@@ -199,7 +201,11 @@ def build_parser(line: CommandLine, trainer: type | None = None, *, show_all: bo
     """
     parser = Parser(line.kinds if trainer is None else (*line.kinds, trainer), **line.layout)
     shown = {*SHOWN_FLAGS, *(flag for kind in line.kinds for flag in flags_of(kind))}
+    texts = {} if line.trainer is None else {**TRAINER_TEXTS, **dict.fromkeys(flags_of(line.trainer))}
     for action in parser._actions:
         if line.refusal(action.dest) or (action.dest not in shown and not show_all):
             action.help = argparse.SUPPRESS
+        else:
+            action.help = texts.get(action.dest) or action.help
+    sort_into_sections(parser, line.kinds, has_trainer=trainer is not None)
     return plain_options(parser)

@@ -173,7 +173,7 @@ def test_check_without_a_benchmark_says_that_it_did_not_compare(run, tmp_path, m
         (["show", "cmake", "--max_seq_length", "3"], "max_seq_length is 3"),
         (["show", "cmake", "--overlong", "wrap"], "invalid choice: 'wrap'"),
         (["show", "nonsense"], "unknown dataset 'nonsense'"),
-        (["look"], "there is no command data 'look'; there are list, show, check"),
+        (["look"], "there is no command 'data look'; there are list, show, check"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(base, capsys, words, message):

@@ -106,4 +106,8 @@ COMPARE_LINE = CommandLine(
     "Started again after a kill, it resumes where it was.",
     refusal=compare_refusal,
     trainer=TrainerOptions,
+    examples=(
+        "dylora compare --config quickstart --seeds 1 2 3",
+        "dylora compare --config quickstart --arms lora_total ours --output_dir runs/compare",
+    ),
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
-from dylo_moe.parsing.ending import asks_for_help
+from dylo_moe.parsing.ending import asks_for_help, no_such_command
 from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help_format import overview
+from dylo_moe.parsing.plain import PlainParser
+from dylo_moe.utils.errors import UsageError
+
+DESCRIPTION = "Look at data before it is trained on."
 
 COMMANDS = {
     "list": "every dataset that has a name: size, format, licence, source",
@@ -17,16 +20,18 @@ COMMANDS = {
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
     if not words or words[0] in ("-h", "--help"):
-        lines = ["usage: dylora data COMMAND [NAME ...] [--FLAG VALUE ...]", ""]
-        lines += [f"  {name:6s} {text}" for name, text in COMMANDS.items()]
-        print("\n".join([*lines, "", "`dylora data COMMAND --help` explains a command."]))
+        print(overview("dylora data COMMAND [NAME ...] [--FLAG VALUE ...]", COMMANDS, description=DESCRIPTION))
         return 0
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
-        raise ValueError(f"there is no command data {command!r}; there are {', '.join(COMMANDS)}")
+        raise UsageError(no_such_command(command, COMMANDS, of="data"))
     if command == "list":
-        parser = argparse.ArgumentParser(prog="dylora data list", description=COMMANDS["list"])
-        parser.parse_args(rest)
+        text = "Print every dataset that has a name: size, format, licence, source."
+        parser = PlainParser("dylora data list", "", text, ["dylora data list"])
+        if asks_for_help(rest):
+            parser.print_help()
+            return 0
+        parser.read(rest)
         from dylo_moe.commands.data.run import list_datasets
 
         list_datasets()

@@ -55,6 +55,10 @@ def look_line(prog: str) -> CommandLine:
         kinds=(DataConfig, LookArguments),
         usage=f"{prog} NAME{'' if is_show else '...'} [--FLAG VALUE ...]",
         description=f"{what}. NAME is as in dylora train --datasets.",
+        examples=(
+            f"{prog} code_alpaca",
+            f"{prog} {'my.jsonl --examples 5' if is_show else 'code_alpaca mbpp my.jsonl'}",
+        ),
         refusal=_look_refusal(prog),
     )
 

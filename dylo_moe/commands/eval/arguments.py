@@ -11,4 +11,8 @@ EVAL_LINE = CommandLine(
     usage="dylora eval CHECKPOINT [--FLAG VALUE ...]",
     description="Held-out losses with intervals, and pass@k of HumanEval and MBPP, of a trained model. Run again with "
     "the same flags, it resumes where it was.",
+    examples=(
+        "dylora eval runs/code/checkpoint",
+        "dylora eval runs/code/checkpoint --tasks humaneval,mbpp --allow_code_execution",
+    ),
 )

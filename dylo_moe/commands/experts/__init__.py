@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+
+from dylo_moe.parsing.ending import asks_for_help, no_such_command
+from dylo_moe.parsing.help_format import overview
+from dylo_moe.parsing.plain import PlainParser
+from dylo_moe.utils.errors import UsageError
+
+DESCRIPTION = "Look at the experts of a checkpoint, and change which there are."
 
 COMMANDS = {
     "list": "the experts of a checkpoint in gate order, and the skills that each one knows",
@@ -15,25 +21,35 @@ COMMANDS = {
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
     if not words or words[0] in ("-h", "--help"):
-        lines = ["usage: dylora experts COMMAND CHECKPOINT ...", ""]
-        lines += [f"  {name:7s} {text}" for name, text in COMMANDS.items()]
-        print("\n".join([*lines, "", "`dylora experts COMMAND --help` explains a command."]))
+        print(overview("dylora experts COMMAND CHECKPOINT ...", COMMANDS, description=DESCRIPTION))
         return 0
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
-        raise ValueError(f"there is no command experts {command!r}; there are {', '.join(COMMANDS)}")
-    prog = f"dylora experts {command}"
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=COMMANDS[command])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder (the one that holds dylora.json)")
-    if command == "remove":
-        parser.add_argument("name", metavar="EXPERT", help="the expert to remove")
-        parser.add_argument("--output", required=True, help="a new folder for the checkpoint without it")
-    if command == "refit":
-        parser.add_argument("--output", help="a new folder for the refitted checkpoint; without it nothing is written")
-        parser.add_argument("--seed", type=int, default=0, help="seed of the draws from the skills' statistics")
-    arguments = parser.parse_args(rest)
+        raise UsageError(no_such_command(command, COMMANDS, of="experts"))
+    parser = make_parser(command)
+    if asks_for_help(rest):
+        parser.print_help()
+        return 0
+    values = parser.read(rest)
     from dylo_moe.commands.experts.run import list_experts, refit, remove_expert
 
     calls: dict[str, Callable[..., None]] = {"list": list_experts, "remove": remove_expert, "refit": refit}
-    calls[command](**vars(arguments))
+    calls[command](**values)
     return 0
+
+
+def make_parser(command: str) -> PlainParser:
+    """The parser of `dylora experts list`, `remove` or `refit`."""
+    prog = f"dylora experts {command}"
+    more = {"list": "", "remove": " EXPERT --output FOLDER", "refit": " [--output FOLDER] [--seed VALUE]"}[command]
+    example = {"remove": " expert_0 --output less", "refit": " --output refitted"}.get(command, "")
+    text = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
+    parser = PlainParser(prog, f"CHECKPOINT{more}", text, [f"{prog} runs/skills/checkpoint{example}"])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A checkpoint: the folder that holds dylora.json.")
+    if command == "remove":
+        parser.add_argument("name", metavar="EXPERT", help="The expert to remove.")
+        parser.add_argument("--output", required=True, help="A new folder for the checkpoint without it.")
+    if command == "refit":
+        parser.add_argument("--output", help="A new folder for the refitted checkpoint; without it nothing is written.")
+        parser.add_argument("--seed", type=int, default=0, help="Seed of the draws from the skills' statistics.")
+    return parser

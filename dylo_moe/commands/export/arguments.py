@@ -96,9 +96,13 @@ EXPORT_LINE = CommandLine(
     kinds=(ExportArguments,),
     usage="dylora export CHECKPOINT --to vllm --output FOLDER\n"
     "       dylora export CHECKPOINT --to merged --expert NAME --output FOLDER\n"
-    "       dylora export CHECKPOINT --to merged --mixture NAME=WEIGHT,NAME=WEIGHT --output FOLDER",
+    "       dylora export CHECKPOINT --to merged --mixture MIXTURE --output FOLDER",
     description="Write a checkpoint (the folder that holds dylora.json) for engines that do not route each token, and "
     "say what that loses: the loss on held-out rows is measured both ways.",
+    examples=(
+        "dylora export runs/code/checkpoint --to vllm --output served",
+        "dylora export runs/code/checkpoint --to merged --expert expert_0 --output plain",
+    ),
 )
 
 

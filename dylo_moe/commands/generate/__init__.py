@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
+from dylo_moe.parsing.ending import asks_for_help
+from dylo_moe.parsing.plain import PlainParser
 
 
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="dylora generate",
-        allow_abbrev=False,
-        description="Continue a prompt with a trained model. Each token is coloured by the expert that processed it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint folder (the one that holds dylora.json)")
-    parser.add_argument("--prompt", required=True, help="the question to answer, or with --raw the text to continue")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
-    parser.add_argument("--expert", help="send every token to this expert; base: to the unchanged model")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest continuation, in tokens")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: greedy decoding; above 0: sampling at this temperature"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    arguments = parser.parse_args(words)
+    parser = make_parser()
+    if not words or asks_for_help(words):
+        parser.print_help()
+        return 0
+    values = parser.read(words)
     from dylo_moe.commands.generate.run import generate
 
-    generate(**vars(arguments))
+    generate(**values)
     return 0
+
+
+def make_parser() -> PlainParser:
+    """The parser of the command."""
+    parser = PlainParser(
+        "dylora generate",
+        "--checkpoint FOLDER --prompt TEXT [--FLAG VALUE ...]",
+        "Continue a prompt with a trained model. Each token is coloured by the expert that processed it.",
+        [
+            "dylora generate --checkpoint runs/code/checkpoint --prompt 'Sort a list.'",
+            "dylora generate --checkpoint runs/code/checkpoint --raw --prompt 'def clamp('",
+        ],
+    )
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint: the folder that holds dylora.json.")
+    parser.add_argument("--prompt", required=True, help="The question to answer, or with --raw the text to continue.")
+    parser.add_argument("--raw", action="store_true", help="Continue the prompt as plain text, without a template.")
+    parser.add_argument("--expert", help="Send every token to this expert; base: to the unchanged model.")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="Longest continuation, in tokens.")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: greedy decoding; above 0: sampling at this temperature."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
+    return parser

@@ -34,4 +34,8 @@ PLAN_LINE = CommandLine(
     "takes the flags and recipes of `dylora train`.",
     refusal=refusal_of,
     trainer=TrainerOptions,
+    examples=(
+        "dylora plan --config quickstart",
+        "dylora plan --model google/codegemma-2b --num_experts 8 --lora_r 32",
+    ),
 )

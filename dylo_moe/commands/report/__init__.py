@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
+from dylo_moe.parsing.ending import asks_for_help
+from dylo_moe.parsing.plain import PlainParser
 
 
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="dylora report",
-        allow_abbrev=False,
-        description="Write one HTML page about a run, a stream or a comparison: losses, routing, matrix, verdicts, "
-        "settings. It needs no network.",
+    parser = make_parser()
+    if not words or asks_for_help(words):
+        parser.print_help()
+        return 0
+    values = parser.read(words)
+    from dylo_moe.report.pages import write_report  # late: a help needs no page
+    from dylo_moe.utils.screen import Screen
+
+    Screen("report").answer(str(write_report(values["folder"], values["output"])))
+    return 0
+
+
+def make_parser() -> PlainParser:
+    """The parser of the command."""
+    parser = PlainParser(
+        "dylora report",
+        "FOLDER [--output FILE]",
+        "Write one HTML page about a run, a stream or a comparison: losses, routing, matrix, verdicts, settings. It "
+        "needs no network.",
+        ["dylora report runs/code", "dylora report runs/skills --output skills.html"],
     )
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="what dylora train, stream or compare wrote, finished or not; or a checkpoint, for its run",
+        help="What dylora train, stream or compare wrote, finished or not; or a checkpoint, for its run.",
     )
     parser.add_argument(
         "--output",
-        help="the page to write; default: report.html in that folder, or CHECKPOINT-report.html beside a checkpoint "
-        "that is not in the folder of a run or stream",
+        help="The page to write; default: report.html in that folder, or CHECKPOINT-report.html beside a checkpoint "
+        "that is not in the folder of a run or stream.",
     )
-    arguments = parser.parse_args(words)
-    from dylo_moe.report.pages import write_report  # late: a help needs no page
-
-    print(write_report(arguments.folder, arguments.output))
-    return 0
+    return parser

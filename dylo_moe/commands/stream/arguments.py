@@ -181,4 +181,9 @@ STREAM_LINE = CommandLine(
     "every stage all of them are evaluated, and the model is saved.",
     refusal=stream_refusal,
     trainer=StageOptions,
+    examples=(
+        "dylora stream --config stream",
+        "dylora stream --datasets code_alpaca cmake --output_dir runs/skills",
+        "dylora stream --checkpoint runs/skills/checkpoint --datasets cpp_headers",
+    ),
 )

@@ -253,8 +253,10 @@ SUBMIT_LINE = CommandLine(
     usage="dylora submit [--config RECIPE] [--FLAG VALUE ...]",
     description="Train on a machine of Google Cloud: send a job to Vertex AI. The flags of the job come first below, "
     "then those of `dylora train`, which are checked here, before anything is sent. Look at the job before you pay for "
-    "it: dylora submit --gcp_project PROJECT --bucket gs://BUCKET --image IMAGE:TAG --display_name NAME "
-    "--config RECIPE --dry_run",
+    "it: --dry_run prints it.",
     refusal=submit_refusal,
     trainer=TrainerOptions,
+    examples=(
+        "dylora submit --gcp_project PROJECT --bucket gs://BUCKET --image IMAGE:TAG --display_name NAME --dry_run",
+    ),
 )

@@ -18,4 +18,9 @@ TRAIN_LINE = CommandLine(
     description="Train several LoRA experts and their router together on one frozen model.",
     refusal=refusal_of,
     trainer=TrainerOptions,
+    examples=(
+        "dylora train --config quickstart",
+        "dylora train --datasets code_alpaca mbpp --num_experts 4 --output_dir runs/code",
+        "dylora train --resume_from_checkpoint runs/code",
+    ),
 )

@@ -1,0 +1,52 @@
+"""The parser of commands with few flags, which are declared where the command is."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from dylo_moe.parsing.help_format import Formatter, epilog
+from dylo_moe.utils.errors import UsageError
+
+
+class PlainParser(argparse.ArgumentParser):
+    """A parser that raises at a mistake, with the usage, instead of ending the program.
+
+    Args:
+        prog: the command, such as `dylora report`.
+        usage: what is typed behind it.
+        examples: whole command lines, which the help ends with.
+    """
+
+    def __init__(self, prog: str, usage: str, description: str, examples: Sequence[str]) -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {usage}".strip(),
+            description=description,
+            epilog=epilog(examples),
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=Formatter,
+        )
+        self._positionals.title, self._optionals.title = "arguments", "flags"
+
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """The values of a command line, by the names of the flags and arguments.
+
+        Raises:
+            UsageError: for an unknown flag, with the nearest one, and where something is missing or no value.
+        """
+        for word in words:
+            name = word.split("=", 1)[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        return vars(self.parse_args(words))
+
+    def error(self, message: str) -> Any:
+        """Raise UsageError with the message of argparse, and the usage."""
+        required = "the following arguments are required: "
+        said = f"{message.removeprefix(required)} must be given" if message.startswith(required) else message
+        raise UsageError(f"{said} (usage: {self.usage})")
