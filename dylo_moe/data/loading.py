@@ -188,8 +188,8 @@ def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.
             continue
         if len(places) < 2:
             raise ValueError(
-                f"the dataset {table.name!r} has {len(places)} usable row(s); it needs at least two, one to train "
-                "on and one to hold out"
+                f"{_rows_in_words(table)}, and needs at least two: one to train on, and one that is held out to "
+                f"measure the loss. {_OWN_VALIDATION}"
             )
         documents = table.digests if table.is_one_document else table.documents
         held = np.zeros(len(table.rows), bool)
@@ -213,12 +213,35 @@ def _not_held_out_elsewhere(
         usable.append(table.good & ~table.given & ~held_out[place] & ~elsewhere)
     for table, use, held in zip(tables, usable, held_out, strict=True):
         if not use.any() or not held.any():
-            what = "training" if held.any() else "validation"
             raise ValueError(
-                f"the dataset {table.name!r} has no {what} row left: {table.good.sum():,} rows are usable, but the "
-                "rest repeat rows of another dataset, or ask a question that is held out there"
+                f"{_rows_in_words(table)}: {held.sum():,} would be held out, {use.sum():,} trained, and the others "
+                "repeat a row, or ask a question, that is held out here or in another dataset. Give more rows, or "
+                "leave that dataset out"
             )
     return usable
+
+
+_OWN_VALIDATION = (
+    "About a tenth of the rows is held out, at least one; to choose them yourself, give --datasets a folder with the "
+    "files train.jsonl and validation.jsonl"
+)
+
+
+def _rows_in_words(table: TokenizedDataset) -> str:
+    """How many rows a dataset has and can use, and why not more."""
+    fates = {
+        "too long": Fate.TOO_LONG,
+        "empty": Fate.EMPTY,
+        "malformed": Fate.MALFORMED,
+        "contaminated": Fate.CONTAMINATED,
+    }
+    lost = {what: table.num(fate) for what, fate in fates.items()}
+    lost["that repeat another row"] = int((table.duplicate_of >= 0).sum())
+    why = ", ".join(f"{count:,} {what}" for what, count in lost.items() if count)
+    usable = int(table.good.sum())
+    return f"the dataset {table.name!r} ({table.reading.origin}) has {counted(len(table.rows), 'row')}" + (
+        f", of which {usable:,} {'is' if usable == 1 else 'are'} usable ({why})" if why else ""
+    )
 
 
 def _subset_of(table: TokenizedDataset, which: NDArray[np.bool_], percent: float, seed: int) -> NDArray[np.int64]:

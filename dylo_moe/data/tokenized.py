@@ -18,6 +18,7 @@ from dylo_moe.data.sources.formats import Fate
 from dylo_moe.data.sources.read import SourceRows
 from dylo_moe.data.splitting import find_duplicates
 from dylo_moe.data.tokenizing import tokenise
+from dylo_moe.utils.words import counted
 
 
 class Reason(NamedTuple):
@@ -97,22 +98,39 @@ def tokenise_all(
     return tables
 
 
+def _first_broken(splits: Sequence[Dataset]) -> int:
+    """The index of the first row that holds a string which is not UTF-8, within its split."""
+    for split in splits:
+        for index in range(len(split)):
+            try:
+                split[index]
+            except UnicodeDecodeError:
+                return index
+    return 0
+
+
 def _table(
     reading: SourceRows, form: TextFormat, config: DataConfig, benchmarks: Benchmarks | None
 ) -> TokenizedDataset:
     splits = [reading.train] + ([reading.validation] if reading.validation is not None else [])
-    parts = [
-        tokenise(
-            split,
-            key=f"{reading.key}-{place}",
-            columns=reading.columns,
-            text_format=form,
-            config=config,
-            benchmarks=benchmarks,
-            name=reading.name,
-        )
-        for place, split in enumerate(splits)
-    ]
+    try:
+        parts = [
+            tokenise(
+                split,
+                key=f"{reading.key}-{place}",
+                columns=reading.columns,
+                text_format=form,
+                config=config,
+                benchmarks=benchmarks,
+                name=reading.name,
+            )
+            for place, split in enumerate(splits)
+        ]
+    except UnicodeDecodeError as error:  # a parquet file's strings are not checked by those who write or read it
+        raise ValueError(
+            f"the dataset {reading.name!r} ({reading.origin}) has strings that are not UTF-8, the first in row "
+            f"{_first_broken(splits)} ({error}); decode them from their encoding, and write the file again"
+        ) from error
     rows = concatenate_datasets(parts)
 
     def array(name: str) -> NDArray:
@@ -132,8 +150,10 @@ def _table(
         duplicate_of=np.full(len(rows), -1, np.int16),
     )
     if not table.num(Fate.KEPT):
-        found = [f"{reason.text} ({reason.num_rows:,}, first {reason.first})" for reason in table.reasons()[:3]]
+        found = [
+            f"{reason.text} ({counted(reason.num_rows, 'row')}, first {reason.first})" for reason in table.reasons()[:3]
+        ]
         if table.num(Fate.TOO_LONG):
-            found.append(f"over {config.max_seq_length} tokens ({table.num(Fate.TOO_LONG):,})")
+            found.append(f"over {config.max_seq_length} tokens ({counted(table.num(Fate.TOO_LONG), 'row')})")
         raise ValueError(f"the dataset {reading.name!r} ({reading.origin}) has no usable row: {'; '.join(found)}")
     return table

@@ -127,8 +127,6 @@ class Tokenise:
             return [self._read(content, place=place, document=document)]
         try:
             whole = clean_text(row["raw"].decode("utf-8"), "the file")
-        except UnicodeDecodeError:
-            return [_Text(RowError(Fate.MALFORMED, "not UTF-8"), document, place)]
         except RowError as error:
             return [_Text(error, document, place)]
         size = CHARACTERS_PER_TOKEN * self.config.max_seq_length

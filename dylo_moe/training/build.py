@@ -17,6 +17,7 @@ from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.utils.words import counted
 
 ROUTER_START_ROWS = 512
 """Training rows whose features start the gate."""
@@ -58,6 +59,15 @@ def base_options(flags: ModelArguments, *, bf16: bool) -> dict[str, Any]:
     attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
     bits = {"quantization_config": four_bit(torch.bfloat16 if bf16 else torch.float32)} if flags.load_in_4bit else {}
     return {"dtype": torch.bfloat16 if bf16 else "auto", **attention, **bits}
+
+
+def check_start(model: DyLoRAMoE, data: LoadedData) -> None:
+    """Raise ValueError where there are fewer training rows than experts, from which the gate cannot start."""
+    if len(data.train) < len(model.experts):
+        raise ValueError(
+            f"the datasets have {counted(len(data.train), 'training row')}, too few for {len(model.experts)} experts, "
+            "whose gate starts from one row for each: give more rows, or a smaller --num_experts"
+        )
 
 
 def start_router(model: DyLoRAMoE, data: LoadedData, collator: Collator, *, seed: int) -> None:

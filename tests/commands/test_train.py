@@ -308,6 +308,14 @@ def test_bad_settings_lose_nothing(tiny_folder, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_fewer_training_rows_than_experts_are_told_so(tiny_folder, tmp_path):
+    two = tmp_path / "two.jsonl"
+    two.write_text('{"text": "w1 w2"}\n{"text": "w3 w4"}\n')
+    with pytest.raises(ValueError, match=r"have 1 training row, too few for 2 experts, .* or a smaller --num_experts"):
+        train(parse_train(train_flags(tiny_folder, tmp_path / "out", "--datasets", str(two))))
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_py_is_dylora_train():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     outputs = [

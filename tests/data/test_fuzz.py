@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import struct
 from collections import Counter
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_rows_of_every_type_in_one_parquet_file_are_counted(tmp_path):
         try:
             data = load_data(config, CHAT)
         except ValueError as error:
-            assert "has no usable row: response is n" in str(error) and "\n" not in str(error)
+            assert re.search("has no usable row: response (is n|holds bytes)", str(error)) and "\n" not in str(error)
         else:
             (count,) = data.counts
             assert count.read == 5 == count.train + count.evaluation + count.empty + count.malformed

@@ -117,7 +117,7 @@ def test_a_question_held_out_elsewhere_is_not_trained_in_a_dataset_that_asks_not
         try:
             data = load([one, two], seed=seed)
         except ValueError as error:
-            assert "'one' has no training row left" in str(error)
+            assert "has 20 rows: 2 would be held out, 0 trained, and the others repeat a row, or ask" in str(error)
             seen.add("refused")
         else:
             judged = [PLAIN.decode(ids) for ids in data.evaluation["two"]["input_ids"]]
@@ -139,23 +139,34 @@ def test_a_training_row_that_repeats_a_validation_row_of_another_dataset_is_remo
 def test_a_dataset_of_which_nothing_is_left_is_named(tmp_path):
     rows = [{"text": f"text {i}"} for i in range(30)]
     one, two = write_rows(tmp_path / "one.jsonl", rows), write_rows(tmp_path / "two.jsonl", rows)
-    with pytest.raises(ValueError, match="'two' has 0 usable row"):
+    with pytest.raises(ValueError, match=r"'two' .* has 30 rows, of which 0 are usable \(30 that repeat another row\)"):
         load([one, two])
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": " "}, {"text": 3}])
     with pytest.raises(
-        ValueError, match=r"'bad' .* has no usable row: text is empty \(1, first bad.jsonl:1\); text is not"
+        ValueError, match=r"'bad' .* has no usable row: text is empty \(1 row, first bad.jsonl:1\); text is not"
     ):
         load([one, bad])
     long = write_rows(tmp_path / "long.jsonl", [{"text": f"{i}" * 30} for i in range(10, 40)])
-    with pytest.raises(ValueError, match=r"has no usable row: over 16 tokens \(30\)"):
+    with pytest.raises(ValueError, match=r"has no usable row: over 16 tokens \(30 rows\)"):
         load([long], overlong="drop", max_seq_length=16)
 
 
 def test_two_documents_can_be_split_and_one_cannot(tmp_path):
     data = load([numbered(tmp_path / "two.jsonl", 2, "cube")])
     assert (data.counts[0].train, data.counts[0].evaluation) == (1, 1)
-    with pytest.raises(ValueError, match="'single' has 1 usable row"):
-        load([numbered(tmp_path / "single.jsonl", 1, "cube")])
+    path = numbered(tmp_path / "single.jsonl", 1, "cube")
+    with pytest.raises(ValueError) as raised:
+        load([path])
+    assert str(raised.value).startswith(f"the dataset 'single' (file {path}) has 1 row, and needs at least two")
+    assert "give --datasets a folder with the files train.jsonl and validation.jsonl" in str(raised.value)
+
+
+def test_a_validation_split_that_holds_every_row_leaves_none_to_train(tmp_path):
+    for split, count in (("train", 3), ("validation", 5)):
+        write_rows(tmp_path / f"{split}.jsonl", [{"text": f"text {i}"} for i in range(count)])
+    message = r"has 8 rows, of which 5 are usable \(3 that repeat another row\): 5 would be held out, 0 trained"
+    with pytest.raises(ValueError, match=message):
+        load([str(tmp_path)])
 
 
 def test_one_question_with_many_answers_is_split_by_rows_and_says_so(tmp_path):

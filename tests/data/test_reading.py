@@ -17,6 +17,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.sources import read as reading
 from dylo_moe.data.sources.catalog import CATALOG, MACHINE_TEXT
+from dylo_moe.data.sources.formats import NOT_UTF8
 from dylo_moe.data.sources.locate import locate
 from dylo_moe.data.sources.machine_text import MAX_PASSAGES
 from dylo_moe.data.sources.read import read_dataset
@@ -293,7 +294,7 @@ def test_a_folder_of_sources_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path
     assert (count.malformed, count.empty, count.cut_response, count.documents) == (2, 1, 0, 7)
     assert {(reason.text, reason.first) for reason in data.reasons["pkg"]} == {
         ("not text", "logo.png"),
-        ("not UTF-8", "latin.py"),
+        (NOT_UTF8, "latin.py:1"),
         ("the file is empty", "empty.py"),
     }
     found = "".join([*texts(data.train), *texts(data.evaluation["pkg"])])
@@ -321,11 +322,73 @@ def test_a_single_text_is_split_by_its_pieces_and_says_so(tmp_path):
     assert any("book is one document" in note for note in data.notes)
 
 
+def rows_in(kind):
+    """Thirty questions and answers with accents, as a file of this kind writes them."""
+    rows = [{"prompt": f"café {i}", "response": f"déjà vu {i}"} for i in range(30)]
+    if kind == "json":
+        return json.dumps(rows, ensure_ascii=False)
+    if kind == "jsonl":
+        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    sign = {"csv": ",", "tsv": "\t", "txt": " "}[kind]
+    return "\n".join([f"prompt{sign}response", *(sign.join(row.values()) for row in rows)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("csv", ":2"), ("tsv", ":2"), ("jsonl", ":1"), ("json", "[0]"), ("txt", ":2")]
+)
+def test_a_file_in_another_encoding_is_told_so_with_the_line_and_how_to_convert_it(tmp_path, kind, first):
+    """A CSV of Excel was told that it held half a surrogate pair."""
+    assert "iconv -f WINDOWS-1252 -t UTF-8" in NOT_UTF8
+    path, config = tmp_path / f"rows.{kind}", DataConfig(datasets=[str(tmp_path / f"rows.{kind}")], max_seq_length=64)
+    for encoding, place, reason in (
+        (
+            "cp1252",
+            f"rows.{kind}{first}",
+            "not UTF-8, as every text must be; convert its file: iconv -f WINDOWS-1252 -t UTF-8",
+        ),
+        ("utf-16", f"rows.{kind}:1", "UTF-16, not UTF-8, as every text must be; convert the file: iconv -f UTF-16"),
+    ):
+        path.write_bytes(rows_in(kind).encode(encoding))
+        with pytest.raises(ValueError, match=re.escape(f"(file {path}) has no usable row: {reason}")) as raised:
+            load_data(config, CHAT)
+        assert str(raised.value).endswith(f"first {place})")
+    path.write_bytes(rows_in(kind).encode("utf-8-sig"))
+    assert load_data(config, CHAT).counts[0].malformed == 0
+
+
+def test_one_line_in_another_encoding_costs_itself_alone(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(rows_in("csv").encode().replace("café 7".encode(), "café 7".encode("cp1252")))
+    data = load_data(DataConfig(datasets=[str(path)], max_seq_length=64), CHAT)
+    [reason] = data.reasons["rows"]
+    assert (reason.num_rows, reason.text, reason.first, data.counts[0].read) == (1, NOT_UTF8, "rows.csv:9", 30)
+
+
+def test_a_header_in_another_encoding_names_no_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(rows_in("csv").replace("prompt", "prêmpt").encode("cp1252"))
+    with pytest.raises(ValueError, match=r"not UTF-8, .* \(1 row, first rows.csv:1\)"):
+        load_data(DataConfig(datasets=[str(path)]), CHAT)
+
+
+def test_strings_of_parquet_that_are_not_utf8_are_told_so(tmp_path):
+    """Neither the writer nor the reader of a parquet file checks them."""
+    texts = pa.array([f"caf{'é' if i > 3 else 'e'} {i}".encode("cp1252") for i in range(30)], pa.binary())
+    strings = pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())
+    for column, reason in (
+        (strings, "has strings that are not UTF-8, the first in row 4 "),
+        (texts, "text holds bytes, of which no encoding is known; store it as UTF-8 strings"),
+    ):
+        pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet")
+        with pytest.raises(ValueError, match=reason):
+            load_data(DataConfig(datasets=[str(tmp_path / "rows.parquet")]), CHAT)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1 broken"), "is not a complete parquet file"),
-        (lambda folder: (folder / "a.jsonl").write_bytes(b""), "'mine' has no row in"),
+        (lambda folder: (folder / "a.jsonl").write_bytes(b""), "'mine' has no row in .*a.jsonl: 0 rows were read"),
         (lambda folder: (folder / "a.jsonl").write_bytes(b"\n\n"), "'mine' has no row in"),
         (lambda folder: (folder / "a.json").write_text("[]"), "'mine' has no row in"),
         (lambda folder: (folder / "test.jsonl").write_text('{"text": "a"}\n'), "has no split train; it has test"),

@@ -29,7 +29,7 @@ from dylo_moe.evaluation.results import rename_evaluations
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.report.terminal import show_data, show_loss
-from dylo_moe.training.build import build_model, start_router
+from dylo_moe.training.build import build_model, check_start, start_router
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.finished import LOSSES_AFTER, RESULT, keep_earlier_result, nothing_left
 from dylo_moe.training.fit import evaluate, resume_log, train_to_end
@@ -196,13 +196,20 @@ def open_run(
     data: LoadedData,
     model: DyLoRAMoE,
 ) -> TrainingRun:
-    """Make the run's folder, start its tracker, and start the gate of a run that is not resumed."""
+    """Make the run's folder, start its tracker, and start the gate of a run that is not resumed.
+
+    Raises:
+        ValueError: for too few rows to start the gate from.
+    """
+    is_new = arguments.resumed is None or arguments.resumed.checkpoint is None
+    starts_gate = is_new and model.router_config.is_learned
+    if starts_gate:
+        check_start(model, data)
     folder = Path(distributed.from_first(lambda: str(run_folder(screen, arguments, settings))))
     arguments.train.output_dir = str(folder)
     prepare(arguments.train, folder)
     log_settings(settings)
-    is_new = arguments.resumed is None or arguments.resumed.checkpoint is None
-    if is_new and model.router_config.is_learned:
+    if starts_gate:
         start_router(model, data, Collator(tokenizer), seed=arguments.train.seed)
     facts = {**run_facts(model, data), "processes": distributed.num_ranks()}
     if distributed.is_first():

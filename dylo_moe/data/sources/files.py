@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from codecs import getincrementaldecoder
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple, cast
 import xxhash
 from datasets import Features, Value
 
-from dylo_moe.data.sources.formats import printable
+from dylo_moe.data.sources.formats import NOT_UTF8, NOT_UTF8_BUT_UTF16, printable
 
 MAX_ROW_BYTES = 8 * 2**20
 """The longest line or element that is read as a row; a longer one would be millions of tokens."""
@@ -72,8 +72,11 @@ def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]
     """
     for name, path in files:
         try:
-            with cast(BinaryIO, (gzip.open if name.lower().endswith(".gz") else open)(path, "rb")) as file:
-                yield from _text_rows(file, name) if as_texts else _rows_of(file, name)
+            with cast(io.BufferedReader, (gzip.open if name.lower().endswith(".gz") else open)(path, "rb")) as file:
+                if file.peek(2)[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
+                    yield raw_row(b"", f"{name}:1", problem=NOT_UTF8_BUT_UTF16)
+                else:
+                    yield from _text_rows(file, name) if as_texts else _rows_of(file, name)
         except (OSError, EOFError, zlib.error) as error:
             yield raw_row(b"", name, problem=f"the file breaks off: {error or type(error).__name__}")
 
@@ -230,10 +233,15 @@ def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
         if len(set(names)) < len(names):
             yield raw_row(b"", f"{name}:1", problem="two columns have the same name; the file is not read any further")
             return
+        if not _is_utf8("".join(names)):
+            yield raw_row(b"", f"{name}:1", problem=NOT_UTF8)
+            return
         for row in reader:
             place = f"{name}:{reader.line_num}"
             if None in row:
                 yield raw_row(b"", place, problem="more fields than the table has columns")
+            elif not _is_utf8("".join(value or "" for value in row.values())):
+                yield raw_row(b"", place, problem=NOT_UTF8)
             else:
                 yield raw_row(json.dumps(row).encode(), place)
     except csv.Error as error:
@@ -242,18 +250,38 @@ def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
         )
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether a text that was decoded with "surrogateescape" has no byte that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _text_rows(file: BinaryIO, name: str) -> Iterator[dict]:
     """Yield a text in parts of about TEXT_BYTES, each of whole lines."""
     part: list[bytes] = []
     size = 0
-    for line in _lines(file):
+    first = 1
+    for number, line in enumerate(_lines(file), start=1):
         if line is None or b"\0" in line:
             yield raw_row(b"", name, problem=f"not text, or a line {_TOO_LONG}" if line is None else "not text")
             return
         part.append(line)
         size += len(line) + 1
         if size >= TEXT_BYTES:
-            yield raw_row(b"\n".join(part), name, document=name, pieces=True)
-            part, size = [], 0
+            yield _part_row(part, name, first)
+            part, size, first = [], 0, number + 1
     if part:
-        yield raw_row(b"\n".join(part), name, document=name, pieces=True)
+        yield _part_row(part, name, first)
+
+
+def _part_row(lines: list[bytes], name: str, first: int) -> dict:
+    """The row of some lines of a text, of which the first one has the number `first`."""
+    raw = b"\n".join(lines)
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return raw_row(b"", f"{name}:{first + raw.count(10, 0, error.start)}", problem=NOT_UTF8)
+    return raw_row(raw, name, document=name, pieces=True)

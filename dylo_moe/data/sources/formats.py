@@ -25,6 +25,12 @@ SPEAKERS = {
 """The role of a message's speaker, by the names that chat and ShareGPT data use for it."""
 
 
+NOT_UTF8 = "not UTF-8, as every text must be; convert its file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+"""The reason for a text in another encoding; its place says the file and the line."""
+
+NOT_UTF8_BUT_UTF16 = "UTF-16, not UTF-8, as every text must be; convert the file: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+
+
 class Fate(IntEnum):
     """Whether a row was kept, or the kind of reason why it was left out."""
 
@@ -157,7 +163,7 @@ def parse_json(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise RowError(Fate.MALFORMED, "not UTF-8") from None
+        raise RowError(Fate.MALFORMED, NOT_UTF8) from None
     except (ValueError, RecursionError):
         raise RowError(Fate.MALFORMED, "not JSON") from None
     if not isinstance(row, dict):
@@ -199,6 +205,8 @@ def clean_text(value: Any, name: str) -> str:
     cannot."""
     if value is None:
         raise RowError(Fate.EMPTY, f"{name} is null")
+    if isinstance(value, bytes):
+        raise RowError(Fate.MALFORMED, f"{name} holds bytes, of which no encoding is known; store it as UTF-8 strings")
     if not isinstance(value, str):
         raise RowError(Fate.MALFORMED, f"{name} is not a string")
     if not value.strip():

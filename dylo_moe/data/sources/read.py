@@ -29,6 +29,7 @@ from dylo_moe.data.sources.hub import fetch_rows
 from dylo_moe.data.sources.locate import DatasetSource, chosen_columns, locate
 from dylo_moe.data.sources.machine_text import read_machine_text
 from dylo_moe.utils.hub import first_line
+from dylo_moe.utils.words import listed
 
 TRAIN, VALIDATION, TEST, PROMPT = "train", "validation", "test", "prompt"
 
@@ -289,7 +290,7 @@ def _generated(files: Sequence[LocalFile], name: str, *, as_texts: bool = False)
     key = f"{content_key(files)}{'t' if as_texts else 'r'}"
     plain = [(file.name, file.path) for file in files]
     if next(raw_rows(plain, as_texts), None) is None:
-        raise ValueError(f"the dataset {name!r} has no row in {', '.join(file.path for file in files[:3])}")
+        raise ValueError(_no_row(name, files))
     rows = Dataset.from_generator(
         raw_rows,
         features=RAW,
@@ -298,6 +299,11 @@ def _generated(files: Sequence[LocalFile], name: str, *, as_texts: bool = False)
         writer_batch_size=100,
     )
     return rows, key
+
+
+def _no_row(name: str, files: Sequence[LocalFile]) -> str:
+    paths = listed([file.path for file in files])
+    return f"the dataset {name!r} has no row in {paths}: 0 rows were read there, and at least two are needed"
 
 
 def _parquet(files: Sequence[LocalFile], name: str) -> tuple[Dataset, str]:
@@ -311,7 +317,7 @@ def _parquet(files: Sequence[LocalFile], name: str) -> tuple[Dataset, str]:
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ValueError(f"{file.path!r} is not a complete parquet file: {first_line(error)}") from error
     if not paths:
-        raise ValueError(f"the dataset {name!r} has no row in {', '.join(file.path for file in files[:3])}")
+        raise ValueError(_no_row(name, files))
     # The cache of `datasets` would recognise a file by its time; a folder of our own recognises it by its content.
     cache = Path(datasets.config.HF_DATASETS_CACHE, "dylora-parquet", key)
     try:
