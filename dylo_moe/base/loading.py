@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, resolve_base
 from dylo_moe.utils.hub import first_line, no_way_to_hub
+from dylo_moe.utils.install import how_to_install
 
-NEEDS_BITSANDBYTES = 'a base in 4 or 8 bits needs bitsandbytes: pip install "dylora-moe[quantized]"'
+NEEDS_BITSANDBYTES = f"a base in 4 or 8 bits needs bitsandbytes: {how_to_install('quantized')}"
 
 
 def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dylo_moe.model.checkpoint import MANIFEST
 from dylo_moe.training.run_folder import checkpoint_name
 from dylo_moe.utils.atomic_files import replace_folder
+from dylo_moe.utils.install import EXTRAS, how_to_install
 from dylo_moe.utils.redact import SECRET_NAME
 
 PROJECT = "dylora-moe"
@@ -43,7 +46,7 @@ MEMBER = re.compile(
 )
 """Every file that a checkpoint of ours can hold. No absolute path, drive, backslash or ".." matches."""
 
-NOT_INSTALLED = 'wandb is not installed: pip install "dylora-moe[wandb]"'
+NOT_INSTALLED = f"wandb is not installed: {how_to_install('wandb')}"
 
 NO_KEY = (
     "there is no key for Weights & Biases: run `wandb login`, or set WANDB_API_KEY; WANDB_MODE=offline tracks a run "
@@ -52,6 +55,23 @@ NO_KEY = (
 
 
 # A run.
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Check that what `report_to` names is known to the Trainer and installed, before a model is loaded for it.
+
+    Raises:
+        ValueError: for a name that is not known, or whose package is not installed, with how to install it.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to has {name!r}; it must be none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        is_installed = getattr(integration_utils, f"is_{name}_available", None)
+        if is_installed is not None and not is_installed():
+            how = how_to_install(name) if name in EXTRAS else "install its package"
+            raise ValueError(f"report_to has {name}, which is not installed: {how}")
 
 
 def prepare(arguments: Any, folder: Path) -> None:

@@ -35,6 +35,7 @@ from dylo_moe.commands.submit.machines import Machine, resolve
 from dylo_moe.commands.submit.request import parse_submit
 from dylo_moe.commands.submit.run import explained
 from dylo_moe.training.run_folder import checkpoints_in
+from dylo_moe.utils.install import how_to_install
 
 IMAGE = "europe-west4-docker.pkg.dev/my-project/dylora/dylora-moe:0.1.0"
 NEEDED = [
@@ -302,7 +303,7 @@ def test_without_the_client_library_it_names_the_extra(capsys, monkeypatch):
         return find(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", gone)
-    assert 'pip install "dylora-moe[vertex]"' in said(capsys, *NEEDED, "--dry_run")
+    assert how_to_install("vertex") in said(capsys, *NEEDED, "--dry_run")
 
 
 # The constants of submit_full_training.py.

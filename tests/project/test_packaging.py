@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import dylo_moe
 from dylo_moe.commands.train.request import parse_train, settings_of
 from dylo_moe.parsing.recipe_file import recipe_file, shipped_recipes
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.install import EXTRAS
 
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "dylo_moe", "recipes")
 RECIPES = ["code", "compare", "quickstart", "stream"]
@@ -87,6 +89,21 @@ def test_an_unknown_recipe_is_an_error_that_lists_the_shipped_ones(monkeypatch, 
     with pytest.raises(UsageError, match=f"recipe {name} cannot be read.* are {', '.join(RECIPES)}$"):
         recipe_file(name)
     assert list(shipped_recipes()) == RECIPES
+
+
+def test_texts_say_how_to_install_what_can_be_installed():
+    """The name dylora-moe is on no package index, so `pip install dylora-moe[wandb]` finds nothing."""
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: shlex.split(packages) for name, packages in EXTRAS.items()} == {name: extras[name] for name in EXTRAS}
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("dylo_moe/**/*.py"),
+    ]
+    wrong = [path.name for path in pages if re.search(r"dylora-moe\[|pip install .?dylora-moe", path.read_text())]
+    assert not wrong
 
 
 def test_every_place_that_says_the_version_says_the_same():

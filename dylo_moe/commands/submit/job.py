@@ -11,12 +11,13 @@ import yaml
 from dylo_moe.commands.submit.arguments import CloudArguments
 from dylo_moe.commands.submit.request import SubmitRequest
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE, GO_ON
+from dylo_moe.utils.install import how_to_install
 
 if TYPE_CHECKING:
     from google.cloud import aiplatform_v1
 
 
-NOT_INSTALLED = 'the client library of Vertex AI is not installed: pip install "dylora-moe[vertex]"'
+NOT_INSTALLED = f"the client library of Vertex AI is not installed: {how_to_install('vertex')}"
 
 MANAGED_BY = {"managed-by": "dylora-moe"}
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in
+from dylo_moe.utils.install import how_to_install
 
 SECRET_MANAGER = "https://secretmanager.googleapis.com"
 
@@ -69,7 +70,7 @@ def fetch_secret(name: str, reference: str) -> str:
         from google.auth.transport.requests import AuthorizedSession
         from requests import RequestException
     except ImportError as error:
-        raise ValueError(f'{what}: google-auth is not in the image; it comes with "dylora-moe[vertex-job]"') from error
+        raise ValueError(f"{what}: google-auth is not in the image: {how_to_install('vertex-job')}") from error
     try:
         credentials, _ = google.auth.default(scopes=[SCOPE])
         answer = AuthorizedSession(credentials).get(f"{SECRET_MANAGER}/v1/{reference}:access", timeout=TIMEOUT_SECONDS)

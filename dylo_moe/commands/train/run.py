@@ -46,7 +46,7 @@ from dylo_moe.training.run_folder import (
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.sharding import Sharding, shard_base, take_sharding
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
-from dylo_moe.training.tracking import CheckpointArtifacts, log_plots, log_settings, prepare
+from dylo_moe.training.tracking import CheckpointArtifacts, check_trackers, log_plots, log_settings, prepare
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
@@ -102,6 +102,7 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     if is_finished(arguments, settings, screen):
         distributed.leave()
         return Path(arguments.train.output_dir) / RESULT
+    check_trackers(arguments.train.report_to or ())
     sharding = take_sharding(arguments.train, num_processes=distributed.num_ranks())
     show_begin(screen, arguments, sharding)
     set_seed(arguments.train.seed)
