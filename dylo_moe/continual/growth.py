@@ -40,6 +40,24 @@ class SkillDecision(NamedTuple):
     expert: str | None
     """The expert that is to learn it; None: none."""
 
+    def in_words(self, data: str) -> str:
+        """Say whether data is new or known, why, and what follows from that.
+
+        Args:
+            data: the name of the data.
+        """
+        why = "nothing is known yet"
+        if self.nearest is not None:
+            why = f"score {self.score:.4g}, threshold {self.threshold:.4g}, nearest skill {self.nearest}"
+        follows = {
+            GROWN: f"The expert {self.expert} grows from it.",
+            CONSOLIDATED: f"The expert {self.expert} is consolidated with its data.",
+            SKIPPED: "It is skipped: nothing is trained.",
+            REPORTED: "The pool is fixed, so nothing is trained.",
+        }[self.action]
+        what = "new" if self.novel else "known"
+        return f"{data} is {what}: {why}, router entropy {self.entropy:.2f} nats. {follows}"
+
 
 class Growth:
     """The skill library of a model, and the decisions based on it: what is new, which expert learns it, its gate row.

@@ -6,6 +6,7 @@ functions, so the losses of several runs can be compared and pooled long after t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -61,6 +62,11 @@ class Estimate(NamedTuple):
         """The values as JSON has them."""
         return {**self._asdict(), "interval": self.interval.as_json()}
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Estimate:
+        """The estimate that `as_json` wrote."""
+        return cls(**{**values, "interval": Interval(*(values["interval"] or (math.nan, math.nan)))})
+
 
 class Estimates(NamedTuple):
     """The estimate for each dataset, and for the mean over datasets, in which each counts the same."""
@@ -71,6 +77,12 @@ class Estimates(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """The values as JSON has them."""
         return {"datasets": {name: item.as_json() for name, item in self.datasets.items()}, "mean": self.mean.as_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Estimates:
+        """The estimates that `as_json` wrote."""
+        datasets = {name: Estimate.from_json(item) for name, item in values["datasets"].items()}
+        return cls(datasets, Estimate.from_json(values["mean"]))
 
 
 # Measuring.
@@ -247,7 +259,8 @@ def run_losses(
     seed: int,
     screen: Screen,
 ) -> dict[str, Any]:
-    """Measure the held-out losses of a model and of its base, print them, and return them as plain values.
+    """Measure the held-out losses of a model and of its base, and return them as plain values; `show_losses` prints
+    them.
 
     Args:
         model: the model as loaded from `checkpoint`.
@@ -255,7 +268,7 @@ def run_losses(
         batch_size: the number of rows in one forward.
         expert: the expert that every token is sent to, or "base" for the unchanged base; None: the router decides.
         seed: the seed of the resampling, and of the split if the checkpoint has none.
-        screen: where the losses are printed.
+        screen: where progress is shown.
 
     Raises:
         ValueError: for an unknown expert, and as `held_out` and `measure` do.
@@ -270,9 +283,6 @@ def run_losses(
         "base": estimates([base], seed=seed),
         "difference": estimates([ours], [base], seed=seed),
     }
-    show_estimates(screen, found, title="the model" if expert is None else expert)
-    for note in held.notes:
-        screen.note(note)
     tokens = {name: sum(item.tokens) for name, item in ours.items()}
     rows = {name: len(item.tokens) for name, item in ours.items()}
     return {
@@ -286,16 +296,11 @@ def run_losses(
     }
 
 
-def show_estimates(screen: Screen, found: Mapping[str, Estimates], *, title: str) -> None:
-    """Print a table with a line for each dataset, and one for the mean.
-
-    Args:
-        found: the estimates of "model", "base" and their "difference".
-        title: the heading of the model's column.
-    """
-    columns = ["dataset", "the base", title, "difference", "resampled"]
+def show_losses(screen: Screen, result: dict[str, Any]) -> None:
+    """Print what `run_losses` returned: a table with a line for each dataset, and one for the mean, and the notes."""
+    columns = ["dataset", "the base", result["expert"] or "the model", "difference", "resampled"]
     table = Table("held-out loss, nats per token, with 95 % intervals", columns)
-    model, base, difference = found["model"], found["base"], found["difference"]
+    model, base, difference = (Estimates.from_json(result[kind]) for kind in ("model", "base", "difference"))
     for name, item in difference.datasets.items():
         cells = _cells(base.datasets[name], model.datasets[name], item)
         table.add_row(name, *cells, counted(item.num_units, item.unit.removesuffix("s")))
@@ -303,6 +308,8 @@ def show_estimates(screen: Screen, found: Mapping[str, Estimates], *, title: str
         table.add_section()
         table.add_row("mean", *_cells(base.mean, model.mean, difference.mean), difference.mean.unit)
     screen.answer(table)
+    for note in result["notes"]:
+        screen.note(note)
 
 
 def _cells(base: Estimate, model: Estimate, difference: Estimate) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -34,6 +35,9 @@ from dylo_moe.model.checkpoint import (
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.utils.errors import DyLoRAWarning
+from dylo_moe.utils.words import counted
+
+LOGGER = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=RoutedPeftModel)
 
@@ -57,7 +61,11 @@ def load_checkpoint(
         raise ValueError(f"base is already loaded, so {', '.join(sorted(kwargs))} cannot apply")
     check_base(base)
     _check_same_base(folder, manifest, base)
-    return _build(cls, folder, manifest, base)
+    model = _build(cls, folder, manifest, base)
+    LOGGER.info(
+        "loaded %s: %s on %s", folder, counted(len(model.experts), "expert"), model.base_id or "an unnamed base"
+    )
+    return model
 
 
 def load_into(model: RoutedPeftModel, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from dylo_moe.model.routing_hooks import NotForced
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.routing.config import BALANCE_COEFFICIENT, RouterConfig
 from dylo_moe.routing.router import Routing
+
+LOGGER = logging.getLogger(__name__)
 
 ROUTER_INPUTS = ("position_ids", "labels", "prompt_lengths")
 """What the router reads of a batch besides its tokens and their mask."""
@@ -289,6 +292,7 @@ class DyLoRAMoE(RoutedForward):
         if self.growth is None:
             raise ValueError("this model has no skill library, so that nothing can be said to be new; enable_growth()")
         decision = self.growth.add_skill(name, batches, rank=rank, expert=expert, seed=seed)
+        LOGGER.info("%s", decision.in_words(name))
         if decision.expert is not None:
             changed = [other for other in self._pool if other.trainable != (other.name == decision.expert)]
             for other in changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ from dylo_moe.model.nonfinite import broken_weights
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.utils.atomic_files import files_below, listing, replace_folder, sync
 from dylo_moe.utils.words import listed
+
+LOGGER = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -72,6 +75,7 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    LOGGER.info("saved %s", target)
 
 
 def check_finite(model: RoutedPeftModel, target: Path) -> None:

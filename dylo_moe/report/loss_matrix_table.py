@@ -14,8 +14,6 @@ from dylo_moe.utils.table import Table
 NOTABLE = 0.005
 """The smallest change that has a colour, in nats per token."""
 
-WHICH = "worst skill; skills counted"
-
 
 class MatrixTable:
     """A rich renderable of a matrix as it is now: print it, or show it by `Screen.live` while stages are measured."""
@@ -51,9 +49,10 @@ class MatrixTable:
         return _loss(loss, "" if abs(change) < NOTABLE else "green" if change < 0 else "red")
 
     def _figures(self) -> Table:
-        table = Table("figures of the matrix", ["", "mean", "worst", WHICH], words=[WHICH])
+        columns = ["figure", "mean", "worst", "worst skill", "skills counted"]
+        table = Table("figures of the matrix", columns, words=["worst skill"])
         for row in figure_rows(self.matrix):
-            table.add_row(row.title, row.mean, row.worst, row.which)
+            table.add_row(row.title, row.mean, row.worst, row.worst_skill, row.num_counted)
         return table
 
 
@@ -69,8 +68,15 @@ class FigureRow(NamedTuple):
     title: str
     mean: str
     worst: str
-    which: str
-    """The worst skill, and the number of skills that the mean is over."""
+    worst_skill: str
+    """The worst skill; empty where there is none."""
+    num_counted: str
+    """The number of skills that the mean is over, and of all."""
+
+    @property
+    def which(self) -> str:
+        """The worst skill and the count in one phrase."""
+        return f"{self.worst_skill}; {self.num_counted}" if self.worst_skill else self.num_counted
 
 
 def figure_rows(matrix: Matrix) -> list[FigureRow]:
@@ -85,7 +91,7 @@ def figure_rows(matrix: Matrix) -> list[FigureRow]:
         words = kind.show(figure.mean), kind.show(worst[1] if worst else None)
         if not figure.values:  # it applies to no skill
             words = "-", "-"
-        rows.append(FigureRow(name, kind.title, *words, f"{worst[0]}; {count}" if worst else count))
+        rows.append(FigureRow(name, kind.title, *words, worst[0] if worst else "", count))
     return rows
 
 

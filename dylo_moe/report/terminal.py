@@ -147,7 +147,10 @@ def show_sample(screen: Screen, sample: RoutedText, tokenizer: PreTrainedTokeniz
 
 
 def show_legend(screen: Screen, experts: Sequence[str]) -> None:
-    """Print which colour stands for which expert."""
+    """Print which colour stands for which expert; without colours, how an expert is named."""
+    if not screen.has_colours:
+        screen.say("⟨EXPERT⟩ stands before the tokens that it processed; the model continues after »")
+        return
     legend = Text("tokens by expert: ")
     for index, name in enumerate(experts):
         legend.append(f"{name}  ", style=COLOURS[index % len(COLOURS)])

@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -24,6 +25,14 @@ from dylo_moe.training.trainer_checkpoints import CheckpointingTrainer
 
 OnAlarm = Callable[[int, list[str]], None]
 """Called with the step and one sentence for each alarm about the routing that begins or ends there."""
+
+LOGGER = logging.getLogger(__name__)
+
+
+def log_alarms(step: int, sentences: list[str]) -> None:
+    """Log alarms about the routing as warnings."""
+    for sentence in sentences:
+        LOGGER.warning("step %d: %s", step, sentence)
 
 
 class DyLoRATrainer(CheckpointingTrainer):
@@ -44,7 +53,7 @@ class DyLoRATrainer(CheckpointingTrainer):
 
     Args:
         domains: names of the datasets.
-        on_alarm: called when an alarm about the routing begins or ends.
+        on_alarm: called when an alarm about the routing begins or ends; None: it is logged as a warning.
         others: as for `CheckpointingTrainer`.
     """
 
@@ -61,7 +70,7 @@ class DyLoRATrainer(CheckpointingTrainer):
         """Real tokens of the present optimizer step, over all ranks; None where the batches have no mask."""
         self._balance_sum, self._balance_steps = 0.0, 0
         self._num_parameters: int | None = None
-        self._on_alarm, self._bell = on_alarm, AlarmBell()
+        self._on_alarm, self._bell = on_alarm or log_alarms, AlarmBell()
         self._gradient_norms: dict[str, Tensor] = {}
         self._logged_at = time.monotonic()
 
@@ -235,7 +244,7 @@ class DyLoRATrainer(CheckpointingTrainer):
             self._logged_at, self.paused_seconds = time.monotonic(), 0.0
         super().log(logs, *args, **kwargs)
         changes = [] if reading is None else self._bell.changes(alarms(reading), reading.num_tokens)
-        if changes and self._on_alarm is not None:
+        if changes:
             self._on_alarm(self.state.global_step, changes)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:

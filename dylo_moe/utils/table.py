@@ -19,6 +19,9 @@ GAP = 3
 SHORT, LONGEST = 10, 32
 """A name of `SHORT` letters is not folded, and one of more than `LONGEST` without a separator is cut there."""
 
+MAX_TITLE_LINES, MAX_NAME_LINES = 3, 2
+"""The most lines of a column's title, and of a name in the first column."""
+
 PART = re.compile(rf"(?:[^\s_/-]|-(?![A-Za-z])){{1,{LONGEST}}}[\s_/-]*|[\s_/-]+")
 """A part of a name or a text that stays whole, with the separators behind it."""
 
@@ -77,18 +80,18 @@ class Table:
         """Distribute the columns over blocks of a width; each block maps the number of a column to the column's
         width."""
         columns = list(range(len(self._heads)))
-        first = {0: min(self._limits(0)[1], max(width // 3, self._limits(0)[0]))}
-        if _total([self._limits(place)[0] for place in columns]) <= width:
+        first = {0: min(self._limits(0, width)[1], max(width // 3, self._limits(0, width)[0]))}
+        if _total([self._limits(place, width)[0] for place in columns]) <= width:
             return [self._fit(columns, width)]
         blocks: list[list[int]] = []
         for place in columns[1:]:
-            least = [*first.values(), *(self._limits(n)[0] for n in [*(blocks[-1] if blocks else []), place])]
+            least = [*first.values(), *(self._limits(n, width)[0] for n in [*(blocks[-1] if blocks else []), place])]
             if not blocks or _total(least) > width:
                 blocks.append([])
             blocks[-1].append(place)
         even = -(-(len(columns) - 1) // len(blocks))  # as many columns in each block, where they fit
         parts = [columns[start : start + even] for start in range(1, len(columns), even)]
-        least = [_total([*first.values(), *(self._limits(place)[0] for place in part)]) for part in parts]
+        least = [_total([*first.values(), *(self._limits(place, width)[0] for place in part)]) for part in parts]
         return [self._fit([0, *part], width) for part in (parts if max(least) <= width else blocks)]
 
     def _fit(self, columns: Sequence[int], width: int) -> dict[int, int]:
@@ -96,7 +99,7 @@ class Table:
         whole = {place: self._whole(place) for place in columns}
         if _total(list(whole.values())) <= width:
             return whole
-        limits = {place: self._limits(place) for place in columns}
+        limits = {place: self._limits(place, width) for place in columns}
         widths = {place: least for place, (least, _) in limits.items()}
         for kind in (True, False):  # the room that is left goes to words first, and to all of them alike
             waiting = [place for place in columns if self._is_words[place] == kind]
@@ -110,13 +113,16 @@ class Table:
         """The width of a column with everything in one line."""
         return max(cell_len(text.plain) for text in (self._heads[place], *(_joined(cell) for cell in self._of(place))))
 
-    def _limits(self, place: int) -> tuple[int, int]:
+    def _limits(self, place: int, width: int) -> tuple[int, int]:
         """The least width of a column, in which all words and numbers are whole, and the most that is of use to it
-        where the parts of a cell are below each other."""
+        where the parts of a cell are below each other; `width` is that of the terminal."""
         parts = [part for cell in self._of(place) for part in cell]
         numbers = [] if self._is_words[place] else [cell_len(part.plain) for part in parts]
         words = [self._heads[place], *(parts if self._is_words[place] else [])]
-        least = max([*map(_longest_part, words), *numbers])
+        names = parts if place == 0 else []
+        few_lines = [_width_of_lines(self._heads[place], MAX_TITLE_LINES)]
+        few_lines += [_width_of_lines(name, MAX_NAME_LINES) for name in names]
+        least = max([*map(_longest_part, words), *numbers, min(max(few_lines), width // 3)])
         return least, max([*(cell_len(text.plain) for text in words), *numbers])
 
     def _of(self, place: int) -> list[tuple[Text, ...]]:
@@ -156,6 +162,14 @@ def _longest_part(text: Text) -> int:
     if cell_len(text.plain) <= SHORT:
         return cell_len(text.plain)
     return max(cell_len(part.rstrip()) for line in text.plain.split("\n") for part in PART.findall(line) or [""])
+
+
+def _width_of_lines(text: Text, most: int) -> int:
+    """The least width in which a text takes at most so many lines."""
+    whole = cell_len(text.plain)
+    return next(
+        (width for width in range(-(-whole // most), whole) if folded(text, width).plain.count("\n") < most), whole
+    )
 
 
 def folded(text: Text, width: int) -> Text:

@@ -22,7 +22,16 @@ from dylo_moe.evaluation.intervals import (
     student_quantile,
     wilson_interval,
 )
-from dylo_moe.evaluation.losses import DatasetLosses, estimates, from_json, mean_loss, measure, run_losses, to_json
+from dylo_moe.evaluation.losses import (
+    DatasetLosses,
+    estimates,
+    from_json,
+    mean_loss,
+    measure,
+    run_losses,
+    show_losses,
+    to_json,
+)
 from dylo_moe.utils.screen import Screen
 
 # --- intervals
@@ -242,6 +251,7 @@ def test_the_command_shows_the_base_beside_the_model(trained, capsys):
     assert base["difference"]["mean"]["value"] == 0.0 and base["model"] == base["base"] == found["base"]
     alone = measure_plain_base(trained, tokenizer)
     assert {name: item["value"] for name, item in base["base"]["datasets"].items()} == pytest.approx(alone, rel=1e-5)
+    show_losses(Screen("eval"), json.loads(json.dumps(base)))
     shown = capsys.readouterr().out
     assert f"{base['base']['mean']['value']:.3f}" in shown and "documents" in shown
 

@@ -16,7 +16,7 @@ from dylo_moe.commands.eval.request import EvalRequest
 from dylo_moe.evaluation.answers import Decoding
 from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.benchmark import Benchmark, files_of, run_benchmark
-from dylo_moe.evaluation.losses import run_losses
+from dylo_moe.evaluation.losses import run_losses, show_losses
 from dylo_moe.evaluation.names import CHAT, COMPLETION, HUMANEVAL, MBPP
 from dylo_moe.evaluation.problems import Problem, load_examples, load_problems, problems_digest
 from dylo_moe.evaluation.prompts import Asking, check_chat
@@ -79,6 +79,8 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
         screen.say(f"losses were already measured: {folder / RESULTS_FILE}")
     elif LOSSES in options.tasks:
         add_result(folder, (LOSSES,), evaluate_losses(screen, model, tokenizer, checkpoint, options))
+    if LOSSES in options.tasks:
+        show_losses(screen, read_results(folder)[LOSSES])
     for exam in exams:
         assert sandbox is not None
         with forced(model, options.expert):

@@ -7,6 +7,7 @@ from pathlib import Path
 from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import StageData
 from dylo_moe.commands.stream.state import StreamState
+from dylo_moe.continual.config import REPORTED
 from dylo_moe.continual.growth import SkillDecision
 from dylo_moe.report.pages import write_report
 from dylo_moe.training.fit import command
@@ -32,22 +33,11 @@ def show_stage(context: StreamContext, number: int, stage: StageData) -> None:
 def show_decision(context: StreamContext, stage: StageData, decision: SkillDecision) -> None:
     """Print why the data of a stage is new or known, and what follows from that."""
     seen = min(len(stage.rows), context.request.stream.skill_examples)
-    what = "new" if decision.novel else "known"
-    why = "nothing is known yet"
-    if decision.nearest is not None:
-        why = f"score {decision.score:.4g}, threshold {decision.threshold:.4g}, nearest skill {decision.nearest}"
-    text = (
-        f"{stage.name} is {what}: {why}, router entropy {decision.entropy:.2f} nats, from {seen:,} of "
-        f"{counted(len(stage.rows), 'row')}. "
-    )
-    follows = {
-        "grown": f"The expert {decision.expert} grows from it.",
-        "consolidated": f"The expert {decision.expert} is consolidated with its data.",
-        "skipped": "It is skipped: nothing is trained.",
-        "reported": "The pool is fixed, so nothing is trained; --learn_with EXPERT names the expert to train on it.",
-    }
+    text = f"{decision.in_words(stage.name)} This was decided from {seen:,} of {counted(len(stage.rows), 'row')}."
+    if decision.action == REPORTED:
+        text += " --learn_with EXPERT names the expert to train on it."
     say = context.screen.warn if decision.expert is None else context.screen.say
-    say(text + follows[decision.action])
+    say(text)
 
 
 def show_end(context: StreamContext, final: Path, seconds: float) -> None:
