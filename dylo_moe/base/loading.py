@@ -54,6 +54,26 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
     return model
 
 
+def load_base_without_weights(name: str, *, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    """Make the base `name` on the meta device: its modules and shapes, of which only the config is read.
+
+    Args:
+        dtype: "auto": what the config says, else fp32.
+        options: passed on to `AutoModelForCausalLM.from_config`, for example `attn_implementation`.
+
+    Raises:
+        BaseUnavailableError: as `load_base`.
+    """
+    config = _load(AutoConfig, name, None, {})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=(config.dtype or torch.float32) if isinstance(dtype, str) else dtype, **options
+        )
+    model.name_or_path = name
+    model.config.name_or_path = name
+    return model
+
+
 def four_bit(compute_dtype: torch.dtype) -> dict[str, Any]:
     """The `quantization_config` with which `load_base` keeps the linears of a base in 4 bits.
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dylo_moe.utils.checks import COUNT, SHARE_BELOW_ONE, range_problems
+
 ALL_LINEAR = "all-linear"
+
+RANGES = {"num_experts": COUNT, "lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE_BELOW_ONE}
 
 
 @dataclass(kw_only=True)
@@ -37,15 +41,13 @@ class ExpertConfig:
     several names separated by commas, as typed on the command line."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("num_experts", "lora_r"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
+        problems = range_problems(vars(self), RANGES)
         targets = self.lora_targets
         if isinstance(targets, str) or not all(isinstance(item, str) for item in targets):
             problems.append(f"lora_targets is {targets!r}; it must be a list of strings")
         else:
             self.lora_targets = [name for item in targets for name in item.split(",") if name]
+            if not self.lora_targets:
+                problems.append("lora_targets is empty; name at least one linear, or leave it out for all of them")
         if problems:
             raise ValueError("ExpertConfig: " + "; ".join(problems))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from dylo_moe.parsing.help_format import sort_into_sections
 from dylo_moe.parsing.other_names import meant_by
 from dylo_moe.parsing.trainer_texts import TRAINER_TEXTS
 from dylo_moe.utils.errors import UsageError
-from dylo_moe.utils.words import listed
+from dylo_moe.utils.words import listed, nearest
 
 
 class Parser(HfArgumentParser):
@@ -38,9 +37,9 @@ class Parser(HfArgumentParser):
             ValueError: with the problems of all classes. A class that has `problems_of` is asked by that once another
                 class has a problem, and not made, because making the Trainer's arguments sets up the device.
         """
-        values = vars(self.parse_args(words))
+        good, problems = self._readable(words)
+        values = vars(self.parse_args(good))
         made: list[Any] = []
-        problems: list[str] = []
         for kind in self.kinds:
             if problems and hasattr(kind, "problems_of"):
                 problems += kind.problems_of(values)
@@ -48,10 +47,28 @@ class Parser(HfArgumentParser):
             try:
                 made.append(config_from(kind, values))
             except ValueError as error:
-                problems.append(str(error).strip())
+                problems.append(str(error).strip().removeprefix(f"{kind.__name__}: "))
         if problems:
             raise ValueError("; ".join(problems))
         return tuple(made)
+
+    def _readable(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Separate the flags whose values can be read from the problems of the others, for argparse stops at the
+        first."""
+        good: list[str] = []
+        problems: list[str] = []
+        for flag, values in grouped(self.with_values(words)):
+            action = self._option_string_actions.get(flag)
+            found = [] if action is None else [_value_problem(action, value) for value in values]
+            if action is not None and action.nargs in (None, "+") and not values:
+                problems.append(f"{flag} has no value")
+            elif any(found):
+                problems += [problem for problem in found if problem]
+            elif len(values) == 1:
+                good.append(f"{flag}={values[0]}")
+            else:
+                good += [flag, *values]
+        return good, problems
 
     def with_values(self, words: Sequence[str]) -> list[str]:
         """Write every flag of a command line that takes one value as `--flag=value`, so that what follows it is
@@ -88,6 +105,36 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         """Raise UsageError with the message that argparse would print before it ends the program."""
         raise UsageError(message)
+
+
+def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The flags of a command line in their order, each with its values."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, sign, value = word.partition("=")
+            groups.append((flag, [value] if sign else []))
+        elif groups:
+            groups[-1][1].append(word)
+    return groups
+
+
+def _value_problem(action: argparse.Action, text: str) -> str | None:
+    """What is wrong with a value of a flag as it was typed."""
+    name = action.dest
+    try:
+        value = action.type(text) if callable(action.type) else text
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        kinds: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
+        return f"{name} is {text!r}; it must be {kinds.get(action.type, 'of another form')}"
+    if action.choices is None or value in action.choices:
+        return None
+    choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+    near = nearest(text, choices)
+    if near and len(choices) > 4:
+        return f"{name} is {text!r}; did you mean {near}?"
+    *others, last = choices
+    return f"{name} is {text!r}; it must be {', '.join(others)} or {last}"
 
 
 def _is_value(word: str, action: argparse.Action) -> bool:
@@ -187,8 +234,8 @@ def unknown(name: str, parser: Parser, refusal: Refusal) -> str:
         return f"{name} is not offered: {reason}"
     offered = {option[2:] for option in options(parser) if "-" not in option[2:] and not refusal(option[2:])}
     meant = meant_by(plain, offered)
-    near = difflib.get_close_matches(plain, offered, n=1, cutoff=0.6)
-    answer = meant or (f"did you mean --{near[0]}?" if near else "--help lists the flags")
+    near = nearest(plain, sorted(offered))
+    answer = meant or (f"did you mean --{near}?" if near else "--help lists the flags")
     return f"there is no flag {name}; {answer}"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from dylo_moe.routing.config import BALANCE_COEFFICIENT
 from dylo_moe.training.run_folder import NEW_RUN
+from dylo_moe.utils.checks import NOT_NEGATIVE, range_problems
 
 DEFAULT_BASE = "google/codegemma-2b"
 
@@ -45,8 +46,9 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
-            raise ValueError(f"loss_chunk_size is {self.loss_chunk_size}; it must be at least 0")
+        problems = range_problems(vars(self), {"loss_chunk_size": NOT_NEGATIVE, "balance_coefficient": NOT_NEGATIVE})
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import time
@@ -38,11 +40,24 @@ def new_output_dir(wanted: str) -> Path:
     if wanted == NEW_RUN:
         path = fresh_folder(RUNS, time.strftime("%Y%m%d-%H%M%S"))
     else:
+        if problem := output_dir_problem(wanted):
+            raise UsageError(problem)
         path = Path(wanted)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(f"output_dir {path} is not empty; choose a new one, so that no earlier run is overwritten")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def output_dir_problem(wanted: str) -> str | None:
+    """Why a new run cannot be written where `output_dir` says; None: it can."""
+    path = RUNS if wanted == NEW_RUN else Path(wanted)
+    if wanted != NEW_RUN and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        return f"output_dir {path} is not empty; choose a new one, so that no earlier run is overwritten"
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        return f"output_dir {path} cannot be made: {existing} is a file"
+    if not os.access(existing, os.W_OK):
+        return f"output_dir {path} cannot be made: {existing} may not be written"
+    return None
 
 
 def fresh_folder(parent: Path, name: str) -> Path:
@@ -74,6 +89,14 @@ def checkpoints_in(run: Path) -> list[tuple[int, Path]]:
     """The numbered checkpoints of a run with their steps, oldest first."""
     found = [(NUMBERED.fullmatch(path.name), path) for path in run.iterdir() if path.is_dir()] if run.is_dir() else []
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def shows_training(run: Path) -> bool:
+    """Whether a run or a stream has trained anything that its folder shows: there is a checkpoint, or a logged step."""
+    if any(run.rglob("dylora.json")):
+        return True
+    lines = [line for file in run.rglob("metrics.jsonl") for line in file.read_text(encoding="utf-8").splitlines()]
+    return any(json.loads(line)["step"] > 0 for line in lines)
 
 
 def discard(checkpoint: Path) -> None:

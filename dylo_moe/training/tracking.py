@@ -57,21 +57,18 @@ NO_KEY = (
 # A run.
 
 
-def check_trackers(names: Iterable[str]) -> None:
-    """Check that what `report_to` names is known to the Trainer and installed, before a model is loaded for it.
-
-    Raises:
-        ValueError: for a name that is not known, or whose package is not installed, with how to install it.
-    """
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(
-                f"report_to has {name!r}; it must be none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}"
-            )
-        is_installed = getattr(integration_utils, f"is_{name}_available", None)
-        if is_installed is not None and not is_installed():
-            how = how_to_install(name) if name in EXTRAS else "install its package"
-            raise ValueError(f"report_to has {name}, which is not installed: {how}")
+def tracking_problem() -> str | None:
+    """Why no run of Weights & Biases can be started from here; None: nothing is known to be in the way."""
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    try:
+        wandb = _client()
+        _check_no_model_log()
+        if not _offline(wandb):
+            _check_key(wandb)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def prepare(arguments: Any, folder: Path) -> None:
@@ -90,8 +87,7 @@ def prepare(arguments: Any, folder: Path) -> None:
     if "wandb" not in arguments.report_to or os.environ.get("WANDB_MODE") == "disabled":
         return
     wandb = _client()
-    if os.environ.get("WANDB_LOG_MODEL", "false").lower() not in ("false", "0", ""):
-        raise ValueError("WANDB_LOG_MODEL is set; checkpoints are uploaded without it, and twice with it: unset it")
+    _check_no_model_log()
     own = folder.resolve() / "wandb"
     for name, value in {
         "WANDB_PROJECT": PROJECT,
@@ -157,6 +153,13 @@ def log_plots(paths: Iterable[Path]) -> None:
         run.log({f"plots/{path.stem}": _client().Image(str(path)) for path in pictures})
     except Exception as error:  # the training is done, and no failed upload may hide its result
         _tell(_explained(error, "the plots were not sent to Weights & Biases"))
+
+
+def end_tracking() -> None:
+    """End the run as a failed one; does nothing where there is no run."""
+    run = _run()
+    if run is not None:
+        run.finish(exit_code=1)
 
 
 class CheckpointArtifacts(TrainerCallback):
@@ -318,6 +321,11 @@ def _client() -> Any:
     import wandb
 
     return wandb
+
+
+def _check_no_model_log() -> None:
+    if os.environ.get("WANDB_LOG_MODEL", "false").lower() not in ("false", "0", ""):
+        raise ValueError("WANDB_LOG_MODEL is set; checkpoints are uploaded without it, and twice with it: unset it")
 
 
 def _run() -> Any:

@@ -2,8 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may have; they are finite."""
+
+    least: float
+    below: float = math.inf
+    """The smallest number that is too large."""
+    is_open: bool = False
+    """Whether `least` itself is too small."""
+    is_whole: bool = False
+    """Whether only whole numbers count."""
+
+    def holds(self, value: object) -> bool:
+        """Whether a value is one of these numbers."""
+        if not is_number(value) or not math.isfinite(value) or (self.is_whole and value != int(value)):  # type: ignore[arg-type, call-overload]
+            return False
+        return (value > self.least if self.is_open else value >= self.least) and value < self.below  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.is_whole else "a finite number"
+        lower = f"above {self.least:g}" if self.is_open else f"of at least {self.least:g}"
+        return f"{kind} {lower}" + (f" and below {self.below:,}" if math.isfinite(self.below) else "")
+
+
+COUNT = Range(1, is_whole=True)
+
+POSITIVE = Range(0, is_open=True)
+
+NOT_NEGATIVE = Range(0)
+
+SHARE_BELOW_ONE = Range(0, below=1)
+
+
+def range_problems(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> list[str]:
+    """The problems of those values that have a range; a value that is absent or None has none."""
+    return [
+        f"{name} is {values[name]!r}; it must be {allowed}"
+        for name, allowed in ranges.items()
+        if values.get(name) is not None and not allowed.holds(values[name])
+    ]
 
 
 def is_share(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 
@@ -17,3 +18,10 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
         plural: the plural of the noun; by default an s is appended.
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that is most like a mistyped one: one that begins with it, else one with almost its letters."""
+    longer = [name for name in known if name.startswith(word)] if word else []
+    found = longer or difflib.get_close_matches(word, known, n=1)
+    return found[0] if found else None

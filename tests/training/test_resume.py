@@ -195,7 +195,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_its_beginning(whole,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--resume_from_checkpoint", "latest"], "needs --output_dir"),
+        (["--resume_from_checkpoint", "latest"], "finds no run in runs"),
         (["--resume_from_checkpoint", "latest", "--output_dir", "{tmp}/none"], "there is no run in"),
         (["--resume_from_checkpoint", "{tmp}/none"], "there is no checkpoint and no run"),
         (["--resume_from_checkpoint", "{tmp}"], "neither a checkpoint"),

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylo_moe.commands.compare.arguments import COMPARE_LINE, OF_CODE, CompareArguments, compare_refusal
+from dylo_moe.data.config import DataConfig
+from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.parsing.parser import Parser, build_parser, parse, typed_flags
 from dylo_moe.parsing.recipe import plain_settings, with_recipe
-from dylo_moe.routing.config import LEARNED, RANDOM, UNIFORM
+from dylo_moe.routing.config import LEARNED, RANDOM, UNIFORM, RouterConfig
+from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.run_folder import NEW_RUN
 from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
@@ -32,6 +35,8 @@ class CompareRequest(NamedTuple):
     """Flags of `dylora eval`; empty where no task runs code."""
     batch_size: int
     """The number of rows in one forward where losses are measured."""
+    configs: tuple[ModelArguments, ExpertConfig, RouterConfig, DataConfig, TrainArguments]
+    """The configs of our arm's training."""
 
 
 def build_compare_parser(*, show_all: bool = False) -> Parser:
@@ -52,11 +57,12 @@ def parse_compare(argv: Sequence[str]) -> CompareRequest:
         raise UsageError("output_dir is not given; name a folder, so that the same command can resume where it was")
     if experts.num_experts < 2:
         raise UsageError(f"num_experts is {experts.num_experts}; with one there is no routing to compare")
-    if router.top_k > experts.num_experts:
-        raise UsageError(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
     settings = _without(plain_settings((model, experts, router, data), train, compare_refusal), LEAVE)
     evaluation = _evaluation(options, train, typed_flags(words))
-    return CompareRequest(Path(train.output_dir), options, settings, evaluation, train.per_device_eval_batch_size)
+    configs = (model, experts, router, data, train)
+    return CompareRequest(
+        Path(train.output_dir), options, settings, evaluation, train.per_device_eval_batch_size, configs
+    )
 
 
 def _evaluation(options: CompareArguments, train: TrainArguments, given: set[str]) -> dict[str, Any]:

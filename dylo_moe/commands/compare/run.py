@@ -33,6 +33,7 @@ from dylo_moe.evaluation.losses import measure, to_json
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.parsing.recipe import in_full
+from dylo_moe.training.preflight import check_before_reading
 from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import save_config
 from dylo_moe.training.stopping import StopRequest
@@ -65,6 +66,7 @@ def _compare(request: CompareRequest) -> Path:
     screen, output = Screen("compare"), request.output
     transformers_logging.disable_progress_bar()
     refuse_foreign(output, what="comparison", beside=[LOCK])
+    check_before_reading(*request.configs, is_new=False)
     output.mkdir(parents=True, exist_ok=True)
     asked: Settings = {"settings": request.settings, "evaluation": request.evaluation}
     asked |= {name: getattr(request.options, name) for name in CAN_GROW}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -27,17 +29,23 @@ from dylo_moe.commands.stream.state import (
     write_view,
 )
 from dylo_moe.data.collator import Collator
+from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.data.packing import check_texts_kept_apart
 from dylo_moe.evaluation.loss_matrix import Matrix
+from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.terminal import show_data, show_loss
+from dylo_moe.routing.config import RouterConfig
+from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.build import base_options, build_model
+from dylo_moe.training.preflight import check_before_reading, check_rows
 from dylo_moe.training.resume import data_changes
-from dylo_moe.training.run_folder import CONFIG_FILE, new_output_dir, save_config
+from dylo_moe.training.run_folder import CONFIG_FILE, new_output_dir, save_config, shows_training
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.stopping import StopRequest
+from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import Stopped
 from dylo_moe.utils.screen import Screen
 
@@ -52,9 +60,11 @@ def stream(request: StreamRequest) -> Path:
     transformers_logging.disable_progress_bar()
     screen = Screen("stream")
     with StopRequest() as stop:
+        limits = check_before_reading(*configs_of(request), is_new=request.resumed is None, growth=request.growth)
         set_seed(request.train.seed)
         tokenizer = tokenizer_of(request)
         data = read_data(request, tokenizer)
+        check_rows(limits, data, tokenizer)
         show_data(screen, data)
         folder, checkpoint = open_folder(request)
         try:
@@ -66,6 +76,10 @@ def stream(request: StreamRequest) -> Path:
             final = run_stages(context, model, state, checkpoint)
         except Stopped as stopped:
             raise Stopped(stopped.signal, how_to_resume(folder)) from stopped
+        except Exception:
+            if request.resumed is None and not shows_training(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     show_end(context, final, time.time() - started)
     return final
 
@@ -86,6 +100,16 @@ def run_stages(context: StreamContext, model: DyLoRAMoE, state: StreamState, che
 
 
 # The beginning.
+
+
+def configs_of(
+    request: StreamRequest,
+) -> tuple[ModelArguments, ExpertConfig, RouterConfig, DataConfig, TrainArguments]:
+    """The configs of the stream; where --checkpoint is given, its manifest names the base."""
+    model = request.model
+    if request.stream.checkpoint is not None:
+        model = replace(model, model=read_manifest(request.stream.checkpoint)["base"]["id"])
+    return model, request.experts, request.router, request.data, request.train
 
 
 def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:

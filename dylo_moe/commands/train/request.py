@@ -36,6 +36,11 @@ class Arguments(NamedTuple):
     changed: tuple[str, ...] = ()
     """Settings that differ from the checkpoint's and may do so, in words."""
 
+    @property
+    def configs(self) -> tuple[ModelArguments, ExpertConfig, RouterConfig, DataConfig, TrainArguments]:
+        """The configs that were made from the flags."""
+        return self.model, self.experts, self.router, self.data, self.train
+
 
 def build_train_parser(*, prog: str = TRAIN_LINE.prog, show_all: bool = False) -> Parser:
     """The parser of `dylora train`; its help hides the Trainer's rarer flags unless `show_all`."""

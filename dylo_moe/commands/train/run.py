@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from dylo_moe.commands.train.request import Arguments, settings_of
 from dylo_moe.commands.train.screen import (
     Results,
     lost_process,
+    show_batch,
     show_begin,
     show_end,
     show_model,
@@ -34,19 +37,22 @@ from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.finished import LOSSES_AFTER, RESULT, keep_earlier_result, nothing_left
 from dylo_moe.training.fit import evaluate, resume_log, train_to_end
 from dylo_moe.training.plots import write_plots
+from dylo_moe.training.preflight import check_before_reading, check_rows
 from dylo_moe.training.resume import check_same_data
 from dylo_moe.training.run_folder import (
     CONFIG_FILE,
+    NEW_RUN,
     checkpoints_in,
     clear_unfinished,
     new_output_dir,
     save_config,
     set_aside,
+    shows_training,
 )
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.sharding import Sharding, shard_base, take_sharding
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
-from dylo_moe.training.tracking import CheckpointArtifacts, check_trackers, log_plots, log_settings, prepare
+from dylo_moe.training.tracking import CheckpointArtifacts, end_tracking, log_plots, log_settings, prepare
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
@@ -102,27 +108,45 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     if is_finished(arguments, settings, screen):
         distributed.leave()
         return Path(arguments.train.output_dir) / RESULT
-    check_trackers(arguments.train.report_to or ())
     sharding = take_sharding(arguments.train, num_processes=distributed.num_ranks())
     show_begin(screen, arguments, sharding)
-    set_seed(arguments.train.seed)
     schedule = benchmark_schedule(arguments, sharding)
+    limits = check_before_reading(*arguments.configs, is_new=arguments.resumed is None)
+    set_seed(arguments.train.seed)
     tokenizer, data = read_data(arguments, screen)
+    check_rows(limits, data, tokenizer)
     rows = epoch_of(data.train, arguments.data)
     show_packing(screen, rows, batch_size=arguments.train.per_device_train_batch_size)
+    show_batch(screen, rows, arguments)
     model = make_model(arguments, screen)
-    run = open_run(arguments, settings, screen, tokenizer, data, model)
-    if sharding is not None:
-        shard_base(model, sharding, device=arguments.train.device)
-    trainer = make_trainer(run, rows, stop)
-    if schedule is not None:
-        trainer.add_callback(benchmark_callback(run, schedule, trainer))
-    state = resume_log(screen, run.metrics, run.checkpoint)
-    run.record["losses_before"] = losses_before(run, trainer)
-    train_to_end(trainer, stop, run.checkpoint, state)
-    final = save_result(run, trainer, started)
+    with kept_if_trained(arguments):
+        run = open_run(arguments, settings, screen, tokenizer, data, model)
+        if sharding is not None:
+            shard_base(model, sharding, device=arguments.train.device)
+        trainer = make_trainer(run, rows, stop)
+        if schedule is not None:
+            trainer.add_callback(benchmark_callback(run, schedule, trainer))
+        state = resume_log(screen, run.metrics, run.checkpoint)
+        run.record["losses_before"] = losses_before(run, trainer)
+        train_to_end(trainer, stop, run.checkpoint, state)
+        final = save_result(run, trainer, started)
     distributed.leave()
     return final
+
+
+@contextmanager
+def kept_if_trained(arguments: Arguments) -> Iterator[None]:
+    """Remove the folder of a new run that ends before anything is trained, so that the same command can be typed
+    again."""
+    try:
+        yield
+    except BaseException:
+        folder = Path(arguments.train.output_dir)
+        is_new = arguments.resumed is None and arguments.train.output_dir != NEW_RUN
+        if is_new and distributed.is_first() and folder.is_dir() and not shows_training(folder):
+            end_tracking()
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 # Before training.

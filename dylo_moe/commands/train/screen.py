@@ -91,6 +91,16 @@ def show_packing(screen: Screen, rows: Any, *, batch_size: int) -> None:
         )
 
 
+def show_batch(screen: Screen, rows: Any, arguments: Arguments) -> None:
+    """Print that a step wants more rows than an epoch has, where it does."""
+    train = arguments.train
+    wanted = train.per_device_train_batch_size * train.gradient_accumulation_steps * distributed.num_ranks()
+    if len(rows) < wanted:
+        screen.warn(
+            f"an optimizer step takes {counted(wanted, 'row')}, and an epoch has {len(rows):,}: each epoch is one step",
+        )
+
+
 def show_model(screen: Screen, model: DyLoRAMoE) -> None:
     """Print how many parameters are frozen and how many are trained, counted from the model itself."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

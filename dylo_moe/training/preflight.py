@@ -1,0 +1,141 @@
+"""What can be known of a training before data or weights are read: everything that flags, packages, folders and the
+config of the base decide. All problems come in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.integrations import integration_utils
+from transformers.optimization import get_scheduler
+
+from dylo_moe.base.limits import BaseLimits, limits_of
+from dylo_moe.base.loading import load_base_without_weights
+from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.data.config import DataConfig
+from dylo_moe.data.loading import LoadedData
+from dylo_moe.experts.config import ExpertConfig
+from dylo_moe.routing.config import RouterConfig
+from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.training.build import build_model
+from dylo_moe.training.run_folder import output_dir_problem
+from dylo_moe.training.tracking import tracking_problem
+from dylo_moe.training.trainer_arguments import TrainArguments, text_of
+from dylo_moe.utils.errors import UsageError
+
+OTHER_PACKAGES = {
+    "azure_ml": ("azureml", "azureml-core"),
+    "comet_ml": ("comet", "comet-ml"),
+    "flyte": ("flyte", "flytekit"),
+}
+"""Trackers that are not called as their modules and their packages are: the name of each."""
+
+
+def check_before_reading(
+    model: ModelArguments,
+    experts: ExpertConfig,
+    router: RouterConfig,
+    data: DataConfig,
+    train: TrainArguments,
+    *,
+    is_new: bool,
+    growth: GrowthConfig | None = None,
+) -> BaseLimits:
+    """Check a training before anything of it is read or written.
+
+    Args:
+        is_new: whether the run gets a new folder.
+        growth: of a pool that begins empty and grows.
+
+    Returns:
+        What the base can read, by which the rows are to be checked before its weights are read.
+
+    Raises:
+        UsageError: with all problems.
+    """
+    problems = [*_tracker_problems(train), *_optimizer_problems(train)]
+    if is_new and (problem := output_dir_problem(train.output_dir)):
+        problems.append(problem)
+    if growth is None and router.top_k > experts.num_experts:
+        problems.append(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
+    try:
+        limits = _limits(model, experts, router, growth)
+    except (ValueError, ImportError) as error:
+        raise UsageError("; ".join([*problems, str(error)])) from error
+    if problem := limits.length_problem(data.max_seq_length, "--max_seq_length"):
+        problems.append(problem)
+    if problems:
+        raise UsageError("; ".join(problems))
+    return limits
+
+
+def check_rows(limits: BaseLimits, data: LoadedData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UsageError for rows with a token that the base has no embedding for."""
+    ids = {f"the dataset {name}": _highest(rows) for name, rows in data.evaluation.items()}
+    ids["the tokenizer's padding"] = tokenizer.pad_token_id or 0
+    problems = [problem for what, highest in ids.items() if (problem := limits.token_problem([highest], what))]
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _highest(rows: Dataset) -> int:
+    """The highest token id of a dataset, of which `rows` are a selection."""
+    return pc.max(pc.list_flatten(rows.data.column("input_ids"))).as_py() or 0
+
+
+def _tracker_problems(train: TrainArguments) -> Iterator[str]:
+    """Trackers that are unknown, not installed, or cannot be reached without a key."""
+    for name in train.report_to or ():
+        if name == "wandb":
+            if problem := tracking_problem():
+                yield problem
+            continue
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            yield f"report_to is {name!r}; it must be none or one of {known}"
+            continue
+        module, package = OTHER_PACKAGES.get(name, (name, name))
+        is_available = getattr(integration_utils, f"is_{module}_available", None)
+        if is_available is not None and not is_available():
+            yield f"report_to is {name}, whose package is not installed: pip install {package}"
+
+
+def _optimizer_problems(train: TrainArguments) -> Iterator[str]:
+    """An optimizer whose package is not installed, and arguments that it or the schedule does not take."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(train)
+    except (ImportError, ValueError, TypeError) as error:
+        if "model" not in str(error):  # some optimizers need the model, and are made with it
+            yield f"optim {text_of(train.optim)} cannot be used: {str(error).strip()}"
+    schedule = text_of(train.lr_scheduler_type)
+    try:
+        get_scheduler(
+            train.lr_scheduler_type,
+            optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=train.learning_rate),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=train.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+    except (ValueError, TypeError) as error:
+        given = f" with lr_scheduler_kwargs {train.lr_scheduler_kwargs}" if train.lr_scheduler_kwargs else ""
+        yield f"lr_scheduler_type {schedule}{given} cannot be used: {str(error).strip()}"
+
+
+def _limits(
+    model: ModelArguments, experts: ExpertConfig, router: RouterConfig, growth: GrowthConfig | None
+) -> BaseLimits:
+    """Make the pool on the base without weights, of which only the config is read; raises what does not fit it."""
+    outline = build_model(
+        replace(model, load_in_4bit=False),
+        replace(experts, num_experts=1),
+        router if growth is not None else replace(router, top_k=1),
+        bf16=False,
+        growth=growth,
+        load=load_base_without_weights,
+    )
+    return limits_of(outline.base)
