@@ -6,11 +6,13 @@ import functools
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from dylo_moe.parsing.ending import no_such_command, print_error
 from dylo_moe.parsing.help_format import overview
+from dylo_moe.utils.failures import REPORT, explained
 from dylo_moe.utils.other_libraries import only_our_lines
 from dylo_moe.utils.quiet import quiet
 
@@ -68,14 +70,19 @@ def main(argv: Sequence[str] | None = None, **options: Any) -> int:
 def _run(name: str, words: list[str], options: dict[str, Any]) -> int:
     try:
         return int(importlib.import_module(f"dylo_moe.commands.{name}").main(words, **options))
-    except (ValueError, OSError) as error:
-        if os.environ.get("DYLORA_TRACEBACK"):
-            raise
-        print_error(name, error)
-        return 2
     except KeyboardInterrupt:
         print_error(name, "interrupted")
         return 130
+    except Exception as error:
+        if os.environ.get("DYLORA_TRACEBACK"):
+            raise
+        message = explained(error, name)
+        if message is None:
+            traceback.print_exc()
+            print_error(name, REPORT)
+            return 1
+        print_error(name, message)
+        return 2
 
 
 def _show_note(name: str, sentence: str) -> None:

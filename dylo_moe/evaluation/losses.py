@@ -114,16 +114,22 @@ def measure(
         for name, rows in held.rows.items():
             order = np.argsort(np.asarray(rows["length"]), kind="stable")
             sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-            with nullcontext() if screen is None else screen.status(f"{name}: {len(rows):,} held-out rows"):
+            title = f"evaluating {name}, in held-out rows"
+            with nullcontext(_say_nothing) if screen is None else screen.counting(title, len(rows)) as advance:
                 for start in range(0, len(rows), batch_size):
                     places = order[start : start + batch_size]
                     sums[places], tokens[places] = _row_losses(model, collator([rows[int(place)] for place in places]))
+                    advance(len(places))
             if not np.isfinite(sums).all():
                 raise ValueError(f"the loss of {(~np.isfinite(sums)).sum()} held-out rows of {name!r} is not finite")
             seen = np.flatnonzero(tokens)
             documents = [held.documents[name][place] for place in seen]
             found[name] = DatasetLosses(documents, sums[seen].tolist(), tokens[seen].tolist())
     return found
+
+
+def _say_nothing(count: int) -> None:
+    pass
 
 
 def _row_losses(model: DyLoRAMoE, batch: dict[str, torch.Tensor]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

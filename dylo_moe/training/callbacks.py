@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from dylo_moe.utils.atomic_files import write_whole
-from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.screen import SECONDS_BETWEEN_LINES, Screen
 
 
 class MetricsFile(TrainerCallback):
@@ -65,17 +67,32 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Shows the step, the losses, the router's entropy, tokens per second and the time that is left."""
+    """Shows the step, the losses, the router's entropy, tokens per second and the time that is left.
 
-    def __init__(self, screen: Screen) -> None:
-        self.screen = screen
+    Args:
+        num_batches: the batches of one evaluation; 0: the training has none.
+    """
+
+    def __init__(self, screen: Screen, *, num_batches: int = 0) -> None:
+        self.screen, self.num_batches = screen, num_batches
         self.progress: Progress | None = None
         self.task: Any = None
         self.started, self.start_step = 0.0, 0
+        self.evaluation_seconds = 0.0
+        """How long the last evaluation of all datasets took."""
+        self._advance: Callable[[int], None] | None = None
+        self._evaluating_since, self._batches_done, self._said_at, self._paused = 0.0, 0, 0.0, 0.0
+
+    @contextmanager
+    def evaluating(self, title: str) -> Iterator[None]:
+        """Show how far an evaluation is that stands before or after the training."""
+        with self.screen.counting(title, self.num_batches) as self._advance:
+            yield
+        self._advance = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
-        self.started, self.start_step = time.time(), state.global_step
+        self.started, self.start_step, self._paused = time.time(), state.global_step, 0.0
         if not state.is_world_process_zero or not self.screen.is_live:
             return
         columns = [
@@ -96,6 +113,27 @@ class ProgressBar(TrainerCallback):
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show how far an evaluation is, and measure how long it takes."""
+        if self._batches_done == 0:
+            self._evaluating_since = self._said_at = time.time()
+        self._batches_done += 1
+        if self._advance is not None:
+            self._advance(1)
+        elif state.is_world_process_zero:
+            self._say_evaluating(f"evaluating: batch {self._batches_done} of {self.num_batches}")
+        if self._batches_done >= self.num_batches:
+            self._batches_done = 0
+            self.evaluation_seconds = time.time() - self._evaluating_since
+            self._paused += 0.0 if self._advance is not None else self.evaluation_seconds
+
+    def _say_evaluating(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, note=text)
+        elif time.time() - self._said_at >= SECONDS_BETWEEN_LINES:
+            self._said_at = time.time()
+            self.screen.progress(text)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the newest training losses."""
         if not state.is_world_process_zero or logs is None or "lm_loss" not in logs:
@@ -107,14 +145,30 @@ class ProgressBar(TrainerCallback):
         if self.progress is not None:
             self.progress.update(self.task, note=note)
         elapsed = time.time() - self.started
-        done = max(state.global_step - self.start_step, 1)
-        left = elapsed / done * (state.max_steps - state.global_step)
         self.screen.progress(
-            f"step {state.global_step}/{state.max_steps}  {note}  {elapsed:.0f} s, about {left:.0f} s left"
+            f"step {state.global_step}/{state.max_steps}  {note}  {elapsed:.0f} s, about "
+            f"{self._seconds_left(args, state):.0f} s left"
         )
+
+    def _seconds_left(self, args: Any, state: Any) -> float:
+        """How long the steps and the evaluations that are left will take, if they take as long as those before."""
+        done = max(state.global_step - self.start_step, 1)
+        a_step = max(time.time() - self.started - self._paused, 0.0) / done
+        evaluations = evaluations_left(args, state) if self.num_batches else 0
+        return a_step * (state.max_steps - state.global_step) + self.evaluation_seconds * evaluations
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def evaluations_left(args: Any, state: Any) -> int:
+    """How many evaluations a training has still to make, the one after its last step among them."""
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy == "steps":
+        every = args.eval_steps if args.eval_steps >= 1 else max(int(state.max_steps * args.eval_steps), 1)
+        return 1 + state.max_steps // every - state.global_step // every
+    epochs = math.ceil(state.num_train_epochs) - math.floor(state.epoch or 0.0)
+    return 1 + (max(epochs, 0) if strategy == "epoch" else 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from dylo_moe.training.callbacks import MetricsFile
+from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.metrics import MeterReading
 from dylo_moe.training.run_folder import checkpoint_name
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
@@ -87,8 +87,9 @@ def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
     return state.global_step >= trainer.total_steps or (early is not None and early.says_stop(state.log_history))
 
 
-def evaluate(trainer: DyLoRATrainer, screen: Screen, when: str) -> dict[str, MeterReading]:
-    """Evaluate every dataset; the status line says when this is."""
-    with screen.status(f"evaluating {when}"):
+def evaluate(trainer: DyLoRATrainer, when: str) -> dict[str, MeterReading]:
+    """Evaluate every dataset; what is shown says when this is, and how far it is."""
+    bar = next(item for item in trainer.callback_handler.callbacks if isinstance(item, ProgressBar))
+    with bar.evaluating(f"evaluating {when}"):
         trainer.evaluate()
     return dict(trainer.readings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from rich.live import Live
 from rich.text import Text
 
 from dylo_moe.utils.quiet import is_quiet
+
+SECONDS_BETWEEN_LINES = 15
+"""How often a work that takes long says how far it is, where nothing can change in place."""
 
 LOG_WIDTH = 120
 """The width in letters of tables in the log."""
@@ -109,9 +113,37 @@ class Screen:
             self._log(logging.INFO, title)
 
     def status(self, title: str) -> AbstractContextManager[Any]:
-        """Show what is being done, on a terminal, until the `with` block ends."""
-        self._log(logging.INFO, title)
+        """Say what is being done: on a terminal until the `with` block ends, elsewhere in a line."""
+        self.progress(title)
         return self.console.status(Text(title)) if self.is_live else nullcontext()
+
+    @contextmanager
+    def counting(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Say what is being done and how far it is: on a terminal in place, elsewhere in a line now and then.
+
+        Args:
+            total: of how many pieces the work consists.
+
+        Yields:
+            The function to call with the number of pieces that were done.
+        """
+        started = said = time.monotonic()
+        done = 0
+        with self.status(title) as status:
+
+            def advance(count: int = 1) -> None:
+                nonlocal done, said
+                done += count
+                now = time.monotonic()
+                left = (now - started) / done * max(total - done, 0)
+                text = f"{title}: {done:,} of {total:,}, about {left:.0f} s left"
+                if status is not None:
+                    status.update(Text(text))
+                elif now - said >= SECONDS_BETWEEN_LINES:
+                    self.progress(text)
+                    said = now
+
+            yield advance
 
     @contextmanager
     def live(self, what: RenderableType) -> Iterator[Live | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ from dylo_moe.training.tracking import CheckpointArtifacts, end_tracking, log_pl
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
-from dylo_moe.utils.errors import RankLost
+from dylo_moe.utils.errors import RankLost, Stopped
 from dylo_moe.utils.screen import Screen
 
 SAMPLE_TOKENS = 32
@@ -275,7 +276,9 @@ def run_folder(screen: Screen, arguments: Arguments, settings: dict[str, Any]) -
 def make_trainer(run: TrainingRun, rows: Any, stop: StopRequest) -> DyLoRATrainer:
     """Make the Trainer of the run, with the callbacks that log, track and stop it."""
     train = run.arguments.train
-    callbacks: list[TrainerCallback] = [run.metrics, ProgressBar(run.screen), stop]
+    rows_at_once = train.per_device_eval_batch_size * distributed.num_ranks()
+    num_batches = sum(math.ceil(len(held) / rows_at_once) for held in run.data.evaluation.values())
+    callbacks: list[TrainerCallback] = [run.metrics, ProgressBar(run.screen, num_batches=num_batches), stop]
     if "wandb" in list(train.report_to or ()):
         callbacks.append(CheckpointArtifacts())
     if train.early_stopping_patience is not None:
@@ -326,7 +329,7 @@ def losses_before(run: TrainingRun, trainer: DyLoRATrainer) -> dict[str, float]:
     """Measure the held-out loss of each dataset before training; a resumed run reads it from its checkpoint."""
     if run.arguments.resumed is not None and run.checkpoint is not None:
         return run.arguments.resumed.record["losses_before"]
-    return {name: reading.loss for name, reading in evaluate(trainer, run.screen, "before training").items()}
+    return {name: reading.loss for name, reading in evaluate(trainer, "before training").items()}
 
 
 # After training.
@@ -348,8 +351,11 @@ def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Pat
         if kept:
             run.screen.say(f"the earlier result is kept as {run.folder / kept[RESULT]}")
         save_checkpoint(run.model, final, training=record)
-    after = evaluate(trainer, run.screen, "after training")
-    samples = sample_of_each(run.model, run.tokenizer, run.data)
+    try:
+        after = evaluate(trainer, "after training")
+        samples = sample_of_each(run)
+    except Stopped as stopped:
+        raise Stopped(stopped.signal, f"the training is over and saved as {final}, but not evaluated") from stopped
     if distributed.is_first():
         before = run.record["losses_before"]
         losses = {"before": before, "after": {name: reading.loss for name, reading in after.items()}}
@@ -361,10 +367,13 @@ def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Pat
     return final
 
 
-def sample_of_each(model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[RoutedText]:
+def sample_of_each(run: TrainingRun) -> list[RoutedText]:
     """Generate a text from a prompt of each dataset. All ranks take part, because none holds all of a sharded base."""
-    model.eval()
-    return [
-        sample(model, ids, end_ids=end_ids(tokenizer), max_new_tokens=SAMPLE_TOKENS, label=domain)
-        for domain, ids in data.sample_prompts.items()
-    ]
+    run.model.eval()
+    samples, prompts = [], run.data.sample_prompts
+    with run.screen.counting("generating a text from a prompt of each dataset", len(prompts)) as advance:
+        for domain, ids in prompts.items():
+            ends = end_ids(run.tokenizer)
+            samples.append(sample(run.model, ids, end_ids=ends, max_new_tokens=SAMPLE_TOKENS, label=domain))
+            advance(1)
+    return samples
