@@ -32,6 +32,17 @@ class BaseLimits(NamedTuple):
             return None
         return f"{what} is {length:,} tokens, but {self.name} has learned {self.learned_positions:,} positions"
 
+    def continuation_problem(self, prompt: int, new: int) -> str | None:
+        """What is wrong with `new` tokens after a prompt of `prompt` tokens; None: nothing."""
+        if self.context is None or prompt + new <= self.context:
+            return None
+        room = self.context - prompt
+        rule = f"give --max_new_tokens {room} or less" if room > 0 else "give a shorter --prompt"
+        return (
+            f"the prompt has {prompt:,} tokens and --max_new_tokens is {new:,}, but {self.name} reads {self.context:,} "
+            f"tokens: {rule}"
+        )
+
     def token_problem(self, ids: Sequence[int], what: str) -> str | None:
         """What is wrong with the token ids of `what`; None: nothing."""
         highest = max(ids, default=0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, GenerationConfig
 
+from dylo_moe.base.limits import limits_of
 from dylo_moe.model.routing_hooks import NotForced, Prompt, RoutingHooks, one_per_row
 from dylo_moe.routing.cache import find_router_layer
 from dylo_moe.routing.router import Routing
@@ -104,7 +104,7 @@ class GenerateCall:
             memory = None  # no row ended early
         if bare and memory is None:
             return
-        end = int(min(_context_end(hooks.base), sequences.shape[1]))
+        end = min(limits_of(hooks.base).learned_positions or sequences.shape[1], sequences.shape[1])
         read = hooks.read(input_ids=sequences[:, :end], **self._positioned(real[:, :end], hooks))
         if not bare:
             output.routing = _padded(read.routing, length=sequences.shape[1])
@@ -122,13 +122,6 @@ class GenerateCall:
         given = given.repeat_interleave(len(mask) // len(given), 0)
         new = torch.arange(1, mask.shape[1] - given.shape[1] + 1, device=given.device)
         return {**inputs, "position_ids": torch.cat([given, given[:, -1:] + new], 1)}
-
-
-def _context_end(base: PreTrainedModel) -> float:
-    """How many tokens a base can read: as many as it has learned positions, else any number."""
-    words = base.get_input_embeddings()
-    learned = any(isinstance(module, nn.Embedding) and module is not words for module in base.modules())
-    return base.config.get_text_config().max_position_embeddings if learned else math.inf
 
 
 def _padded(routing: Routing, *, length: int) -> Routing:

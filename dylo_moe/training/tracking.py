@@ -62,13 +62,27 @@ def tracking_problem() -> str | None:
     if os.environ.get("WANDB_MODE") == "disabled":
         return None
     try:
-        wandb = _client()
+        _client()
         _check_no_model_log()
-        if not _offline(wandb):
-            _check_key(wandb)
     except ValueError as error:
         return str(error)
-    return None
+    is_offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+    return None if is_offline or _may_have_key() else NO_KEY
+
+
+def _may_have_key() -> bool:
+    """Whether there is a place where a key, or the wish to track without one, may be written down.
+
+    The client is not asked, because from its first call on it no longer reads the environment, by which `prepare` keeps
+    its files in the run's folder.
+    """
+    home = Path.home()
+    places = [
+        *(os.environ.get("NETRC"), home / ".netrc", home / "_netrc", Path("wandb") / "settings"),
+        Path(os.environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb") / "settings",
+    ]
+    variables = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    return any(os.environ.get(name) for name in variables) or any(place and Path(place).is_file() for place in places)
 
 
 def prepare(arguments: Any, folder: Path) -> None:

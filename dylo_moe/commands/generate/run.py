@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
+from dylo_moe.base.limits import limits_of
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.data.encoding import encode_prompt, text_format
 from dylo_moe.evaluation.continuation import end_ids, sample
@@ -40,6 +41,9 @@ def generate(
     form = text_format(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_prompt(form, prompt)
     ids = [*form.start_ids, *ids] if raw else ids
+    limits = limits_of(model.base)
+    if problem := limits.token_problem(ids, "the prompt") or limits.continuation_problem(len(ids), max_new_tokens):
+        raise ValueError(problem)
     forced = nullcontext() if expert is None else model.route_to(None if expert == "base" else expert)
     with forced:
         generated = sample(
