@@ -72,12 +72,23 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
         prefix, layers = decoder_layers(base)
         config.layers_to_transform = list(range(router_index, len(layers)))
         config.layers_pattern = prefix.rsplit(".", 1)[-1]
-    problems = lora_problems(base, config, router_index=router_index)
+    problems = [*lora_problems(base, config, router_index=router_index), *_unmatched(base, config)]
     if problems:
         raise ValueError("this LoraConfig cannot make a routed expert: " + "; ".join(problems))
     config.task_type = TaskType.CAUSAL_LM
     config.inference_mode = False
     return config
+
+
+def _unmatched(base: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Names of linears that no module has, beside others that some have: PEFT passes over them."""
+    names = [name for name, _ in base.named_modules()]
+    targets = [] if config.target_modules is None or isinstance(config.target_modules, str) else config.target_modules
+    missing = [name for name in sorted(targets) if not any(f".{module}".endswith(f".{name}") for module in names)]
+    if not missing or len(missing) == len(targets):  # where nothing matches at all, that is a problem of its own
+        return []
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in _layer_linears(base)}))
+    return [f"target_modules has {listed(missing)}, which matches nothing; the layers have the linears {known}"]
 
 
 def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> list[str]:
