@@ -37,9 +37,23 @@ def test_statements_go_to_stdout_and_warnings_to_stderr(capsys, monkeypatch):
         "python    1.234",
         "step 1 of 2",
     ]
-    assert out.splitlines()[-1] == f"checkpoint   {PATH}"  # longer than a line, and whole
-    assert "evaluating" not in out
+    assert f"checkpoint   {PATH}" in out.splitlines()  # longer than a line, and whole
+    assert out.splitlines()[-1] == "evaluating"
     assert "bar" not in out
+
+
+def test_a_long_work_says_now_and_then_how_far_it_is(capsys, monkeypatch):
+    """Where nothing can change in place; a clock that stands still says only what is being done."""
+    clock = iter([0, 5, 20, 30, 40])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with Screen("here").counting("evaluating", 4) as advance:
+        for _ in range(4):
+            advance(1)
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluating",
+        "evaluating: 2 of 4, about 20 s left",
+        "evaluating: 4 of 4, about 0 s left",
+    ]
 
 
 def test_quiet_leaves_warnings_answers_and_the_bare_path_of_the_result(capsys):
