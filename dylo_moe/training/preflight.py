@@ -27,6 +27,7 @@ from dylo_moe.training.run_folder import output_dir_problem
 from dylo_moe.training.tracking import tracking_problem
 from dylo_moe.training.trainer_arguments import TrainArguments, text_of
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.install import EXTRAS, how_to_install
 
 OTHER_PACKAGES = {
     "azure_ml": ("azureml", "azureml-core"),
@@ -102,7 +103,8 @@ def _tracker_problems(train: TrainArguments) -> Iterator[str]:
         module, package = OTHER_PACKAGES.get(name, (name, name))
         is_available = getattr(integration_utils, f"is_{module}_available", None)
         if is_available is not None and not is_available():
-            yield f"report_to is {name}, whose package is not installed: pip install {package}"
+            how = how_to_install(name) if name in EXTRAS else f"pip install {package}"
+            yield f"report_to is {name}, whose package is not installed: {how}"
 
 
 def _optimizer_problems(train: TrainArguments) -> Iterator[str]:

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import integration_utils
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dylo_moe.model.checkpoint import MANIFEST
 from dylo_moe.training.run_folder import checkpoint_name
 from dylo_moe.utils.atomic_files import replace_folder
-from dylo_moe.utils.install import EXTRAS, how_to_install
+from dylo_moe.utils.install import how_to_install
 from dylo_moe.utils.redact import SECRET_NAME
 
 PROJECT = "dylora-moe"

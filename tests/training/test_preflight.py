@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference.trainers import train_flags
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.integrations import integration_utils
 
 from dylo_moe.cli import main
 from dylo_moe.commands.compare.request import build_compare_parser
@@ -70,6 +71,12 @@ def said(tiny_folder, tmp_path, capsys, monkeypatch):
 )
 def test_a_mistake_is_found_before_anything_is_read(said, words, message):
     assert message in said(*words.split())
+
+
+def test_a_tracker_that_is_not_installed_has_the_package_of_our_extra(said, monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    message = "report_to is tensorboard, whose package is not installed: pip install 'tensorboard>=2.18'"
+    assert message in said("--report_to", "tensorboard")
 
 
 def test_all_mistakes_come_in_one_message(said, tmp_path):

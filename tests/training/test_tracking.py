@@ -22,10 +22,7 @@ from reference.tiny import padded, tiny_moe, tokens
 from reference.wandb_file import history, records
 from reference.wandb_server import StandInArtifact, connected
 from transformers import TrainingArguments
-from transformers.integrations import integration_utils
 
-from dylo_moe.commands.train.request import parse_train
-from dylo_moe.commands.train.run import train
 from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.training.tracking import CheckpointArtifacts, download_checkpoint, log_plots, log_settings, prepare
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -308,25 +305,6 @@ def test_unknown_artifact_permission_and_missing_client_have_their_messages(save
         download_checkpoint(REFERENCE, tmp_path / "fresh")
     with pytest.raises(ValueError, match=r"wandb is not installed: pip install 'wandb>=0.19'"):
         prepare(SimpleNamespace(report_to=["wandb"]), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("tensorboard", "report_to has tensorboard, which is not installed: pip install 'tensorboard>=2.18'"),
-        ("mlflow", "report_to has mlflow, which is not installed: install its package"),
-        ("tensorbord", "report_to has 'tensorbord'; it must be none, or some of .*tensorboard"),
-    ],
-)
-def test_a_tracker_that_is_not_there_ends_a_run_before_its_folder_is_made(
-    name, message, tiny_folder, tmp_path, monkeypatch
-):
-    """The Trainer raised a traceback for it, after the model was loaded."""
-    for known in ("tensorboard", "mlflow"):
-        monkeypatch.setattr(integration_utils, f"is_{known}_available", lambda: False)
-    with pytest.raises(ValueError, match=message):
-        train(parse_train(flags(tiny_folder, tmp_path / "out", "--report_to", name)))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_does_not_ask_for_it_is_left_alone(tmp_path):
