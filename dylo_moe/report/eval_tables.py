@@ -60,14 +60,15 @@ class LiveRate:
 
     def __call__(self, progress: Progress) -> None:
         """Show the progress; `run_benchmark` calls this."""
-        note = describe(progress)
         if self.bar is not None and self.task is not None:
+            note = describe(progress, is_short=self.screen.is_narrow)
             self.bar.update(self.task, completed=progress.num_judged, note=note)
-            return
         is_over, now = progress.num_judged == progress.num_samples, time.monotonic()
         if is_over or now >= self._next_line:
             self._next_line = now + LINE_SECONDS
-            self.screen.progress(f"{self.label}: {progress.num_generated}/{progress.num_samples} answers, {note}")
+            self.screen.progress(
+                f"{self.label}: {progress.num_generated}/{progress.num_samples} answers, {describe(progress)}"
+            )
 
 
 @contextmanager
@@ -76,17 +77,20 @@ def live_rate(screen: Screen, label: str, total: int) -> Iterator[LiveRate]:
     if not screen.is_live:
         yield LiveRate(screen, label, total, None)
         return
-    columns = [TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns = [TextColumn(label), BarColumn(bar_width=8 if screen.is_narrow else 20), MofNCompleteColumn()]
+    columns += [] if screen.is_narrow else [TimeElapsedColumn()]
     with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=screen.console) as bar:
         yield LiveRate(screen, label, total, bar)
 
 
-def describe(progress: Progress) -> str:
-    """Describe pass@1 so far, the number of timeouts, and the speed."""
+def describe(progress: Progress, *, is_short: bool = False) -> str:
+    """Describe pass@1 so far, the number of timeouts, and the speed; of these the rate alone where it `is_short`."""
     rate = "nothing judged yet"
     if progress.rate is not None:
         late = f", {progress.num_timed_out} timed out" if progress.num_timed_out else ""
         rate = f"pass@1 {progress.rate:.3f} of {progress.num_judged} judged{late}"
+        if is_short:
+            return f"pass@1 {progress.rate:.3f}{late}"
     return rate if progress.tokens_per_second is None else f"{rate}, {progress.tokens_per_second:,.0f} tokens/s"
 
 

@@ -143,7 +143,7 @@ def show_sample(screen: Screen, sample: RoutedText, tokenizer: PreTrainedTokeniz
         dim = " dim" if position < sample.prompt_length else ""
         text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + dim)
     screen.rule(sample.domain)
-    screen.answer(text)
+    screen.say(text)
 
 
 def show_legend(screen: Screen, experts: Sequence[str]) -> None:

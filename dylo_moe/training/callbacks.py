@@ -97,7 +97,7 @@ class ProgressBar(TrainerCallback):
             return
         columns = [
             TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=10 if self.screen.is_narrow else 20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -138,12 +138,11 @@ class ProgressBar(TrainerCallback):
         """Show the newest training losses."""
         if not state.is_world_process_zero or logs is None or "lm_loss" not in logs:
             return
-        note = (
-            f"loss {logs['lm_loss']:.3f}, balance {logs['balance_loss']:.2f}, entropy {logs['token_entropy']:.2f}, "
-            f"{logs['tokens_per_second']:,.0f} tokens/s"
-        )
+        loss, speed = f"loss {logs['lm_loss']:.3f}", f"{logs['tokens_per_second']:,.0f} tokens/s"
+        routing = f"balance {logs['balance_loss']:.2f}, entropy {logs['token_entropy']:.2f}"
+        note = f"{loss}, {routing}, {speed}"
         if self.progress is not None:
-            self.progress.update(self.task, note=note)
+            self.progress.update(self.task, note=f"{loss}, {speed}" if self.screen.is_narrow else note)
         elapsed = time.time() - self.started
         self.screen.progress(
             f"step {state.global_step}/{state.max_steps}  {note}  {elapsed:.0f} s, about "

@@ -63,6 +63,11 @@ class Screen:
         return self.console.is_interactive and self.console.file.isatty() and not self.console.quiet
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether a bar with all its figures has no room in a line."""
+        return self.console.width < 120
+
+    @property
     def has_colours(self) -> bool:
         """Whether colours are seen, or recorded for a picture."""
         return self.console.record or self.console.color_system is not None

@@ -130,13 +130,16 @@ class Table:
 
     def _block(self, block: dict[int, int]) -> RenderableType:
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        cells_of = [(row.cells[place], width) for row in self._rows for place, width in block.items()]
+        is_stacked = any(len(cell) > 1 and cell_len(_joined(cell).plain) > width for cell, width in cells_of)
         for place, width in block.items():
             justify = "left" if self._is_words[place] else "right"
             table.add_column(folded(self._heads[place], width), width=width, justify=justify)  # type: ignore[arg-type]
         for row in self._rows:
             if row.begins_section:
                 table.add_section()
-            table.add_row(*(_filled(row.cells[place], width) for place, width in block.items()), style=row.style)
+            cells = [_filled(row.cells[place], width, stacked=is_stacked) for place, width in block.items()]
+            table.add_row(*cells, style=row.style)
         return table
 
 
@@ -148,10 +151,9 @@ def _joined(cell: tuple[Text, ...]) -> Text:
     return Text(" ").join(cell)
 
 
-def _filled(cell: tuple[Text, ...], width: int) -> Text:
-    """A cell in one line where it fits, else its parts below each other."""
-    whole = _joined(cell)
-    return whole if cell_len(whole.plain) <= width else Text("\n").join(folded(part, width) for part in cell)
+def _filled(cell: tuple[Text, ...], width: int, *, stacked: bool) -> Text:
+    """A cell as it is printed: its parts behind each other, or below each other."""
+    return Text("\n").join(folded(part, width) for part in (cell if stacked else (_joined(cell),)))
 
 
 def _total(widths: Sequence[int]) -> int:
