@@ -350,6 +350,12 @@ def run_script(monkeypatch, capsys, tmp_path, constants, *typed):
     return done.value.code, capsys.readouterr()
 
 
+def apart(words):
+    """A command line in which each flag and its value are two words."""
+    parts = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words]
+    return [part for flag, sign, value in parts for part in ([flag, value] if sign else [flag])]
+
+
 def test_every_constant_of_the_script_is_a_flag_and_none_is_no_flag(monkeypatch):
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "from-shell")
     shown = dict(re.findall(r"(?m)^([A-Z_]+) = (\w+)", SCRIPT))
@@ -357,9 +363,9 @@ def test_every_constant_of_the_script_is_a_flag_and_none_is_no_flag(monkeypatch)
     for name, (value, words) in WORDS_OF_CONSTANTS.items():
         repository = {"DOCKER_REPO_NAME": "dylora"} if name.startswith("IMAGE_") else {}
         constants = {**dict.fromkeys(WORDS_OF_CONSTANTS), **repository, name: value}
-        assert with_constants(constants, ["--typed"]) == [*words.split(), "--typed"]
+        assert apart(with_constants(constants, ["--typed"])) == [*words.split(), "--typed"]
     assert with_constants(dict.fromkeys(WORDS_OF_CONSTANTS), ["--typed"]) == ["--typed"]
-    assert with_constants({"USE_SPOT": False}, []) == ["--strategy", "STANDARD"]
+    assert apart(with_constants({"USE_SPOT": False}, [])) == ["--strategy", "STANDARD"]
 
 
 def test_the_script_with_all_its_constants_prints_the_job_of_these_flags(monkeypatch, capsys, tmp_path):
@@ -376,7 +382,10 @@ def test_the_script_with_all_its_constants_prints_the_job_of_these_flags(monkeyp
 def test_what_is_typed_wins_over_a_constant():
     constants = {"RECIPE": "code", "IMAGE_TAG": "v7", "DOCKER_REPO_NAME": "r", "PROJECT_ID": "p", "REGION": "a-b1"}
     typed = ["--config=stream", "--image", "here/image:1", "--region", "c-d2"]
-    assert with_constants(constants, typed) == ["--gcp_project", "p", "--region", "a-b1", *typed]
+    assert apart(with_constants(constants, typed)) == ["--gcp_project", "p", "--region", "a-b1", *apart(typed)]
+    typed = ["--config", "stream", "--gcp_project=q"]
+    image = ["--image", f"us-central1-docker.pkg.dev/q/r/dylora-moe:{__version__}"]
+    assert apart(with_constants({"RECIPE": "code", "DOCKER_REPO_NAME": "r"}, typed)) == [*image, *apart(typed)]
 
 
 @pytest.mark.parametrize(
@@ -417,11 +426,11 @@ def test_all_that_is_missing_is_named_at_once(capsys):
     ("words", "message"),
     [
         (["--lora_rr", "8"], "there is no flag --lora_rr; did you mean --lora_r?"),
-        (["--lora_r", "eight"], "lora_r: invalid int value: 'eight'"),
+        (["--lora_r", "eight"], "lora_r is 'eight'; it must be a whole number"),
         (["word"], "'word' belongs to no flag"),
         (["--output_dir", "x"], "it is made of --bucket and --display_name"),
         (["--resume_from_checkpoint", "x"], "a job always resumes its run"),
-        (["--bf16", "--fp16"], "At most one of fp16 and bf16"),
+        (["--bf16", "--fp16"], "bf16 and fp16 are both given"),
         (["--bucket", "my-runs"], "bucket is 'my-runs'; it must be gs://BUCKET"),
         (["--image", "dylora-moe"], "it must be HOST/PATH/NAME:TAG"),
         (["--image", "host/dylora-moe"], "it must be HOST/PATH/NAME:TAG"),

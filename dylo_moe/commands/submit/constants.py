@@ -62,9 +62,10 @@ def with_constants(module: Mapping[str, Any], typed: Sequence[str]) -> list[str]
             f"{SCRIPT}, or give flags; --help lists them"
         )
     settings = {_flag(name): _value(name, value) for name, value in given.items() if name not in IMAGE_PARTS}
-    if any(name in given for name in IMAGE_PARTS) and last_value(list(typed), "--image") is None:
-        settings["image"] = _image(given, typed)
-    if last_value(list(typed), "--config") is not None:
+    words = parser.with_values(list(typed))
+    if any(name in given for name in IMAGE_PARTS) and last_value(words, "--image") is None:
+        settings["image"] = _image(given, words)
+    if any(word.partition("=")[0] == "--config" for word in typed):
         settings.pop("config", None)  # a command line has one recipe
     return [*as_words(settings), *typed]
 
@@ -135,10 +136,10 @@ def _value(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _image(given: Mapping[str, Any], typed: Sequence[str]) -> str:
+def _image(given: Mapping[str, Any], words: Sequence[str]) -> str:
     """The image that DOCKER_REPO_NAME means: as build_and_push.sh pushes it, with the version as its tag."""
-    region = given.get("REGION") or last_value(list(typed), "--region") or CloudArguments.region
-    project = given.get("PROJECT_ID") or given.get("GCP_PROJECT") or last_value(list(typed), "--gcp_project")
+    region = given.get("REGION") or last_value(words, "--region") or CloudArguments.region
+    project = given.get("PROJECT_ID") or given.get("GCP_PROJECT") or last_value(words, "--gcp_project")
     project = project or os.environ.get("GOOGLE_CLOUD_PROJECT")
     if not project:
         raise UsageError("DOCKER_REPO_NAME is a repository of a project: set PROJECT_ID, or the whole IMAGE instead")
