@@ -16,6 +16,8 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.config import BASE
 from dylo_moe.training.alarms import DEAD_SHARE, dead_experts
 from dylo_moe.training.metrics import MeterReading
+from dylo_moe.training.precision import bf16_over_fp32
+from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
 from dylo_moe.utils.words import counted
@@ -42,6 +44,22 @@ COUNT_TITLES = {
 
 MAX_REASONS = 8
 """The most reasons shown for one dataset; the others are counted."""
+
+
+def show_device(screen: Screen, train: TrainArguments) -> None:
+    """Print that a training runs on the CPU because there is no GPU, and where bf16 makes it slower."""
+    if train.device.type != "cpu":
+        return
+    if not train.use_cpu:
+        screen.say("there is no GPU here: training on the CPU")
+    if not train.bf16:
+        return
+    ratio = bf16_over_fp32()
+    if ratio > 1.2:
+        screen.warn(
+            f"a product in bf16 takes {ratio:.1f} times as long as in fp32 on this CPU: without --bf16 the training is "
+            "faster, and takes more memory"
+        )
 
 
 def show_data(screen: Screen, data: LoadedData) -> None:

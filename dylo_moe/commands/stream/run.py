@@ -36,7 +36,7 @@ from dylo_moe.evaluation.loss_matrix import Matrix
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.report.terminal import show_data, show_loss
+from dylo_moe.report.terminal import show_data, show_device, show_loss
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.build import base_options, build_model
@@ -61,6 +61,7 @@ def stream(request: StreamRequest) -> Path:
     screen = Screen("stream")
     with StopRequest() as stop:
         limits = check_before_reading(*configs_of(request), is_new=request.resumed is None, growth=request.growth)
+        show_device(screen, request.train)
         set_seed(request.train.seed)
         tokenizer = tokenizer_of(request)
         data = read_data(request, tokenizer)

@@ -15,14 +15,12 @@ from dylo_moe.commands.train.request import Arguments
 from dylo_moe.data.packing import PackedTexts, padding_share
 from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.report.terminal import show_legend, show_losses, show_sample, show_shares
+from dylo_moe.report.terminal import show_device, show_legend, show_losses, show_sample, show_shares
 from dylo_moe.training.fit import command, how_to_resume
 from dylo_moe.training.metrics import MeterReading
-from dylo_moe.training.precision import bf16_over_fp32
 from dylo_moe.training.run_folder import checkpoints_in
 from dylo_moe.training.sharding import Sharding
 from dylo_moe.training.trainer import DyLoRATrainer
-from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.screen import Screen
@@ -50,22 +48,6 @@ def show_begin(screen: Screen, arguments: Arguments, sharding: Sharding | None) 
     show_device(screen, arguments.train)
     _show_processes(screen, arguments, sharding)
     _show_resumption(screen, arguments)
-
-
-def show_device(screen: Screen, train: TrainArguments) -> None:
-    """Print that a training runs on the CPU because there is no GPU, and where bf16 makes it slower."""
-    if train.device.type != "cpu":
-        return
-    if not train.use_cpu:
-        screen.say("there is no GPU here: training on the CPU")
-    if not train.bf16:
-        return
-    ratio = bf16_over_fp32()
-    if ratio > 1.2:
-        screen.warn(
-            f"a product in bf16 takes {ratio:.1f} times as long as in fp32 on this CPU: without --bf16 the training is "
-            "faster, and takes more memory"
-        )
 
 
 def _show_processes(screen: Screen, arguments: Arguments, sharding: Sharding | None) -> None:
