@@ -32,6 +32,12 @@ class BaseLimits(NamedTuple):
             return None
         return f"{what} is {length:,} tokens, but {self.name} has learned {self.learned_positions:,} positions"
 
+    def length_note(self, length: int, what: str) -> str | None:
+        """What to know of rows of `length` tokens that the base can read, but was not trained for; None: nothing."""
+        if self.context is None or length <= self.context:
+            return None
+        return f"{what} is {length:,} tokens, and {self.name} was trained on rows of up to {self.context:,}"
+
     def continuation_problem(self, prompt: int, new: int) -> str | None:
         """What is wrong with `new` tokens after a prompt of `prompt` tokens; None: nothing."""
         if self.context is None or prompt + new <= self.context:

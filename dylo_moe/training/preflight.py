@@ -28,6 +28,7 @@ from dylo_moe.training.tracking import tracking_problem
 from dylo_moe.training.trainer_arguments import TrainArguments, text_of
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.install import EXTRAS, how_to_install
+from dylo_moe.utils.screen import Screen
 
 OTHER_PACKAGES = {
     "azure_ml": ("azureml", "azureml-core"),
@@ -75,8 +76,16 @@ def check_before_reading(
     return limits
 
 
-def check_rows(limits: BaseLimits, data: LoadedData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UsageError for rows with a token that the base has no embedding for."""
+def check_rows(
+    limits: BaseLimits, data: LoadedData, tokenizer: PreTrainedTokenizerBase, screen: Screen, *, max_seq_length: int
+) -> None:
+    """Check the rows against what the base can read, before its weights are read.
+
+    Raises:
+        UsageError: for rows with a token that the base has no embedding for.
+    """
+    if note := limits.length_note(max_seq_length, "--max_seq_length"):
+        screen.note(note)
     ids = {f"the dataset {name}": _highest(rows) for name, rows in data.evaluation.items()}
     ids["the tokenizer's padding"] = tokenizer.pad_token_id or 0
     problems = [problem for what, highest in ids.items() if (problem := limits.token_problem([highest], what))]

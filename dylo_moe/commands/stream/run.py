@@ -65,7 +65,7 @@ def stream(request: StreamRequest) -> Path:
         set_seed(request.train.seed)
         tokenizer = tokenizer_of(request)
         data = read_data(request, tokenizer)
-        check_rows(limits, data, tokenizer)
+        check_rows(limits, data, tokenizer, screen, max_seq_length=request.data.max_seq_length)
         show_data(screen, data)
         folder, checkpoint = open_folder(request)
         try:

@@ -115,7 +115,7 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     limits = check_before_reading(*arguments.configs, is_new=arguments.resumed is None)
     set_seed(arguments.train.seed)
     tokenizer, data = read_data(arguments, screen)
-    check_rows(limits, data, tokenizer)
+    check_rows(limits, data, tokenizer, screen, max_seq_length=arguments.data.max_seq_length)
     rows = epoch_of(data.train, arguments.data)
     show_packing(screen, rows, batch_size=arguments.train.per_device_train_batch_size)
     show_batch(screen, rows, arguments)
