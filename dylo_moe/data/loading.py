@@ -16,7 +16,7 @@ from dylo_moe.data.contamination import Benchmarks, load_benchmarks
 from dylo_moe.data.encoding import TextFormat, text_format
 from dylo_moe.data.mixing import Share, epoch_rows, interleave, measure_shares, pass_over
 from dylo_moe.data.sources.formats import Fate
-from dylo_moe.data.sources.locate import DatasetSource, locate_all
+from dylo_moe.data.sources.locate import locate_for_training
 from dylo_moe.data.sources.read import SourceRows, read_dataset
 from dylo_moe.data.splitting import hold_out, order_keys, subset
 from dylo_moe.data.tokenized import Reason, TokenizedDataset, tokenise_all
@@ -110,8 +110,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
     Raises:
         ValueError: for a dataset that cannot be read, is not for training, or has too few usable rows.
     """
-    sources = locate_all(config)
-    _check_for_training(sources)
+    sources = locate_for_training(config)
     benchmarks = _benchmarks(config)
     form = text_format(tokenizer)
     readings = [read_dataset(source, config) for source in sources]
@@ -135,12 +134,6 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
             table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, split.judged, strict=True)
         },
     )
-
-
-def _check_for_training(sources: Sequence[DatasetSource]) -> None:
-    refused = [item.name for item in sources if item.source is not None and not item.source.for_training]
-    if refused:
-        raise ValueError(f"{', '.join(refused)} is for evaluation only, and never trained on; leave it out of datasets")
 
 
 def _benchmarks(config: DataConfig) -> Benchmarks | None:

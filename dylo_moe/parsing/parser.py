@@ -38,6 +38,12 @@ class Parser(HfArgumentParser):
                 class has a problem, and not made, because making the Trainer's arguments sets up the device.
         """
         good, problems = self._readable(words)
+        given = {flag for flag, _ in grouped(good)}
+        needed = [action for action in self._actions if action.required and not given & {*action.option_strings}]
+        if needed:
+            typed = {flag for flag, _ in grouped(self.with_values(words))}
+            missing = [action.option_strings[0] for action in needed if not typed & {*action.option_strings}]
+            raise ValueError("; ".join([*problems, *(f"{name} must be given" for name in missing)]))
         values = vars(self.parse_args(good))
         made: list[Any] = []
         for kind in self.kinds:

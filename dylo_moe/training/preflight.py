@@ -19,6 +19,7 @@ from dylo_moe.base.loading import load_base_without_weights
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import LoadedData
+from dylo_moe.data.sources.locate import locate_for_training
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
@@ -65,6 +66,10 @@ def check_before_reading(
         problems.append(problem)
     if growth is None and router.top_k > experts.num_experts:
         problems.append(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
+    try:
+        locate_for_training(data)
+    except ValueError as error:
+        problems.append(str(error))
     try:
         limits = _limits(model, experts, router, growth)
     except (ValueError, ImportError) as error:

@@ -326,7 +326,7 @@ def test_a_mixture_is_a_distribution_over_members(text, problem):
 @pytest.mark.parametrize(
     "words, problem",
     [
-        ("--to vllm", "required: --output"),
+        ("--to vllm", "--output must be given"),
         ("--to merged --output o", "--to merged needs --expert or --mixture, and one of them only; neither is given"),
         ("--to merged --output o --expert a --mixture a=1", "both are given"),
         ("--to merged --output o --expert base", "expert is 'base', the unchanged model"),
@@ -341,7 +341,7 @@ def test_a_mixture_is_a_distribution_over_members(text, problem):
         ),
         ("--to vllm --output o --batch_size 0 --eval_subset 0", "batch_size is 0.*eval_subset is 0"),
         ("--to vllm --output o --expret a", "there is no flag --expret; did you mean --expert?"),
-        ("--to onnx --output o", "invalid choice"),
+        ("--to onnx --output o", "to is 'onnx'; it must be"),
         ("--to vllm --output o", "there is no checkpoint folder nowhere"),
     ],
 )

@@ -171,7 +171,7 @@ def test_check_without_a_benchmark_says_that_it_did_not_compare(run, tmp_path, m
         (["check", "cmake", "--num_experts", "3"], "there is no flag --num_experts"),
         (["show", "cmake", "--examples", "0"], "examples is 0; it must be at least 1"),
         (["show", "cmake", "--max_seq_length", "3"], "max_seq_length is 3"),
-        (["show", "cmake", "--overlong", "wrap"], "invalid choice: 'wrap'"),
+        (["show", "cmake", "--overlong", "wrap"], "overlong is 'wrap'; it must be cut or drop"),
         (["show", "nonsense"], "unknown dataset 'nonsense'"),
         (["look"], "there is no command 'data look'; there are list, show, check"),
     ],

@@ -7,6 +7,7 @@ import yaml
 from reference.paths import ROOT
 
 from dylo_moe.commands.eval.request import parse_eval
+from dylo_moe.commands.export.request import parse_export
 from dylo_moe.commands.stream.request import build_stream_parser
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS, TRAIN_LINE
 from dylo_moe.commands.train.request import build_train_parser, parse_train
@@ -109,6 +110,11 @@ def test_only_flags_of_the_command_are_proposed():
     with pytest.raises(UsageError) as raised:
         parse_eval(["RUN", "--epochs", "1"])
     assert "--num_train_epochs" not in str(raised.value)
+
+
+def test_what_must_be_given_is_named_and_what_was_given_is_not():
+    with pytest.raises(UsageError, match=r"^to is 'x'; it must be .*; --output must be given$"):
+        parse_export(["RUN", "--to", "x"])
 
 
 EVAL_FLAGS = ("max_new_tokens", "num_samples", "tasks", "expert", "timeout_seconds")

@@ -66,6 +66,8 @@ def said(tiny_folder, tmp_path, capsys, monkeypatch):
         ("--report_to mlflow", "report_to is mlflow, whose package is not installed: pip install mlflow"),
         ("--report_to nowhere", "report_to is 'nowhere'; it must be none or one of azure_ml"),
         ("--report_to wandb", "there is no key for Weights & Biases: run `wandb login`"),
+        ("--datasets cmak", "unknown dataset 'cmak'; the nearest known one is 'cmake'"),
+        ("--datasets humaneval,cmake", "humaneval is for evaluation only, and never trained on"),
         ("--early_stopping_patience 2 --eval_strategy no", "eval_strategy is no, so nothing is evaluated"),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.data.collator import Collator
+from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import LoadedData, load_data
 
 SKILL_BATCH = 16
@@ -40,9 +41,14 @@ class StageData(NamedTuple):
 
 def read_data(request: StreamRequest, tokenizer: PreTrainedTokenizerBase) -> LoadedData:
     """Read all datasets together, in the order of `Roles`, so that rows which several of them share are found."""
+    return load_data(all_data(request), tokenizer, seed=request.train.seed)
+
+
+def all_data(request: StreamRequest) -> DataConfig:
+    """The options of the data, with the datasets of every role."""
     stream = request.stream
     names = [*request.data.datasets, *stream.eval_datasets, *stream.known_datasets, *stream.base_datasets]
-    return load_data(replace(request.data, datasets=names), tokenizer, seed=request.train.seed)
+    return replace(request.data, datasets=names)
 
 
 def roles_of(request: StreamRequest, data: LoadedData) -> Roles:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.commands.stream.context import StreamContext
-from dylo_moe.commands.stream.data import Roles, read_data, roles_of, rows_of, sample_of, stages_of
+from dylo_moe.commands.stream.data import Roles, all_data, read_data, roles_of, rows_of, sample_of, stages_of
 from dylo_moe.commands.stream.measure import measure_base
 from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.commands.stream.screen import how_to_resume, show_begin, show_end
@@ -110,7 +110,7 @@ def configs_of(
     model = request.model
     if request.stream.checkpoint is not None:
         model = replace(model, model=read_manifest(request.stream.checkpoint)["base"]["id"])
-    return model, request.experts, request.router, request.data, request.train
+    return model, request.experts, request.router, all_data(request), request.train
 
 
 def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:

@@ -104,6 +104,22 @@ def locate_all(config: DataConfig) -> list[DatasetSource]:
     return places
 
 
+def locate_for_training(config: DataConfig) -> list[DatasetSource]:
+    """Resolve every dataset of a config that is trained on.
+
+    Raises:
+        ValueError: as `locate_all`, and for a dataset that is for evaluation only.
+    """
+    places = locate_all(config)
+    refused = [place.name for place in places if place.source is not None and not place.source.for_training]
+    if refused:
+        verb = "is" if len(refused) == 1 else "are"
+        raise ValueError(
+            f"{', '.join(refused)} {verb} for evaluation only, and never trained on; leave it out of datasets"
+        )
+    return places
+
+
 def _column_problems(config: DataConfig, names: Sequence[str], own: set[str]) -> list[str]:
     problems = []
     roles = [(choice.dataset, choice.role) for choice in config.column_choices]
