@@ -212,7 +212,7 @@ def test_the_number_is_a_flag_of_this_command_alone(folder, tmp_path, capsys):
     assert main(["train", *flags(folder, folder / "out"), "--num_processes", "2"]) == 2
     assert main(["plan", "--config", str(tmp_path / "recipe.yaml")]) == 2
     said = capsys.readouterr().err
-    assert "there is no flag --num_processes" in said and "recipe.yaml: there is no flag num_processes" in said
+    assert "there is no flag --num_processes" in said and "recipe.yaml: line 1: there is no flag num_processes" in said
     assert main(["plan", "--help"]) == 0
     assert "--num_processes" in capsys.readouterr().out
 
