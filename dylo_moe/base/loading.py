@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, resolve_base
 from dylo_moe.utils.hub import first_line, no_way_to_hub
 from dylo_moe.utils.install import how_to_install
+from dylo_moe.utils.words import listed
 
 NEEDS_BITSANDBYTES = f"a base in 4 or 8 bits needs bitsandbytes: {how_to_install('quantized')}"
 
@@ -39,8 +40,8 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
             (see `four_bit`).
 
     Raises:
-        BaseUnavailableError: there is no such model, it cannot be reached from here, or a package that it needs is
-            not installed.
+        BaseUnavailableError: there is no such model, it cannot be reached from here, it lacks weights, or a package
+            that it needs is not installed.
         ValueError: a revision was given for something that has none, or a `quantization_config` for a base whose
             files are quantised already.
     """
@@ -48,7 +49,13 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
         config = _load(AutoConfig, name, revision, {})
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"base {name!r} is quantised already; leave load_in_4bit or quantization_config out")
-    model = _load(AutoModelForCausalLM, name, revision, kwargs)
+    model, found = _load(AutoModelForCausalLM, name, revision, {**kwargs, "output_loading_info": True})
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing:
+        raise BaseUnavailableError(
+            f"base {name!r} is not whole: its files have no value of the right shape for {listed(missing)}, and a "
+            "frozen base never learns one"
+        )
     model.name_or_path = name
     model.config.name_or_path = name
     return model

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dylo_moe.utils.quiet import is_quiet
+
+LOGGER = logging.getLogger(__name__)
 
 EMBEDDED_BASE = "smollm2-135m"
 
@@ -101,7 +106,9 @@ def _make(folder: Path) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"dylora: {text}", file=sys.stderr, flush=True)
+    LOGGER.info("%s", text)
+    if not is_quiet():
+        print(f"dylora: {text}", file=sys.stderr, flush=True)
 
 
 def fetch_gguf(into: Path) -> Path:

@@ -22,6 +22,7 @@ from dylo_moe.model.routing_hooks import RoutingHooks
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.routing.forward_context import ContextSlot
 from dylo_moe.routing.router import Router
+from dylo_moe.utils.other_libraries import without_peft_deprecation
 
 NO_EXPERT = "no-expert-yet"
 """The adapter that PEFT needs to adapt the linears of a pool which begins empty. It is removed at once; its config
@@ -53,7 +54,8 @@ class RoutedPeftModel(PeftModelForCausalLM):
     ) -> None:
         first, *rest = names or [NO_EXPERT]
         switch_off_dropout(base)
-        super().__init__(base, copy.deepcopy(lora), adapter_name=first)
+        with without_peft_deprecation():
+            super().__init__(base, copy.deepcopy(lora), adapter_name=first)
         self.context_slot = ContextSlot()
         """The context of the running forward, which the routed linears read."""
         self.balance_coefficient = balance_coefficient

@@ -21,6 +21,7 @@ from dylo_moe.training.run_folder import checkpoint_name
 from dylo_moe.utils.atomic_files import replace_folder
 from dylo_moe.utils.install import how_to_install
 from dylo_moe.utils.redact import SECRET_NAME
+from dylo_moe.utils.screen import Screen
 
 PROJECT = "dylora-moe"
 
@@ -401,4 +402,4 @@ def _plain(value: Any) -> Any:
 
 
 def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    Screen("tracking").warn(sentence)

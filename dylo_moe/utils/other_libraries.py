@@ -29,6 +29,14 @@ def drop_useless_lines() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
 
 
+@contextmanager
+def without_peft_deprecation() -> Iterator[None]:
+    """Drop a deprecation in the `with` block: PEFT reads an attribute that Transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
+
+
 def _is_of_use(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 

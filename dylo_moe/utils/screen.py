@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -84,8 +85,7 @@ class Screen:
 
     def warn(self, sentence: str) -> None:
         """Print a sentence in yellow; it is logged at the level WARNING."""
-        is_one_terminal = self.is_live and self._errors.is_terminal
-        self._print(self.console if is_one_terminal else self._errors, sentence, "yellow")
+        self._print(self._errors, sentence, "yellow")
         self._log(logging.WARNING, sentence)
 
     def note(self, sentence: str) -> None:
@@ -98,9 +98,13 @@ class Screen:
             self._print(self.console, sentence, "")
         self._log(logging.INFO, sentence)
 
-    def copyable(self, text: str) -> None:
-        """Print lines that are to be copied, such as a command: none is wrapped or coloured."""
-        self.console.print(Text(text), soft_wrap=True)
+    def copyable(self, text: str, *, is_answer: bool = False) -> None:
+        """Print lines that are to be copied, such as a command: none is wrapped or coloured.
+
+        Args:
+            is_answer: whether this is what the command was asked for, which --quiet does not hide.
+        """
+        (self._answers if is_answer else self.console).print(Text(text), soft_wrap=True)
         self._log(logging.INFO, text)
 
     def file(self, label: str, path: str | Path) -> None:
@@ -177,8 +181,29 @@ class Screen:
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """A console of rich; with NO_COLOR it prints plain text, also where FORCE_COLOR or a terminal asks for more."""
-    plain = bool(os.environ.get("NO_COLOR"))
-    return Console(quiet=quiet, stderr=stderr, force_terminal=False if plain else None, highlight=False)
+    plain, file = bool(os.environ.get("NO_COLOR")), cast(IO[str], _Stderr()) if stderr else None
+    return Console(quiet=quiet, file=file, force_terminal=False if plain else None, highlight=False)
+
+
+class _Stderr:
+    """The stderr of the moment: while a live display is shown on the same terminal, lines are printed above it."""
+
+    def write(self, text: str) -> int:
+        return self._file().write(text)
+
+    def flush(self) -> None:
+        self._file().flush()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":  # by which a console would write through a live display, into it
+            raise AttributeError(name)
+        return getattr(self._file(), name)
+
+    @staticmethod
+    def _file() -> Any:
+        """What rich puts in place of stderr during a live display, unless stderr leads elsewhere, such as to a file."""
+        behind = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        return sys.stderr if behind.isatty() else behind
 
 
 def in_letters(what: RenderableType, *, width: int = LOG_WIDTH) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -340,3 +341,14 @@ def test_embedded_model_is_the_one_in_the_gguf():
     answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id, "a chat answer must stop by itself"
+
+
+def test_a_base_that_lacks_a_weight_is_refused(tmp_path):
+    """Transformers fills it with random values and only warns, and a frozen base would keep them."""
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = weights.pop(next(name for name in weights if "down_proj" in name))
+    assert missing.numel()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseUnavailableError, match=r"not whole: .* for model\.layers\.0\.mlp\.down_proj\.weight, and"):
+        load_base(str(tmp_path))

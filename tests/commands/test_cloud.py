@@ -221,7 +221,7 @@ def test_a_dry_run_prints_the_whole_job_and_needs_nobody(capsys, monkeypatch):
     printed = capsys.readouterr()
     assert aiplatform_v1.CustomJob(yaml.safe_load(printed.out)) == build(parse_submit(words))
     assert "projects/my-project/locations/europe-west4" in printed.out.splitlines()[0]
-    assert printed.err.splitlines()[0].startswith("warning: strategy is SPOT")
+    assert printed.err.splitlines()[0].startswith("Note: strategy is SPOT")
 
 
 def test_what_is_sent_is_what_the_dry_run_prints(capsys, monkeypatch):

@@ -108,3 +108,32 @@ def test_only_the_first_process_prints_and_logs(caplog, capsys):
     say_all(Screen("here", is_first=False))
     assert capsys.readouterr() == ("", "")
     assert caplog.records == []
+
+
+def test_a_warning_during_a_live_display_goes_where_stderr_leads(monkeypatch):
+    """Above the display on its terminal, or into a file; rich alone would print both on the terminal."""
+    stdout, stderr = Terminal(), Terminal()
+    with rich_live_on(stdout, stderr, monkeypatch):
+        Screen("here").warn("careful")
+    assert "careful" in stdout.getvalue()
+    assert "careful" not in stderr.getvalue()
+    stdout, stderr = Terminal(), io.StringIO()
+    with rich_live_on(stdout, stderr, monkeypatch):
+        Screen("here").warn("careful")
+    assert "careful" in stderr.getvalue()
+    assert "careful" not in stdout.getvalue()
+
+
+class Terminal(io.StringIO):
+    """A file that says that it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def rich_live_on(stdout, stderr, monkeypatch):
+    """A live display on a terminal, where another screen than that of the display may speak too."""
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    return Screen("display").live("bar")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from dylo_moe.commands.submit.arguments import CloudArguments
 from dylo_moe.commands.submit.job import as_yaml, build, client_library, job_folder, parent
 from dylo_moe.commands.submit.request import SubmitRequest
+from dylo_moe.utils.screen import Screen
 
 if TYPE_CHECKING:
     from google.cloud import aiplatform_v1
@@ -23,15 +23,15 @@ def submit(request: SubmitRequest) -> None:
     Raises:
         ValueError: for a job that cannot be sent, with what to do.
     """
-    job = build(request)
+    job, screen = build(request), Screen("submit")
     for warning in request.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        screen.note(warning)
     if request.options.dry_run:
-        print(f"# Nothing was sent. Without --dry_run this job goes to {parent(request.options)}.")
-        print(as_yaml(job), end="")
+        head = f"# Nothing was sent. Without --dry_run this job goes to {parent(request.options)}."
+        screen.copyable(f"{head}\n{as_yaml(job).rstrip()}", is_answer=True)
         return
     sent = send(job, request.options)
-    show_job(sent, request.options)
+    show_job(screen, sent, request.options)
 
 
 def send(job: aiplatform_v1.CustomJob, options: CloudArguments) -> aiplatform_v1.CustomJob:
@@ -51,19 +51,19 @@ def send(job: aiplatform_v1.CustomJob, options: CloudArguments) -> aiplatform_v1
         raise ValueError(explained(error, options)) from error
 
 
-def show_job(job: aiplatform_v1.CustomJob, options: CloudArguments) -> None:
+def show_job(screen: Screen, job: aiplatform_v1.CustomJob, options: CloudArguments) -> None:
     """Print where the job is, and how to follow and cancel it."""
     number = job.name.rpartition("/")[2]
     where = f"--region={options.region} --project={options.gcp_project}"
     console = f"https://console.cloud.google.com/agent-platform/locations/{options.region}/training/{number}"
+    screen.result("job", job.name)
     for label, text in {
-        "job": job.name,
         "run": f"gs://{job_folder(options).removeprefix('/gcs/')}",
         "console": f"{console}?project={options.gcp_project}",
         "follow": f"gcloud ai custom-jobs stream-logs {number} {where}",
         "cancel": f"gcloud ai custom-jobs cancel {number} {where}",
     }.items():
-        print(f"{label:8s} {text}")
+        screen.copyable(f"{label:12s} {text}")
 
 
 def explained(error: Exception, options: CloudArguments) -> str:
