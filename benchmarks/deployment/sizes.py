@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-from dylo_moe.commands.plan.memory_account import ADAM_STATES, components
+from dylo_moe.commands.plan.memory_account import ADAM_STATES, MemoryAccount, components
 from dylo_moe.commands.plan.outline import Outline, outline
 from dylo_moe.commands.plan.per_process import base_share
-from dylo_moe.commands.plan.step_activations import FakeStep, StepActivations
+from dylo_moe.commands.plan.step_activations import StepActivations
 from dylo_moe.commands.plan.workload import Batch
 from dylo_moe.commands.train.request import parse_train
 
@@ -80,7 +80,7 @@ def outlined(name: str, *more: str) -> Outline:
 def shape(name: str) -> Shape:
     """Counted on the model."""
     of = outlined(name, "--num_experts", "2", "--lora_r", "1")
-    base, one, _, router = components(of)
+    base, one, router = components(of)
     weights = {key: item for key, item in of.whole.base.named_parameters() if ".lora_" not in key}
     packed = [item for key, item in weights.items() if key.endswith(".base_layer.weight")]
     return Shape(
@@ -97,17 +97,17 @@ def shape(name: str) -> Shape:
 
 
 @cache
-def step(name: str, checkpointing: bool) -> FakeStep:
+def step(name: str, checkpointing: bool) -> MemoryAccount:
     """A step with a few experts, all training."""
     more = ("--gradient_checkpointing", "true") if checkpointing else ()
     pool = ("--num_experts", str(FOLLOWED_EXPERTS), "--lora_r", str(FOLLOWED_RANK))
-    return FakeStep(outlined(name, *pool, *more))
+    return MemoryAccount(outlined(name, *pool, *more), device="cuda")
 
 
 @cache
 def activations(name: str, batch: Batch, checkpointing: bool) -> StepActivations:
     """What it computes."""
-    return step(name, checkpointing).training(batch)
+    return step(name, checkpointing).training(batch, checkpointing=checkpointing)
 
 
 def base_bytes(of: Shape, *, four_bit: bool = False) -> float:

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from dylo_moe.cli import main as dylora
-from dylo_moe.commands.train.request import parse_train
+from dylo_moe.commands.plan.request import parse_plan
 
 RUNS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("plan", "plan", {}),
@@ -48,12 +48,8 @@ def child(what: str, words: list[str]) -> None:
     if what == "plan":
         from dylo_moe.commands.plan.run import make_plan
 
-        plan = make_plan(parse_train(words))
-        print(
-            json.dumps(
-                {"bytes": plan.peak.total + plan.process_bytes, "parts": plan.peak.parts, "when": plan.peak.when}
-            )
-        )
+        plan = make_plan(parse_plan(words))
+        print(json.dumps({"bytes": plan.total_bytes, "parts": plan.peak.parts, "when": plan.peak.when}))
         return
     if dylora(["train", *words]):
         raise SystemExit(1)

@@ -19,7 +19,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, resolve_base
 from dylo_moe.utils.hub import first_line, no_way_to_hub
@@ -96,6 +103,11 @@ def four_bit(compute_dtype: torch.dtype) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
     }
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Load the config of the base `name`, without weights. Raises: as `load_base`."""
+    return _load(AutoConfig, name, None, {})
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

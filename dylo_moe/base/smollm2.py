@@ -60,6 +60,11 @@ def resolve_base(name: str) -> str:
     return str(_embedded_folder()) if name == EMBEDDED_BASE else name
 
 
+def is_here() -> bool:
+    """Whether the model was fetched and converted already."""
+    return is_whole(cache_folder() / EMBEDDED_BASE)
+
+
 # --- the embedded model: fetch, verify, convert, keep
 
 

@@ -51,21 +51,9 @@ def plan_benchmarks(
         ValueError: if one of the flags is missing or cannot apply, or the problems are not available.
         SandboxError: if generated code cannot be isolated.
     """
-    if wanted is None:
-        given = {"eval_benchmark_steps": every, "allow_code_execution": allow_code_execution, "sandbox": sandbox}
-        names = [name for name, value in given.items() if value]
-        if names:
-            raise ValueError(f"{', '.join(names)} would change nothing without eval_benchmark (humaneval:20)")
+    check_benchmark_flags(wanted, every=every, allow_code_execution=allow_code_execution, sandbox=sandbox)
+    if wanted is None or every is None:
         return None
-    if every is None or every < 1:
-        raise ValueError(
-            f"eval_benchmark_steps is {every}; with eval_benchmark it must be 1 or more, the steps between evaluations"
-        )
-    if not allow_code_execution:
-        raise ValueError(
-            "eval_benchmark runs programs that the model writes, unseen by anyone: add --allow_code_execution to "
-            "let each of them run, isolated from your files and the network (--sandbox: how)"
-        )
     counts = [read_count(part) for part in wanted.split(",")]
     defaults = EvalArguments()
     benchmarks = [
@@ -80,6 +68,29 @@ def plan_benchmarks(
         for name, count in counts
     ]
     return BenchmarkSchedule(benchmarks, open_sandbox(sandbox or BUBBLEWRAP, Limits()), every)
+
+
+def check_benchmark_flags(
+    wanted: str | None, *, every: int | None, allow_code_execution: bool | None, sandbox: str | None
+) -> None:
+    """Raises ValueError where one of the flags of `plan_benchmarks` is missing or cannot apply."""
+    if wanted is None:
+        given = {"eval_benchmark_steps": every, "allow_code_execution": allow_code_execution, "sandbox": sandbox}
+        names = [name for name, value in given.items() if value]
+        if names:
+            raise ValueError(f"{', '.join(names)} would change nothing without eval_benchmark (humaneval:20)")
+        return
+    if every is None or every < 1:
+        raise ValueError(
+            f"eval_benchmark_steps is {every}; with eval_benchmark it must be 1 or more, the steps between evaluations"
+        )
+    if not allow_code_execution:
+        raise ValueError(
+            "eval_benchmark runs programs that the model writes, unseen by anyone: add --allow_code_execution to "
+            "let each of them run, isolated from your files and the network (--sandbox: how)"
+        )
+    for part in wanted.split(","):
+        read_count(part)
 
 
 def read_count(text: str) -> tuple[str, int | None]:

@@ -69,6 +69,8 @@ class TrainArguments(TrainerOptions, TrainingArguments):  # type: ignore[misc]
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in memory; default where a GPU is."}
     )
 
+    trains_here = True  # not a field; False for a run that is only planned, whose machine may have another device
+
     shards_base = False  # not a field, and so no flag: `take_sharding` sets it
 
     def __post_init__(self) -> None:
@@ -80,23 +82,25 @@ class TrainArguments(TrainerOptions, TrainingArguments):  # type: ignore[misc]
         if str(self.fsdp).lower() in ("true", "false"):  # as a recipe says it
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         wanted = self.use_cpu
-        self.use_cpu = wanted or not torch.accelerator.is_available()  # else bf16 is refused where there is no GPU
+        # Else bf16 is refused where there is no GPU.
+        self.use_cpu = wanted or not self.trains_here or not torch.accelerator.is_available()
         super().__post_init__()
         self.use_cpu = wanted  # a setting of the run, which may be resumed where there is a GPU
         self._check_rows_are_shared_evenly()
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("use_liger_kernel needs Liger's kernels: pip install liger-kernel")
-        if self.use_liger_kernel and self.device.type == "cpu":
+        if self.use_liger_kernel and self.trains_here and self.device.type == "cpu":
             raise ValueError("use_liger_kernel needs a GPU, for which its kernels are written; leave it out")
 
-    @staticmethod
-    def problems_of(values: Mapping[str, Any]) -> list[str]:
+    @classmethod
+    def problems_of(cls, values: Mapping[str, Any]) -> list[str]:
         """The problems that can be seen without setting up a device.
 
         Args:
             values: the value of each flag, as it was typed or as it is in an instance.
         """
         problems = range_problems(values, RANGES)
+        has_gpu = not cls.trains_here or torch.accelerator.is_available()
         for name, kind in CHOICES.items():
             known = [str(member.value) for member in kind]
             if text_of(values.get(name, known[0])) not in known:
@@ -111,7 +115,7 @@ class TrainArguments(TrainerOptions, TrainingArguments):  # type: ignore[misc]
             problems.append("early_stopping_patience is given, but eval_strategy is no, so nothing is evaluated")
         if values.get("bf16") and values.get("fp16"):
             problems.append("bf16 and fp16 are both given; leave one of them out")
-        elif values.get("fp16") and (values.get("use_cpu") or not torch.accelerator.is_available()):
+        elif values.get("fp16") and (values.get("use_cpu") or not has_gpu):
             why = "use_cpu is given" if values.get("use_cpu") else "this machine has none"
             problems.append(f"fp16 needs a GPU, and {why}; give bf16 in its place, or leave it out to train in fp32")
         if values.get("fsdp_config") and not values.get("fsdp"):

@@ -16,11 +16,22 @@ from transformers import AutoModelForCausalLM
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.cli import main
-from dylo_moe.commands.plan.known_shapes import KNOWN, base_config
-from dylo_moe.commands.plan.memory_account import ACTIVATIONS, GRADIENTS, OPTIMIZER, Component, Peak, peak_memory
+from dylo_moe.commands.plan.base_config import base_config, known_config, known_names
+from dylo_moe.commands.plan.memory_account import (
+    ACTIVATIONS,
+    GRADIENTS,
+    OPTIMIZER,
+    Component,
+    MemoryAccount,
+    Peak,
+    peak_memory,
+    settings_of_flags,
+)
 from dylo_moe.commands.plan.outline import outline
+from dylo_moe.commands.plan.request import parse_plan
 from dylo_moe.commands.plan.run import Plan, make_plan
-from dylo_moe.commands.plan.step_activations import FakeStep, TensorTracker
+from dylo_moe.commands.plan.screen import show_plan
+from dylo_moe.commands.plan.step_activations import TensorTracker
 from dylo_moe.commands.plan.workload import Batch, Workload, workload
 from dylo_moe.commands.train.request import parse_train
 from dylo_moe.data.collator import Collator
@@ -37,6 +48,8 @@ PUBLISHED = {
     "Qwen/Qwen2.5-Coder-1.5B": 1_543_714_304,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen2.5-14B": 14_770_033_664,
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
 }
@@ -52,10 +65,10 @@ def config_folder(tmp_path: Path) -> Path:
 
 def planned(folder: Path, *more: str) -> Plan:
     words = ["--model", str(folder), "--num_experts", "3", "--lora_r", "4", "--datasets", "nowhere.jsonl"]
-    return make_plan(parse_train([*words, "--max_seq_length", "64", "--use_cpu", "true", *more]))
+    return make_plan(parse_plan([*words, "--max_seq_length", "64", "--use_cpu", "true", *more]))
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", known_names())
 def test_a_known_shape_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base_config(name))
@@ -63,25 +76,38 @@ def test_a_known_shape_has_the_published_number_of_parameters(name):
 
 
 def test_an_unknown_name_is_told_what_is_known():
-    with pytest.raises(ValueError, match=r"'nobody/nothing' cannot be had: .*known without the hub: .*codegemma-2b"):
+    with pytest.raises(ValueError, match=r"'nobody/nothing' could not be .*Known without the hub: .*codegemma-2b"):
         base_config("nobody/nothing")
+
+
+def test_a_config_in_the_cache_of_the_hub_comes_before_the_one_that_we_bring(tmp_path, monkeypatch):
+    commit = tmp_path / "models--google--gemma-2b" / "snapshots" / "1"
+    commit.mkdir(parents=True)
+    (tmp_path / "models--google--gemma-2b" / "refs").mkdir()
+    (tmp_path / "models--google--gemma-2b" / "refs" / "main").write_text("1")
+    (commit / "config.json").write_text(known_config("google/gemma-2b").read_text().replace("16384", "4096"))
+    assert base_config("google/gemma-2b").intermediate_size == 16_384
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    assert base_config("google/gemma-2b").intermediate_size == 4096
 
 
 def test_what_is_counted_is_the_built_model(config_folder):
     """Every component, and nothing is left out; no weights lie in the folder."""
     real = tiny_moe(num_experts=3, lora=LORA)
-    base, *experts, router = found = planned(config_folder).components
-    assert experts == [Component(expert.name, expert.parameters, True) for expert in real.experts]
+    base, expert, router = found = planned(config_folder).components
+    assert expert == Component("expert", real.experts[0].parameters, True, 3)
     assert router == Component("router", sum(item.numel() for item in real.router.parameters()), True)
     assert base == Component("base", tiny_base("llama").num_parameters(), False)
-    assert sum(part.parameters for part in found) == sum(item.numel() for item in real.parameters())
+    assert sum(part.total for part in found) == sum(item.numel() for item in real.parameters())
     assert [path.name for path in config_folder.iterdir()] == ["config.json"]
 
 
 def test_memory_of_one_expert_served_and_trained(config_folder):
     plan = planned(config_folder)
-    (one,) = {part.parameters for part in plan.components[1:-1]}
-    trained = sum(part.parameters for part in plan.components if part.trainable)
+    one = plan.components[1].parameters
+    trained = sum(part.total for part in plan.components if part.trainable)
     assert (plan.expert_served_bytes, plan.expert_training_bytes) == (2 * one, 4 * 4 * one)
     assert plan.checkpoint_bytes == 3 * 4 * trained
 
@@ -125,7 +151,9 @@ DEEP = {"num_hidden_layers": 6}
     ("family", "shape", "more"),
     [
         ("llama", {}, ()),
-        ("llama", {}, ("--num_experts", "6")),  # of which only the selected are computed
+        ("llama", {}, ("--num_experts", "9")),  # of which only the selected are computed, and a few followed
+        ("llama", {}, ("--num_experts", "9", "--top_k", "2")),
+        ("llama", {}, ("--num_experts", "9", "--router_policy", "uniform")),
         ("llama", DEEP, ()),
         ("llama", DEEP, ("--gradient_checkpointing", "true")),
         ("llama", DEEP, ("--router_layer", "2")),  # layers of two kinds: without experts and with
@@ -140,9 +168,10 @@ def test_a_step_takes_what_a_real_one_takes(family, shape, more, tmp_path):
     base = tiny_base(family, **shape)
     base.config.save_pretrained(tmp_path)
     words = ["--model", str(tmp_path), "--num_experts", "3", "--lora_r", "4", "--use_cpu", "true", *more]
-    step = FakeStep(outline(parse_train(words)))
-    found, evaluated = step.training(Batch(4, 48)), step.evaluation(Batch(4, 48))
     arguments = parse_train(words)
+    account = MemoryAccount(outline(arguments), device="cpu")
+    found = account.training(Batch(4, 48), checkpointing=settings_of_flags(account.of).checkpointing)
+    evaluated = account.evaluation(Batch(4, 48))
     real = build_model(arguments.model, arguments.experts, arguments.router, bf16=False, load=lambda *_, **__: base)
     chunk_loss(real, arguments.model.loss_chunk_size)
     if "--gradient_checkpointing" in more:
@@ -180,18 +209,53 @@ def test_an_evaluation_with_a_large_batch_is_the_peak(config_folder):
     assert large.total > small.total
 
 
+def test_many_experts_take_what_a_few_and_each_further_one_take(config_folder, monkeypatch):
+    """Weights to the byte; a step as one in which all experts are followed, though other operations are the largest."""
+    words = ["--model", str(config_folder), "--num_experts", "16", "--top_k", "2", "--bf16", "--gradient_checkpointing"]
+
+    def account() -> MemoryAccount:
+        return MemoryAccount(outline(parse_plan(words).arguments), device="cpu")
+
+    few = account()
+    monkeypatch.setattr("dylo_moe.commands.plan.outline.followed_pools", lambda pool, **_: [pool])
+    everything = account()
+    assert [len(model.experts) for model in everything.of.few] == [16] > [len(few.of.few[-1].experts)]
+    assert few.held == everything.held
+    found, real = (one.training(Batch(4, 48), checkpointing=True) for one in (few, everything))
+    assert found == pytest.approx(real, rel=0.03)
+    assert few.evaluation(Batch(4, 48)) == pytest.approx(everything.evaluation(Batch(4, 48)), rel=0.03)
+
+
+def test_a_million_experts_are_planned_and_endless_steps_refused(config_folder):
+    assert planned(config_folder, "--num_experts", "1000000", "--memory_gb", "1e6").components[1].num == 1_000_000
+    with pytest.raises(ValueError, match=r"8 x 10,000,000 tokens is too large .* 10,000,000 chunks, .* at most 1,024"):
+        planned(config_folder, "--max_seq_length", "10000000", "--loss_chunk_size", "8")
+    with pytest.raises(ValueError, match="it has 5,000 rows, and a plan follows at most 4,096"):
+        planned(config_folder, "--per_device_train_batch_size", "5000")
+    with pytest.raises(ValueError, match="top_k is 100 of 1,000 experts, and a plan follows at most 64, or all"):
+        planned(config_folder, "--num_experts", "1000", "--top_k", "100")
+
+
 def test_nothing_but_the_planner_knows_of_tensors_without_values():
-    sources = [path for path in (ROOT / "dylo_moe").rglob("*.py") if "plan" not in path.parts]
+    sources = [path for path in (ROOT / "dylo_moe").rglob("*.py") if "plan" not in path.relative_to(ROOT).parts]
     assert len(sources) > 100
     assert [path for path in sources if "fake_tensor" in path.read_text(encoding="utf-8").lower()] == []
 
 
+def printed(words: list[str], capsys) -> str:
+    """What the command prints, of which no line is wider than a terminal; its sentences in one line each."""
+    assert main(["plan", *words]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    return out
+
+
 def test_without_data_the_reason_is_given_and_the_rest_is_planned(config_folder, capsys):
-    words = ["--model", str(config_folder), "--num_experts", "3", "--lora_r", "4", "--datasets", "nowhere.jsonl"]
-    assert main(["plan", *words, "--max_seq_length", "64"]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"tokens per epoch, steps: not known: \w+", printed)
-    assert "estimated peak" in printed and "a training checkpoint" in printed
+    words = ["--model", str(config_folder), "--num_experts", "1", "--lora_r", "4", "--datasets", "nowhere.jsonl"]
+    out = printed([*words, "--max_seq_length", "64", "--use_cpu"], capsys)
+    assert re.search(r"tokens per epoch, steps: not known: \w+", out)
+    assert "1 expert of rank 4" in " ".join(out.split()) and "a training checkpoint" in out
+    assert "estimated peak on cpu: 8 rows of 64 tokens" in out and "Python and libraries" in out
 
 
 @pytest.mark.parametrize(
@@ -230,11 +294,13 @@ def test_a_followed_loss_takes_what_the_real_one_takes(size, tmp_path):
     base = tiny_base(vocab_size=3000)
     base.config.save_pretrained(tmp_path)
     words = ["--model", str(tmp_path), "--num_experts", "3", "--lora_r", "4", "--lora_dropout", "0"]
-    step = FakeStep(outline(parse_train([*words, "--use_cpu", "true", "--loss_chunk_size", str(size)])))
+    account = MemoryAccount(
+        outline(parse_train([*words, "--use_cpu", "true", "--loss_chunk_size", str(size)])), device="cpu"
+    )
     real = tiny_moe(base)
     chunk_loss(real, size)
-    assert real.loss_chunk_size == step.model.loss_chunk_size == (size or None)
-    found = max(step.training(Batch(4, 32)))
+    assert real.loss_chunk_size == account.of.few[0].loss_chunk_size == (size or None)
+    found = max(account.training(Batch(4, 32), checkpointing=False))
     assert found == pytest.approx(max(step_activations(real, tokens(4, 32))), rel=0.03)
     logits = 4 * 4 * 32 * 3000
     assert found < logits if size else found > 2 * logits
@@ -247,3 +313,73 @@ def test_a_plan_of_a_base_that_keeps_full_logits(tmp_path):
     assert peak_memory(outline(parse_train([*words, "0"])), load).total > 0
     with pytest.raises(FullLogitsNeeded):
         peak_memory(outline(parse_train([*words, "7"])), load)
+
+
+# The device, and whether the run fits.
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [
+        (["--bf16"], "cuda"),
+        (["--fp16"], "cuda"),
+        (["--bf16", "true", "--use_cpu"], "cpu"),
+        (["--bf16", "--device", "cpu"], "cpu"),
+        (["--device", "cuda"], "cuda"),
+        ([], "cuda" if torch.cuda.is_available() else "cpu"),
+    ],
+)
+def test_the_device_follows_from_the_flags_whatever_this_machine_has(words, device):
+    request = parse_plan(words)
+    assert request.device == device
+    assert (request.arguments.train.bf16, request.arguments.train.fp16) == ("--bf16" in words, "--fp16" in words)
+
+
+def test_usual_cards_are_answered_without_what_only_this_process_takes(config_folder, capsys):
+    words = ["--model", str(config_folder), "--lora_r", "4", "--datasets", "nowhere.jsonl", "--bf16"]
+    out = printed(words, capsys)
+    assert "estimated peak on cuda: 8 rows of 512 tokens, --bf16" in out
+    assert "Python and libraries" not in out and " ".join(out.split()).count("Nothing was measured on a GPU") == 1
+    if not torch.cuda.is_available():
+        assert "fits (a tenth is left free): 16 GB yes, 24 GB yes, 40 GB yes, 80 GB yes" in out
+
+
+def test_what_would_fit_is_planned_again_with_its_flags(config_folder, capsys):
+    """A change's memory is that of a plan with it; what lies between two batches that were followed takes no more."""
+    words = ["--model", str(config_folder), "--lora_r", "4", "--max_seq_length", "256", "--device", "cuda"]
+    request = parse_plan([*words, "--datasets", "nowhere.jsonl", "--memory_gb", "0.02"])
+    plan = make_plan(request)
+    show_plan(request, plan)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "fits (a tenth is left free): 0.02 GB no" in out
+    checkpointing, rows, shorter = plan.changes[1:4]
+    assert (checkpointing.flags, shorter.flags) == (("--gradient_checkpointing",), ("--max_seq_length 128",))
+    assert rows.flags == ("--per_device_train_batch_size 4", "--gradient_accumulation_steps 2")
+    for change, above in ((checkpointing, 0.001), (rows, 0.15), (shorter, 0.35)):  # a mask is much of a tiny model
+        given = [word for flag in change.flags for word in flag.split()]
+        again = make_plan(parse_plan([*words, "--datasets", "nowhere.jsonl", *given])).total_bytes
+        assert again <= 1.001 * change.num_bytes < plan.total_bytes
+        assert again == pytest.approx(change.num_bytes, rel=above)
+        assert all(flag in out for flag in change.flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nope/none"], "'nope/none' is no flag; a model is named by --model nope/none, a recipe by --config"),
+        (["--model", "nope/none"], "base 'nope/none' could not be loaded: .*Known without the hub"),
+        (["--device", "tpu"], "device: invalid choice: 'tpu'"),
+        (["--fp16", "--use_cpu"], "fp16 needs a GPU, and use_cpu is given"),
+        (["--fp16", "--device", "cpu"], "fp16 needs a GPU, and device is cpu"),
+        (["--device", "cuda", "--use_cpu"], "device is cuda, but use_cpu is given too"),
+        (["--memory_gb", "0"], "memory_gb is 0.0; it must be above 0"),
+        (["--bf16", "--fp16"], "bf16 and fp16 are both given"),
+        (["--eval_benchmark", "mbpp"], "eval_benchmark_steps is None; with eval_benchmark it must be 1 or more"),
+        (["--top_k", "9"], "top_k is 9"),
+    ],
+)
+def test_a_mistake_is_one_line(words, said, capsys):
+    assert main(["plan", *words]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dylora plan:")]
+    assert len(lines) == 1 and re.search(said, lines[0]), lines

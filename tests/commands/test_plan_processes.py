@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from reference.paths import TESTS
 from reference.runs import flags, tiny_run_folder
 from reference.tiny import LORA, tiny_base, tiny_moe
@@ -31,7 +30,6 @@ from dylo_moe.commands.plan.request import parse_plan
 from dylo_moe.commands.plan.workload import Batch, Workload, workload
 from dylo_moe.commands.train.request import parse_train
 from dylo_moe.training.sharding import Sharding
-from dylo_moe.training.trainer_arguments import TrainArguments
 
 KEEPS, DROPS = Sharding(False, False, ()), Sharding(True, False, ())
 LAYER_OF_3 = 2 * 11 * 32 + 2 * 6 * 32 + 2 * 16 * 32 + 11 * 48 + 2 * 11
@@ -47,20 +45,17 @@ def folder(tmp_path_factory):
     return tiny_run_folder(tmp_path_factory.mktemp("plan"))
 
 
-@pytest.fixture
-def a_gpu(monkeypatch):
-    """Call it, and training would be on a GPU, which this machine may not have."""
-
-    def switch() -> None:
-        monkeypatch.setattr(TrainArguments, "device", property(lambda self: torch.device("cuda")))
-
-    return switch
-
-
-def peak(folder: Path, processes: Processes, *more: str, batch: Batch = USUAL, start_tokens: int = 0) -> Peak:
+def peak(
+    folder: Path,
+    processes: Processes,
+    *more: str,
+    batch: Batch = USUAL,
+    start_tokens: int = 0,
+    device: str = "cpu",
+) -> Peak:
     words = ["--model", str(folder / "base"), "--num_experts", "3", "--lora_r", "4", "--use_cpu", "true", *more]
     load = Workload(0, 0, 0, 0, batch, Batch(1, 8), start_tokens)
-    return peak_memory(outline(parse_train(words)), load, processes=processes)
+    return peak_memory(outline(parse_train(words)), load, device=device, processes=processes)
 
 
 def test_a_share_by_hand():
@@ -147,22 +142,20 @@ def test_many_experts_of_a_short_batch_peak_where_gradients_are_averaged(folder)
     assert trained <= parts.parts[EXPERTS] < 1.001 * trained  # the router's buffers
 
 
-def test_shares_in_the_hosts_memory_are_none_of_a_gpus(folder, a_gpu):
+def test_shares_in_the_hosts_memory_are_none_of_a_gpus(folder):
     offloaded = Processes(2, DROPS._replace(cpu_offload=True))
     assert peak(folder, offloaded).parts[BASE] == peak(folder, Processes(2, DROPS)).parts[BASE]
-    a_gpu()
-    here, there = peak(folder, Processes(2, DROPS)), peak(folder, offloaded)
+    here, there = (peak(folder, how, device="cuda") for how in (Processes(2, DROPS), offloaded))
     kept = base_share(tiny_base("llama"), 2, reshard_after_forward=True).kept
     assert here.parts[BASE] - there.parts[BASE] == kept
 
 
-def test_the_start_of_the_router_is_no_moment_of_a_gpu(folder, a_gpu):
+def test_the_start_of_the_router_is_no_moment_of_a_gpu(folder):
     """A bug once: it was counted there, though `dylora train` starts the router before the model moves."""
     shared = peak(folder, Processes(2, DROPS), start_tokens=100_000)
     assert (shared.when, shared.parts["features of the first rows"]) == ("the start of the router", 8 * 32 * 100_000)
     assert shared.parts[BASE] == peak(folder, Processes()).parts[BASE]  # it is whole then
-    a_gpu()
-    assert peak(folder, Processes(), start_tokens=100_000).when == "a training step"
+    assert peak(folder, Processes(), start_tokens=100_000, device="cuda").when == "a training step"
 
 
 @pytest.mark.parametrize("more", [(), ("--gradient_accumulation_steps", "2")])

@@ -301,10 +301,11 @@ def test_options_that_cannot_apply_are_refused(folder, tmp_path):
         parse_train(["--load_in_4bit", "--fp16", "--use_cpu"])
     with pytest.raises(ValueError, match="--load_in_4bit cannot apply: the checkpoint says"):
         parse_stream(["--load_in_4bit", "--checkpoint", str(tmp_path), "--datasets", "cmake"])
-    from dylo_moe.commands.plan.run import show_plan
+    from dylo_moe.commands.plan.request import parse_plan
+    from dylo_moe.commands.plan.run import make_plan
 
     with pytest.raises(ValueError, match="4 bits cannot be estimated"):
-        show_plan(parse_train(["--load_in_4bit", "--model", folder]))
+        make_plan(parse_plan(["--load_in_4bit", "--model", folder]))
 
 
 def test_importing_us_makes_no_layer_of_bitsandbytes():

@@ -204,7 +204,7 @@ PLACEHOLDERS = {
 NEED_A_RUN = ("--resume_from_checkpoint", "--wandb_checkpoint_artifact")
 """Flags that are looked up while a command line is read. They are checked by name and left out."""
 
-TRAIN_HERE = ("train", "stream", "plan", "compare")
+TRAIN_HERE = ("train", "stream", "compare")
 """Commands that refuse --bf16 where there is no GPU, unless they are to run on the CPU."""
 
 PARSERS: dict[str, Callable[..., Any]] = {

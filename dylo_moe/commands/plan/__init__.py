@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import print_help
 
@@ -16,8 +18,18 @@ def main(words: list[str]) -> int:
 
             build_plan_parser(show_all="--help_all" in words).print_help()
         return 0
-    from dylo_moe.commands.plan.request import parse_plan
-    from dylo_moe.commands.plan.run import show_plan
+    gc.disable()  # a quarter of the time that imports take is spent looking for garbage, of which they leave none
+    try:
+        from transformers.utils import logging as transformers_logging
 
-    show_plan(*parse_plan(words))
+        from dylo_moe.commands.plan.request import parse_plan
+        from dylo_moe.commands.plan.run import make_plan
+        from dylo_moe.commands.plan.screen import show_plan
+    finally:
+        gc.enable()
+
+    request = parse_plan(words)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    show_plan(request, make_plan(request))
     return 0

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from dylo_moe.commands.plan.outline import Outline
-from dylo_moe.commands.plan.per_process import BASE, FLAT, OneProcess, Processes, one_process
-from dylo_moe.commands.plan.step_activations import FakeStep
-from dylo_moe.commands.plan.workload import Workload
+from dylo_moe.commands.plan.per_process import BASE, FLAT, Processes, one_process
+from dylo_moe.commands.plan.step_activations import FakeStep, StepActivations, activations, most_of_all_experts
+from dylo_moe.commands.plan.workload import Batch, Workload
+from dylo_moe.routing.dispatch import dense_is_quicker
 
 EXPERTS = "experts and router"
 
@@ -34,11 +35,18 @@ ALONE = Processes()
 
 
 class Component(NamedTuple):
-    """A part of the model."""
+    """A part of the model, or several that are alike."""
 
     name: str
     parameters: int
+    """Of one."""
     trainable: bool
+    num: int = 1
+
+    @property
+    def total(self) -> int:
+        """The parameters of all."""
+        return self.num * self.parameters
 
 
 class Weights(NamedTuple):
@@ -65,26 +73,38 @@ class Peak(NamedTuple):
         return sum(self.parts.values())
 
 
+class Settings(NamedTuple):
+    """What of a run's flags changes a step, besides its batch."""
+
+    checkpointing: bool
+    """Whether layers are computed again in the backward."""
+    accumulates: bool
+    """Whether an optimizer step has several batches."""
+
+
 def components(of: Outline) -> list[Component]:
-    """Base, each expert and the router; together all parameters of the model."""
+    """Base, experts and the router; together all parameters of the model."""
     base = sum(item.numel() for name, item in of.whole.base.named_parameters() if ".lora_" not in name)
-    router = sum(item.numel() for item in of.few.router.parameters())
-    parameters = of.whole.experts[0].parameters
-    experts = [Component(expert.name, parameters, expert.trainable) for expert in of.few.experts]
-    return [Component("base", base, False), *experts, Component("router", router, True)]
+    router = of.with_all_experts(lambda model: sum(item.numel() for item in model.router.parameters()))
+    expert = of.whole.experts[0]
+    return [
+        Component("base", base, False),
+        Component("expert", expert.parameters, expert.trainable, of.num_experts),
+        Component("router", router, True),
+    ]
 
 
 def weights(of: Outline) -> Weights:
     """Counted on the model."""
     base = [item for name, item in of.whole.base.named_parameters() if ".lora_" not in name]
-    router = of.few.router
     expert = num_bytes(of.whole.experts.parameters(of.whole.experts[0].name))
-    experts = len(of.few.experts) * expert
+    router = of.with_all_experts(lambda model: num_bytes([*model.router.parameters(), *model.router.buffers()]))
+    gate = of.with_all_experts(lambda model: num_bytes(p for p in model.router.parameters() if p.requires_grad))
     return Weights(
         base=num_bytes([*base, *of.whole.base.buffers()]),
         expert=expert,
-        experts=experts + num_bytes([*router.parameters(), *router.buffers()]),
-        trained=experts + num_bytes([item for item in router.parameters() if item.requires_grad]),
+        experts=of.num_experts * expert + router,
+        trained=of.num_experts * expert + gate,
     )
 
 
@@ -103,40 +123,123 @@ def describe_head(of: Outline) -> str:
     return f"of the base, the output head has {weight.numel():,} parameters: {shared}"
 
 
-def peak_memory(of: Outline, load: Workload, *, processes: Processes = ALONE) -> Peak:
-    """The largest moment of one process: the router's start, a training step, or an evaluation.
+class MemoryAccount:
+    """The memory of one process that trains a model, for any batch.
 
-    On a GPU the router's start is none, for the model is not there yet.
+    Args:
+        of: the model.
+        device: "cpu" or "cuda". On a GPU the router's start is no moment of the run, for the model is not there yet.
+        processes: that train together.
+        like: an account of the same run in another precision, which knows what many experts add.
     """
-    device = of.arguments.train.device.type
-    held = weights(of)
-    one = one_process(of.whole.base, processes, trained=held.trained, device=device)
-    stages = step_stages(of, load, held=held, one=one)
-    always = {BASE: held.base, EXPERTS: held.experts}
-    if device == "cpu":
-        # The features of the texts, fp32, once text by text and once concatenated. The base is not shared yet.
-        features = 2 * 4 * of.few.router.hidden_size * load.start_tokens
-        stages.append(Peak("the start of the router", {**always, FEATURES: features}))
-    if processes.sharding is not None:  # when the backward is over
-        states = ADAM_STATES * held.trained
-        after = {**always, OPTIMIZER: states, GRADIENTS: held.trained, FLAT: held.trained}
-        stages.append(Peak("the averaging of gradients", one.holds(after, gathers=False)))
-    return max(stages, key=lambda stage: stage.total)
+
+    def __init__(
+        self, of: Outline, *, device: str, processes: Processes = ALONE, like: MemoryAccount | None = None
+    ) -> None:
+        self.of, self.device, self.processes = of, device, processes
+        self.held = weights(of)
+        self.one = one_process(of.whole.base, processes, trained=self.held.trained, device=device)
+        self._steps = [FakeStep(of, model) for model in of.few]
+        self._followed: dict[tuple[Batch, bool], StepActivations] = {}
+        self._evaluated: dict[Batch, int] = {}
+        self._added: StepActivations | None = None if like is None else like._added
+
+    def peak(self, load: Workload, settings: Settings | None = None) -> Peak:
+        """The largest moment: the router's start, a training step, or an evaluation.
+
+        Args:
+            settings: None: those of the run's flags.
+        """
+        settings = settings_of_flags(self.of) if settings is None else settings
+        stages = self._stages_of_steps(load, settings)
+        held = self.held
+        always = {BASE: held.base, EXPERTS: held.experts}
+        if self.device == "cpu":
+            # The features of the texts, fp32, once text by text and once concatenated. The base is not shared yet.
+            features = 2 * 4 * self.of.whole.router.hidden_size * load.start_tokens
+            stages.append(Peak("the start of the router", {**always, FEATURES: features}))
+        if self.processes.sharding is not None:  # when the backward is over
+            states = ADAM_STATES * held.trained
+            after = {**always, OPTIMIZER: states, GRADIENTS: held.trained, FLAT: held.trained}
+            stages.append(Peak("the averaging of gradients", self.one.holds(after, gathers=False)))
+        return max(stages, key=lambda stage: stage.total)
+
+    def _stages_of_steps(self, load: Workload, settings: Settings) -> list[Peak]:
+        """The two moments of a training step, from the second step on, when AdamW has its states; and an evaluation.
+
+        With accumulation the gradients of the micro-batches before are there from the beginning.
+        """
+        held, batch, evaluated = self.held, load.batch, load.eval_batch
+        always = {BASE: held.base, EXPERTS: held.experts, OPTIMIZER: ADAM_STATES * held.trained}
+        seen = self.training(batch, checkpointing=settings.checkpointing)
+        before = held.trained if settings.accumulates else 0
+        moments = [("a training step", before, seen.forward), ("a training step", held.trained, seen.backward)]
+        if evaluated.rows * evaluated.seq > batch.rows * batch.seq:  # else it takes less, as it saves nothing
+            moments.append(("an evaluation", 0, self.evaluation(evaluated)))
+        return [
+            Peak(when, self.one.holds({**always, GRADIENTS: gradients, ACTIVATIONS: computed}))
+            for when, gradients, computed in moments
+        ]
+
+    def training(self, batch: Batch, *, checkpointing: bool) -> StepActivations:
+        """What a training step computes with all experts. Each batch is followed once.
+
+        What many experts add to a few depends little on batch and precision, unless each token goes to all. So it is
+        taken from the first step that was followed.
+        """
+        batch = self._like_that_of_many(batch)
+        key = batch, checkpointing
+        if key in self._followed:
+            return self._followed[key]
+        is_known = self._added is not None and not self.of.is_dense
+        steps = self._steps[:1] if is_known else self._steps
+        traces = [step.traces(batch, checkpointing=checkpointing) for step in steps]
+        of_few, of_all = activations(self.of, traces[:1]), activations(self.of, traces)
+        if self._added is None:
+            self._added = of_all.plus(of_few, -1)
+        self._followed[key] = of_few.plus(self._added, 1) if is_known else of_all
+        return self._followed[key]
+
+    def assume(self, batch: Batch, between: tuple[Batch, Batch], rows: float, *, checkpointing: bool) -> None:
+        """Take a batch to compute what so many rows do, on the line between two batches of one length.
+
+        The largest of several moments, each of which grows evenly with the rows, lies on or below the line between two
+        of its points: no batch between takes more.
+
+        Args:
+            between: the batches, the smaller one first.
+        """
+        fewer, more = between
+        low, high = (self.training(one, checkpointing=checkpointing) for one in between)
+        share = (rows - fewer.rows) / (more.rows - fewer.rows)
+        found = StepActivations(*(round(a + share * (b - a)) for a, b in zip(low, high, strict=True)))
+        self._followed.setdefault((batch, checkpointing), found)
+
+    def evaluation(self, batch: Batch) -> int:
+        """What an evaluation computes with all experts, in bytes."""
+        batch = self._like_that_of_many(batch)
+        if batch not in self._evaluated:
+            self._evaluated[batch] = most_of_all_experts(self.of, [step.evaluation(batch) for step in self._steps])
+        return self._evaluated[batch]
+
+    def _like_that_of_many(self, batch: Batch) -> Batch:
+        """The batch, or one of some more tokens, with which a few experts are computed as many are: only for the tokens
+        that selected them. With few experts and tokens it is quicker to compute all for all."""
+        if len(self._steps) > 1 and not self.of.is_dense:
+            model = self.of.few[0]
+            pool: dict[str, int] = {"num_experts": len(model.experts), "top_k": model.router_config.top_k}
+            while dense_is_quicker(num_tokens=batch.rows * batch.seq, **pool):
+                batch = batch._replace(seq=batch.seq + 1)
+        return batch
 
 
-def step_stages(of: Outline, load: Workload, *, held: Weights, one: OneProcess) -> list[Peak]:
-    """The two moments of a training step, from the second step on, when AdamW has its states; and an evaluation.
+def settings_of_flags(of: Outline) -> Settings:
+    """The settings that the run was asked for."""
+    train = of.arguments.train
+    checkpointing = getattr(train, "activation_checkpointing", False) or train.gradient_checkpointing  # newer, older
+    return Settings(bool(checkpointing), train.gradient_accumulation_steps > 1)
 
-    With accumulation the gradients of the micro-batches before are there from the beginning.
-    """
-    step, batch, evaluated = FakeStep(of), load.batch, load.eval_batch
-    always = {BASE: held.base, EXPERTS: held.experts, OPTIMIZER: ADAM_STATES * held.trained}
-    seen = step.training(batch)
-    before = held.trained if of.arguments.train.gradient_accumulation_steps > 1 else 0
-    moments = [("a training step", before, seen.forward), ("a training step", held.trained, seen.backward)]
-    if evaluated.rows * evaluated.seq > batch.rows * batch.seq:  # else it takes less, as it saves nothing
-        moments.append(("an evaluation", 0, step.evaluation(evaluated)))
-    return [
-        Peak(when, one.holds({**always, GRADIENTS: gradients, ACTIVATIONS: computed}))
-        for when, gradients, computed in moments
-    ]
+
+def peak_memory(of: Outline, load: Workload, *, device: str = "cpu", processes: Processes = ALONE) -> Peak:
+    """The largest moment of one process; see `MemoryAccount`. The outline can be used for nothing else afterwards."""
+    return MemoryAccount(of, device=device, processes=processes).peak(load)

@@ -1,8 +1,11 @@
-"""The model of a run without its weights: with all layers, and with a few that stand for those that are like them."""
+"""The model of a run without its weights: all layers with one expert, and a few layers with a few experts.
+
+The few stand for the others that are like them: each further layer, and each further expert, takes as much.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,14 +14,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dylo_moe.base.frozen import decoder_layers
-from dylo_moe.commands.plan.known_shapes import base_config
+from dylo_moe.commands.plan.base_config import base_config
 from dylo_moe.commands.train.request import Arguments
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import UNIFORM
 from dylo_moe.training.build import build_model
 
 LAYERS_OF_A_KIND = 3
 """So many layers of each kind are kept: a lowest one, a highest one, and one between them, which is what each of the
 others adds."""
+
+FEW_EXPERTS, MORE_EXPERTS = 3, 5
+"""The two numbers of experts that are followed where a run has more of them, and sends each token to one."""
+
+MOST_SELECTED = 64
+"""The most experts of a token that are followed, unless a token is sent to all."""
 
 
 class Arrangement(NamedTuple):
@@ -30,6 +40,13 @@ class Arrangement(NamedTuple):
     """How many more layers there are of the kind that this one has a third of."""
 
 
+class Pool(NamedTuple):
+    """A number of experts, and how many of them a token is sent to."""
+
+    num_experts: int
+    top_k: int
+
+
 class Outline(NamedTuple):
     """A model on the meta device, of which everything can be counted and whose steps are quick to follow."""
 
@@ -39,23 +56,49 @@ class Outline(NamedTuple):
     """What the Trainer computes in; None: the weights' own dtypes."""
     whole: DyLoRAMoE
     """All layers, with one expert: experts are alike, and injecting many into a deep model takes long."""
-    few: DyLoRAMoE
-    """All experts, with up to `LAYERS_OF_A_KIND` layers of each kind."""
+    few: tuple[DyLoRAMoE, ...]
+    """Up to `LAYERS_OF_A_KIND` layers of each kind: with all experts, or, of many, with two smaller numbers of them."""
     first_routed: int
-    """Position of the first of these that has experts."""
+    """Position of the first of these layers that has experts."""
     arrangements: tuple[Arrangement, ...]
     """Up to two layers of each kind; then, for each kind that has more, the same with a third."""
     lists: dict[str, list[Any]]
     """What the base's config says of each of the few layers, as a list."""
 
-    def arrange(self, layers: Sequence[nn.Module], positions: Sequence[int]) -> None:
-        """Let the model have some of its few layers.
+    @property
+    def num_experts(self) -> int:
+        """The experts of the run."""
+        return self.arguments.experts.num_experts
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether each token is sent to all experts."""
+        router = self.arguments.router
+        return router.policy == UNIFORM or router.top_k == self.num_experts
+
+    def with_all_experts(self, measure: Callable[[DyLoRAMoE], int]) -> int:
+        """A number of the model with all experts, of which each adds as much.
 
         Args:
-            layers: all of the few.
+            measure: finds the number of a model with some of them.
+        """
+        return self.on_line([measure(model) for model in self.few])
+
+    def on_line(self, found: Sequence[int]) -> int:
+        """The same, from what was found for each of `few`."""
+        if len(found) == 1:  # of all experts, or of those of the first model
+            return found[0]
+        fewer, more = (len(model.experts) for model in self.few)
+        return found[0] + (found[1] - found[0]) * (self.num_experts - fewer) // (more - fewer)
+
+    def arrange(self, model: DyLoRAMoE, layers: Sequence[nn.Module], positions: Sequence[int]) -> None:
+        """Let one of the models of few layers have some of them.
+
+        Args:
+            layers: all of its few.
         """
         lists = {name: [values[position] for position in positions] for name, values in self.lists.items()}
-        _keep(self.few.base, [layers[position] for position in positions], lists)
+        _keep(model.base, [layers[position] for position in positions], lists)
 
 
 def outline(arguments: Arguments, *, bf16: bool = False) -> Outline:
@@ -69,6 +112,7 @@ def outline(arguments: Arguments, *, bf16: bool = False) -> Outline:
     """
     flags, experts, router, bf16 = arguments.model, arguments.experts, arguments.router, bf16 or arguments.train.bf16
     autocast = torch.bfloat16 if bf16 else torch.float16 if arguments.train.fp16 else None
+    pools = followed_pools(Pool(experts.num_experts, router.top_k), to_all=router.policy == UNIFORM)
     one, to_one = replace(experts, num_experts=1), replace(router, top_k=1)
     whole = build_model(flags, one, to_one, bf16=bf16, load=base_without_weights)
     layers = list(decoder_layers(whole.base)[1])
@@ -89,8 +133,40 @@ def outline(arguments: Arguments, *, bf16: bool = False) -> Outline:
         return base
 
     router = replace(router, router_layer=below) if first > 0 else router
-    few = build_model(flags, experts, router, bf16=bf16, load=shortened)
+    few = tuple(
+        build_model(
+            flags,
+            replace(experts, num_experts=pool.num_experts),
+            replace(router, top_k=pool.top_k),
+            bf16=bf16,
+            load=shortened,
+        )
+        for pool in pools
+    )
     return Outline(arguments, autocast, whole, few, below, tuple(_arrangements(kinds.values(), chosen)), lists)
+
+
+def followed_pools(pool: Pool, *, to_all: bool) -> list[Pool]:
+    """The pools that stand for one: itself, or, of many experts, two smaller ones, on a line with it.
+
+    Args:
+        to_all: the router sends each token to all experts, whatever `top_k`.
+
+    Raises:
+        ValueError: where a token is sent to many experts, and not to all.
+    """
+    if pool.top_k > pool.num_experts:
+        return [pool]  # refused by the model itself
+    if to_all or pool.top_k == pool.num_experts:
+        smaller = [Pool(count, 1 if to_all else count) for count in (FEW_EXPERTS, MORE_EXPERTS)]
+    elif pool.top_k <= MOST_SELECTED:
+        smaller = [Pool(count + pool.top_k - 1, pool.top_k) for count in (FEW_EXPERTS, MORE_EXPERTS)]
+    else:
+        raise ValueError(
+            f"top_k is {pool.top_k:,} of {pool.num_experts:,} experts, and a plan follows at most {MOST_SELECTED}, "
+            "or all; choose another top_k"
+        )
+    return [pool] if pool.num_experts <= smaller[-1].num_experts else smaller
 
 
 def base_without_weights(name: str, *, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:

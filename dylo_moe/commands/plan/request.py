@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dylo_moe.commands.plan.arguments import PLAN_LINE, PlanArguments
+import torch
+
+from dylo_moe.commands.plan.arguments import CPU, CUDA, PLAN_LINE, PlanArguments
 from dylo_moe.commands.train.request import Arguments, parse_train
 from dylo_moe.parsing.parser import Parser, build_parser, plain_options
 from dylo_moe.training.trainer_arguments import TrainArguments
+from dylo_moe.utils.errors import UsageError
+
+
+class PlannedTraining(TrainArguments):
+    """The Trainer's arguments of a run that is planned, which need not be able to train on this machine."""
+
+    trains_here = False
 
 
 class PlanRequest(NamedTuple):
@@ -16,7 +25,11 @@ class PlanRequest(NamedTuple):
 
     arguments: Arguments
     """The arguments of the training."""
-    num_processes: int
+    device: str = CPU
+    """What the plan is for: "cpu" or "cuda"."""
+    num_processes: int = 1
+    memory_gb: float | None = None
+    """Memory of the device; None: not said."""
 
 
 def build_plan_parser(*, show_all: bool = False) -> Parser:
@@ -30,7 +43,20 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
     Raises:
         UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
     """
+    if argv and not argv[0].startswith("-"):
+        raise UsageError(f"{argv[0]!r} is no flag; a model is named by --model {argv[0]}, a recipe by --config")
     own = plain_options(Parser((PlanArguments,), prog=PLAN_LINE.prog, allow_abbrev=False, add_help=False))
     plan, words = own.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
-    count = plan.num_processes
-    return PlanRequest(parse_train(words, prog=PLAN_LINE.prog, num_processes=count), count)
+    arguments = parse_train(words, prog=PLAN_LINE.prog, num_processes=plan.num_processes, kind=PlannedTraining)
+    return PlanRequest(arguments, _device(plan.device, arguments.train), plan.num_processes, plan.memory_gb)
+
+
+def _device(asked: str | None, train: TrainArguments) -> str:
+    if asked == CUDA and train.use_cpu:
+        raise UsageError("device is cuda, but use_cpu is given too; leave one of them out")
+    if asked == CPU and train.fp16:
+        raise UsageError("fp16 needs a GPU, and device is cpu; give bf16 in its place, or leave it out")
+    if asked is not None:
+        return asked
+    half = train.bf16 or train.fp16
+    return CUDA if not train.use_cpu and (half or torch.cuda.is_available()) else CPU

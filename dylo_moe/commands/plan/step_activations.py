@@ -7,8 +7,10 @@ model need not know of any of this.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +26,15 @@ from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.commands.plan.outline import Outline
 from dylo_moe.commands.plan.workload import Batch
 from dylo_moe.model.loss import chunk_loss
+from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.metrics import Meter, token_losses
+
+MOST_CHUNKS, MOST_ROWS = 1024, 4096
+"""The most chunks of a loss, and the most rows, that are followed: each takes about a millisecond."""
+
+
+Events = list[tuple[str, int]]
+"""The operations that were run, by name, each with the bytes that all tensors took when it was done."""
 
 
 class StepActivations(NamedTuple):
@@ -44,6 +54,13 @@ class StepActivations(NamedTuple):
         return StepActivations(*(mine + times * more for mine, more in zip(self, other, strict=True)))
 
 
+class Trace(NamedTuple):
+    """What tensors took in the course of a training step, at its two moments; see `StepActivations`."""
+
+    forward: Events
+    backward: Events
+
+
 class TensorTracker(TorchDispatchMode):
     """Follows the bytes of all tensors that operations make inside, until they are freed.
 
@@ -57,6 +74,8 @@ class TensorTracker(TorchDispatchMode):
         """Bytes at this moment."""
         self.peak = 0
         """The most that `live` was since `restart`."""
+        self.events: Events = []
+        """What was run since the beginning."""
         self._storages: dict[int, tuple[weakref.ref, int]] = {}
         """Each storage, by its address, and the bytes that it counts."""
 
@@ -68,6 +87,7 @@ class TensorTracker(TorchDispatchMode):
     def restart(self) -> int:
         """Look for another peak from now on; returns the one before."""
         before, self.peak = self.peak, self.live
+        self.events.append(("restart", self.live))
         return before
 
     def _follow(self, tensor: Tensor, num_bytes: int) -> None:
@@ -83,7 +103,10 @@ class TensorTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run one operation, or answer it, and count the storages that it makes."""
-        answer = ANSWERS.get(func._schema.name)
+        name = func._schema.name
+        if name == ASKS_DEVICE and isinstance(args[0], FakeTensor):  # half of all calls, and the most frequent question
+            return args[0].fake_device
+        answer = ANSWERS.get(name)
         if answer is not None and isinstance(args[0], FakeTensor):
             output = answer(*args)
         else:
@@ -91,6 +114,7 @@ class TensorTracker(TorchDispatchMode):
         for item in tree_iter(output):
             if isinstance(item, Tensor) and item.untyped_storage()._cdata not in self._storages:
                 self._follow(item, item.untyped_storage().nbytes())
+        self.events.append((name, self.live))
         return output
 
 
@@ -118,6 +142,8 @@ def _grouped_product(rows: Tensor, matrices: Tensor, *_: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], matrices.shape[-1])
 
 
+ASKS_DEVICE = "prim::device"
+
 ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": _zero,
     "aten::bincount": _equal_shares,
@@ -137,63 +163,84 @@ class FakeStep:
     Args:
         outline: of the model. Its device does not matter: all is taken to be on the CPU, whose attention keeps as
             much as the kernels of a GPU that never have a matrix of tokens times tokens.
+        model: which of the outline's models of few layers.
     """
 
-    def __init__(self, outline: Outline) -> None:
+    def __init__(self, outline: Outline, model: DyLoRAMoE) -> None:
         self.outline = outline
-        self.model = outline.few
-        train = outline.arguments.train
-        if getattr(train, "activation_checkpointing", False) or train.gradient_checkpointing:  # newer name, older name
-            self.model.gradient_checkpointing_enable()
+        self.model = model
+        self._has_checkpointing = False
         self._layers = list(decoder_layers(self.model.base)[1])
         self._fake = FakeTensorMode()
         replace_tensors(self.model, self._fake)
         with self._fake, self._tracker():
             chunk_loss(self.model, outline.arguments.model.loss_chunk_size)
 
-    def training(self, batch: Batch) -> StepActivations:
-        """The activations of one forward and backward of the whole model.
+    def traces(self, batch: Batch, *, checkpointing: bool) -> list[Trace]:
+        """What happens in one forward and backward of the model, in each of the outline's arrangements of its layers.
 
-        They are those of two layers of each kind, and for each further layer as much as a third one of its kind adds.
+        Args:
+            checkpointing: whether layers are computed again in the backward.
+
+        Raises:
+            ValueError: for a batch that would be followed for too long.
         """
+        check_can_be_followed(batch, self.model.loss_chunk_size)
         self.model.train()
-        start, *grown = self.outline.arrangements
-        pairs = self._train(start.positions, batch)
-        whole = pairs
-        for more in grown:
-            third = self._train(more.positions, batch)
-            whole = whole.plus(third.plus(pairs, -1), more.missing)
-        return whole
+        self._set_checkpointing(checkpointing)
+        return [self._train(arrangement.positions, batch) for arrangement in self.outline.arrangements]
 
-    def _train(self, positions: Sequence[int], batch: Batch) -> StepActivations:
-        self.outline.arrange(self._layers, positions)
+    def _set_checkpointing(self, wanted: bool) -> None:
+        """Let the layers be computed again in the backward, or not."""
+        if wanted == self._has_checkpointing:
+            return
+        self._has_checkpointing = wanted
+        self.outline.arrange(self.model, self._layers, range(len(self._layers)))  # it is a switch of each layer
+        if wanted:
+            self.model.gradient_checkpointing_enable()
+        else:
+            base: Any = self.model.base
+            getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+
+    def _train(self, positions: Sequence[int], batch: Batch) -> Trace:
+        self.outline.arrange(self.model, self._layers, positions)
         lowest = next(place for place, position in enumerate(positions) if position >= self.outline.first_routed)
-        tracker, before_lowest = self._tracker(), []
-        gradients = [
+        tracker, at_lowest = self._tracker(), []
+
+        def mark() -> None:
+            at_lowest.append(len(tracker.events))
+            tracker.restart()
+
+        handles = [
             item.register_post_accumulate_grad_hook(lambda item: tracker.leave_out([item.grad]))
             for item in self.model.parameters()
             if item.requires_grad
         ]
         if lowest + 1 < len(positions):
-            above = self._layers[positions[lowest + 1]]
-            gradients.append(_as_backward_leaves(above, lambda: before_lowest.append(tracker.restart())))
+            handles.append(_as_backward_leaves(self._layers[positions[lowest + 1]], mark))
         try:
             with self._fake, tracker:
                 self._loss(batch, label_smoothing=self.outline.arguments.train.label_smoothing_factor).backward()
                 self.model.zero_grad(set_to_none=True)
         finally:
-            for handle in gradients:
+            for handle in handles:
                 handle.remove()
-        return StepActivations(before_lowest[0] if before_lowest else tracker.peak, tracker.peak)
+        events = tracker.events
+        return Trace(events[: at_lowest[0]], events[at_lowest[-1] :]) if at_lowest else Trace(events, events)
 
-    def evaluation(self, batch: Batch) -> int:
-        """Bytes at the peak of the evaluation of one batch; as nothing is saved, all layers take what a few do."""
+    def evaluation(self, batch: Batch) -> Events:
+        """What happens in the evaluation of one batch; as nothing is saved, all layers take what a few do.
+
+        Raises:
+            ValueError: for a batch that would be followed for too long.
+        """
+        check_can_be_followed(batch, self.model.loss_chunk_size)
         self.model.eval()
-        self.outline.arrange(self._layers, range(len(self._layers)))
+        self.outline.arrange(self.model, self._layers, range(len(self._layers)))
         tracker = self._tracker()
         with self._fake, tracker, torch.no_grad():
             self._loss(batch)
-        return tracker.peak
+        return tracker.events
 
     def _tracker(self) -> TensorTracker:
         tracker = TensorTracker()
@@ -217,6 +264,71 @@ class FakeStep:
         losses = token_losses(out, ids)
         Meter(["all"], self.model.router.names).add(losses=losses, labels=ids, routing=out.routing, domain=domain)
         return out.loss
+
+
+def activations(of: Outline, traces: Sequence[Sequence[Trace]]) -> StepActivations:
+    """The activations of one training step of the whole model: all of its layers and experts.
+
+    They are those of two layers of each kind, and for each further layer as much as a third one of its kind adds.
+
+    Args:
+        traces: what `FakeStep.traces` found for each of the outline's models of few layers; or for the first alone,
+            for the activations with its experts.
+    """
+    pairs, *thirds = [
+        StepActivations(*(most_of_all_experts(of, events) for events in zip(*arranged, strict=True)))
+        for arranged in zip(*traces, strict=True)
+    ]
+    whole = pairs
+    for third, arrangement in zip(thirds, of.arrangements[1:], strict=True):
+        whole = whole.plus(third.plus(pairs, -1), arrangement.missing)
+    return whole
+
+
+def most_of_all_experts(of: Outline, found: Sequence[Events]) -> int:
+    """The most that tensors took, in bytes, with all experts.
+
+    What each further expert adds differs from operation to operation, and with many experts another operation can be
+    the largest. So events are cut at the operations that are not run once for each expert. What a further expert adds
+    is found for the largest of each piece, and for the last of each name in it: the largest may be larger with few
+    experts, because each of them has more tokens.
+
+    Args:
+        found: the events with each of the outline's numbers of experts.
+    """
+    counts = [Counter(name for name, _ in events) for events in found]
+    cuts = {name for name in counts[0] if all(count[name] == counts[0][name] for count in counts)}
+    pieces = zip(*(_pieces(events, cuts) for events in found), strict=True)
+    return max(
+        of.on_line([piece[name] for piece in alike])
+        for alike in pieces
+        for name in alike[0]
+        if all(name in piece for piece in alike)
+    )
+
+
+def _pieces(events: Events, cuts: Collection[str]) -> list[dict[str, int]]:
+    """For each piece of events, the most bytes in it (under no name), and those at the last operation of each name."""
+    pieces: list[dict[str, int]] = [{"": 0}]
+    for name, live in events:
+        pieces[-1][""] = max(pieces[-1][""], live)
+        pieces[-1][name] = live
+        if name in cuts:
+            pieces.append({"": 0})
+    return pieces
+
+
+def check_can_be_followed(batch: Batch, chunk_size: int | None) -> None:
+    """Raises ValueError for a batch whose loss has so many parts that following them would take minutes."""
+    tokens = batch.rows * batch.seq
+    chunks = 1 if chunk_size is None else math.ceil(tokens / chunk_size)
+    if chunks > MOST_CHUNKS or batch.rows > MOST_ROWS:
+        parts = f"its loss is computed in {chunks:,} chunks" if chunks > MOST_CHUNKS else f"it has {batch.rows:,} rows"
+        raise ValueError(
+            f"a batch of {batch.rows:,} x {batch.seq:,} tokens is too large to be planned: {parts}, and a plan follows "
+            f"at most {MOST_CHUNKS if chunks > MOST_CHUNKS else MOST_ROWS:,}; use a smaller "
+            "per_device_train_batch_size (or per_device_eval_batch_size) or max_seq_length"
+        )
 
 
 def _as_backward_leaves(layer: nn.Module, act: Callable[[], Any]) -> Any:

@@ -42,21 +42,31 @@ class Arguments(NamedTuple):
         return self.model, self.experts, self.router, self.data, self.train
 
 
-def build_train_parser(*, prog: str = TRAIN_LINE.prog, show_all: bool = False) -> Parser:
+def build_train_parser(
+    *, prog: str = TRAIN_LINE.prog, show_all: bool = False, kind: type[TrainArguments] = TrainArguments
+) -> Parser:
     """The parser of `dylora train`; its help hides the Trainer's rarer flags unless `show_all`."""
-    return build_parser(TRAIN_LINE._replace(prog=prog), TrainArguments, show_all=show_all)
+    return build_parser(TRAIN_LINE._replace(prog=prog), kind, show_all=show_all)
 
 
-def parse_train(argv: Sequence[str], *, prog: str = TRAIN_LINE.prog, num_processes: int | None = None) -> Arguments:
+def parse_train(
+    argv: Sequence[str],
+    *,
+    prog: str = TRAIN_LINE.prog,
+    num_processes: int | None = None,
+    kind: type[TrainArguments] = TrainArguments,
+) -> Arguments:
     """Read the command line and the recipe that it names.
 
     Args:
+        prog: the command that is typed.
         num_processes: the number of processes that the run will have; None: as many as it has now.
+        kind: the class of the Trainer's arguments.
 
     Raises:
         UsageError: for an unknown or refused flag (with the nearest known name), or a value out of range.
     """
-    parser = build_train_parser(prog=prog)
+    parser = build_train_parser(prog=prog, kind=kind)
     count = num_ranks() if num_processes is None else num_processes
     words = with_recipe(argv, parser, refusal_of)
     resumed = _resumption(words)
