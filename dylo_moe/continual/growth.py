@@ -15,6 +15,7 @@ from dylo_moe.continual.novelty_detector import Novelty, judge
 from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.experts.expert import check_name
 from dylo_moe.routing.config import BASE
+from dylo_moe.utils.words import counted
 
 GateRows = dict[str, tuple[Tensor, Tensor]]
 """A gate row, fp32 [hidden], and its bias, fp32 scalar, of each expert."""
@@ -255,7 +256,9 @@ class Growth:
     def _features(self, skill: str, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
         texts = self._model.text_features(batches)
         if len(texts) < 2:
-            raise ValueError(f"skill {skill!r} was given {len(texts)} texts; give at least two, better a hundred")
+            raise ValueError(
+                f"skill {skill!r} was given {counted(len(texts), 'text')}; give at least two, better a hundred"
+            )
         return texts
 
     # Gate rows.

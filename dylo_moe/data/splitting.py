@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dylo_moe.data.tokenizing import hash64
+from dylo_moe.utils.words import counted
 
 HELD_OUT_SHARE = 0.1
 """Share of a dataset's rows that is held out where it has no validation split, in whole documents."""
@@ -60,7 +61,7 @@ def hold_out(documents: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
     """
     unique, inverse, sizes = np.unique(documents, return_inverse=True, return_counts=True)
     if len(unique) < 2:
-        raise ValueError(f"there are {len(unique)} document(s); at least two are needed to hold one out")
+        raise ValueError(f"of {counted(len(unique), 'document')} none can be held out; give at least two")
     room = max(1, round(HELD_OUT_SHARE * len(documents)))
     order = np.argsort(order_keys(unique, seed))
     chosen = np.zeros(len(unique), bool)

@@ -20,6 +20,7 @@ from dylo_moe.evaluation.prompts import Asking
 from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, Limits
 from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
 from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.words import counted
 
 
 class BenchmarkSchedule(NamedTuple):
@@ -162,9 +163,8 @@ class BenchmarkCallback(TrainerCallback):
             benchmark, model, self.tokenizer, sandbox, samples=samples, verdicts=verdicts, k=[1], tell=tell
         )
         name, rate, late = benchmark.asking.benchmark, outcome.rates[0], outcome.counts["timed out"]
-        self.screen.progress(
-            f"step {step}: {name} pass@1 {rate.rate:.3f} of the first {rate.num_tasks} problems, {late} timed out"
-        )
+        first = f"the first {counted(rate.num_tasks, 'problem')}"
+        self.screen.progress(f"step {step}: {name} pass@1 {rate.rate:.3f} of {first}, {late} timed out")
         return {
             f"eval_{name}_pass_at_1": rate.rate,
             f"eval_{name}_pass_at_1_low": rate.interval.low,

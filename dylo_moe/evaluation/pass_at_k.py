@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dylo_moe.evaluation.intervals import Interval, bootstrap_interval, wilson_interval
+from dylo_moe.utils.words import counted
 
 
 class PassRate(NamedTuple):
@@ -31,9 +32,11 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
         ValueError: if k is not from 1 to n, or c not from 0 to n.
     """
     if not 1 <= k <= num_samples:
-        raise ValueError(f"k is {k}; with {num_samples} samples of a task it must be 1 to {num_samples}")
+        raise ValueError(f"k is {k}; with {counted(num_samples, 'sample')} of a task it must be 1 to {num_samples}")
     if not 0 <= num_passed <= num_samples:
-        raise ValueError(f"num_passed is {num_passed}; of {num_samples} samples it must be 0 to {num_samples}")
+        raise ValueError(
+            f"num_passed is {num_passed}; of {counted(num_samples, 'sample')} it must be 0 to {num_samples}"
+        )
     if num_samples - num_passed < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_passed + 1, num_samples + 1))

@@ -26,6 +26,7 @@ from dylo_moe.model.routing_hooks import NotForced
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.routing.config import BALANCE_COEFFICIENT, RouterConfig
 from dylo_moe.routing.router import Routing
+from dylo_moe.utils.words import counted
 
 LOGGER = logging.getLogger(__name__)
 
@@ -255,7 +256,10 @@ class DyLoRAMoE(RoutedForward):
         self._check_learned("initialize_router")
         texts = self.text_features(batches)
         if len(texts) < len(self._pool):
-            raise ValueError(f"initialize_router was given {len(texts)} texts for {len(self._pool)} experts; give more")
+            raise ValueError(
+                f"initialize_router was given {counted(len(texts), 'text')} for "
+                f"{counted(len(self._pool), 'expert')}; give more"
+            )
         self.router.initialize(texts, seed=seed)
 
     # Growth: what each of these does, and its arguments, is written at the method of `Growth` that it calls.

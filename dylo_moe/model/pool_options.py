@@ -8,6 +8,7 @@ from typing import Any
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.experts.expert import check_name
 from dylo_moe.routing.config import BALANCE_COEFFICIENT, RouterConfig
+from dylo_moe.utils.words import counted
 
 
 def pool_problems(
@@ -54,7 +55,7 @@ def _count_problems(names: Any, num_experts: Any, top_k: int, balance_coefficien
             problems.append(str(error))
     count = len(names) if names is not None else num_experts
     if isinstance(count, int) and 0 < count < top_k:
-        problems.append(f"top_k is {top_k}, but there are only {count} experts")
+        problems.append(f"top_k is {top_k}, but the pool has only {counted(count, 'expert')}")
     if not isinstance(balance_coefficient, (int, float)) or not 0 <= balance_coefficient < math.inf:
         problems.append(f"balance_coefficient is {balance_coefficient!r}; it must be a finite number of at least 0")
     return problems

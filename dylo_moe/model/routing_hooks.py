@@ -20,6 +20,7 @@ from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
 from dylo_moe.routing.router import Router, force_routing, make_dispatch
 from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
 from dylo_moe.utils.distributed import are_joined
+from dylo_moe.utils.words import counted
 
 BASE_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """What a pass of the base alone takes over of a forward's inputs."""
@@ -343,7 +344,7 @@ def one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None
         return list(forced)
     if expandable and batch % len(forced) == 0:
         return [name for name in forced for _ in range(batch // len(forced))]
-    raise ValueError(f"route_to was given {len(forced)} experts for a batch of {batch}; give one per row")
+    raise ValueError(f"route_to was given {counted(len(forced), 'expert')} for a batch of {batch}; give one per row")
 
 
 def _expand_rows(tensor: Tensor, batch: int) -> Tensor:

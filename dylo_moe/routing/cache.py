@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, cache_utils
 
 from dylo_moe.routing.features import RouterState
+from dylo_moe.utils.words import counted
 
 HISTORY = 128
 """The number of tokens before the last call that can be removed again; those of the last call always can."""
@@ -48,7 +49,7 @@ class RouterCacheLayer(DummyLayer):
         """Raises ValueError when the rest of the cache holds another number of tokens than this memory saw."""
         if num_tokens != self.num_tokens:
             raise ValueError(
-                f"the cache holds {num_tokens} tokens, but the router has seen {self.num_tokens} of them; "
+                f"the cache holds {counted(num_tokens, 'token')}, but the router has seen {self.num_tokens} of them; "
                 "pass a cache that this model filled from its first token"
             )
 
@@ -100,8 +101,9 @@ class RouterCacheLayer(DummyLayer):
             remembered = sum(map(_length, self._history))
             if count >= remembered:
                 raise ValueError(
-                    f"{count} tokens cannot be taken back from this cache: a running mean cannot be unsummed, and the "
-                    f"router remembers how it stood {remembered - 1} tokens ago, not before; fill a new cache"
+                    f"{counted(count, 'token')} cannot be taken back from this cache: a running mean cannot be "
+                    f"unsummed, and the router remembers how it stood {counted(remembered - 1, 'token')} ago, not "
+                    "before; fill a new cache"
                 )
             removed = count
             while removed > 0:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from dylo_moe.utils.checks import choice_problems, is_number
+from dylo_moe.utils.words import counted
 
 EMBEDDINGS = "embeddings"
 
@@ -169,7 +170,7 @@ class RouterConfig:
         index = int(self.router_layer)
         if index >= num_layers:
             raise ValueError(
-                f"router_layer is {index}, but the base has {num_layers} layers: use 0 to {num_layers - 1}, "
+                f"router_layer is {index}, but the base has {counted(num_layers, 'layer')}: use 0 to {num_layers - 1}, "
                 "so that at least one layer is left to carry experts"
             )
         return index

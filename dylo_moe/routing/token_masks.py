@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dylo_moe.utils.words import counted
+
 PROMPT_TOKENS = 32
 """The number of first real tokens that count as a text's prompt where nothing says how long it is."""
 
@@ -96,7 +98,7 @@ def _check_prompt_lengths(prompt_lengths: Tensor, count_B: Tensor, text_BS: Tens
         raise ValueError(f"prompt_lengths has shape {list(prompt_lengths.shape)}; it must be [{len(count_B)}]")
     lengths, counts = prompt_lengths.tolist(), count_B.tolist()
     wrong = [
-        f"row {row} has {count} tokens and a prompt length of {length}"
+        f"row {row} has {counted(count, 'token')} and a prompt length of {length}"
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True))
         if count and not 1 <= length <= count
     ]

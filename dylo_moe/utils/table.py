@@ -13,6 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from dylo_moe.utils.words import counted
+
 GAP = 3
 """The number of letters between two columns."""
 
@@ -59,7 +61,9 @@ class Table:
     def add_row(self, *cells: Cell, style: str = "") -> None:
         """Append a row of as many cells as there are columns."""
         if len(cells) != len(self._heads):
-            raise ValueError(f"the row has {len(cells)} cells; the table has {len(self._heads)} columns")
+            raise ValueError(
+                f"the row has {counted(len(cells), 'cell')}; the table has {counted(len(self._heads), 'column')}"
+            )
         parts = [tuple(map(_text, cell)) if isinstance(cell, tuple) else (_text(cell),) for cell in cells]
         self._rows.append(_Row(parts, style, self._begins_section))
         self._begins_section = False

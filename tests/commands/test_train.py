@@ -213,7 +213,7 @@ def test_the_gate_starts_at_the_kinds_of_text():
     first = settled[:8].float().mean().round()
     assert (settled[:8] == first).float().mean() > 0.95
     assert (settled[8:] == 1 - first).float().mean() > 0.95
-    with pytest.raises(ValueError, match="1 texts for 2 experts"):
+    with pytest.raises(ValueError, match="1 text for 2 experts"):
         model.initialize_router([{"input_ids": low[:1]}])
 
 

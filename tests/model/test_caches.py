@@ -262,7 +262,7 @@ def test_rows_that_were_repeated_or_selected_can_go_back_and_reordered_ones_cann
         laws.close("taken back = never fed, routing", out.routing.weights, weights, family="gemma3", atol=CLOSE)
     cache = filled()
     cache.reorder_cache(torch.tensor([1, 0]))
-    with pytest.raises(ValueError, match=r"^1 tokens cannot .* stood 0 tokens ago"):
+    with pytest.raises(ValueError, match=r"^1 token cannot .* stood 0 tokens ago"):
         cache.crop(-1)
 
 

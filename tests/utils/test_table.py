@@ -66,5 +66,5 @@ def test_what_fits_no_terminal_is_longer_than_the_line_instead_of_cut():
 
 
 def test_a_row_of_other_columns_is_refused():
-    with pytest.raises(ValueError, match="the row has 1 cells; the table has 2 columns"):
+    with pytest.raises(ValueError, match="the row has 1 cell; the table has 2 columns"):
         Table("title", ["a", "b"]).add_row("1")

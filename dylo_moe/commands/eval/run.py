@@ -185,7 +185,7 @@ def run_exam(
             show_example(screen, benchmark, example, tokenizer)
             room = benchmark.room(model, tokenizer)
             if room is not None and room < options.max_new_tokens:
-                text = f"the base's context has room for {room} tokens of an answer after the longest prompt"
+                text = f"the base's context has room for {counted(room, 'token')} of an answer after the longest prompt"
                 screen.note(text)
         with live_rate(screen, f"{TITLES[name]} {decoding.name}", len(benchmark.keys)) as tell:
             outcome = run_benchmark(
