@@ -92,7 +92,8 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
-        self.started, self.start_step, self._paused = time.time(), state.global_step, 0.0
+        self.started = self._said_at = time.time()
+        self.start_step, self._paused = state.global_step, 0.0
         if not state.is_world_process_zero or not self.screen.is_live:
             return
         columns = [
@@ -109,14 +110,17 @@ class ProgressBar(TrainerCallback):
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Move the bar; elsewhere a step that comes long after the last line gets a line of its own."""
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
+        elif state.is_world_process_zero and not control.should_log:  # a log has a line with its losses
+            if time.time() - self._said_at >= SECONDS_BETWEEN_LINES:
+                self._say(args, state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show how far an evaluation is, and measure how long it takes."""
         if self._batches_done == 0:
-            self._evaluating_since = self._said_at = time.time()
+            self._evaluating_since = time.time()
         self._batches_done += 1
         if self._advance is not None:
             self._advance(1)
@@ -143,9 +147,12 @@ class ProgressBar(TrainerCallback):
         note = f"{loss}, {routing}, {speed}"
         if self.progress is not None:
             self.progress.update(self.task, note=f"{loss}, {speed}" if self.screen.is_narrow else note)
-        elapsed = time.time() - self.started
+        self._say(args, state, f"{note}  ")
+
+    def _say(self, args: Any, state: Any, note: str = "") -> None:
+        self._said_at, elapsed = time.time(), time.time() - self.started
         self.screen.progress(
-            f"step {state.global_step}/{state.max_steps}  {note}  {elapsed:.0f} s, about "
+            f"step {state.global_step}/{state.max_steps}  {note}{elapsed:.0f} s, about "
             f"{self._seconds_left(args, state):.0f} s left"
         )
 
