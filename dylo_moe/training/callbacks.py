@@ -113,9 +113,10 @@ class ProgressBar(TrainerCallback):
         """Move the bar; elsewhere a step that comes long after the last line gets a line of its own."""
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
-        elif state.is_world_process_zero and not control.should_log:  # a log has a line with its losses
-            if time.time() - self._said_at >= SECONDS_BETWEEN_LINES:
-                self._say(args, state)
+            return
+        is_due = time.time() - self._said_at >= SECONDS_BETWEEN_LINES and not control.should_log  # a log has its line
+        if state.is_world_process_zero and is_due:
+            self._say(args, state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show how far an evaluation is, and measure how long it takes."""
