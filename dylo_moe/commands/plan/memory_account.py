@@ -13,6 +13,7 @@ from dylo_moe.commands.plan.outline import Outline
 from dylo_moe.commands.plan.per_process import BASE, FLAT, Processes, one_process
 from dylo_moe.commands.plan.step_activations import FakeStep, StepActivations, activations, most_of_all_experts
 from dylo_moe.commands.plan.workload import Batch, Workload
+from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.dispatch import dense_is_quicker
 
 EXPERTS = "experts and router"
@@ -139,7 +140,7 @@ class MemoryAccount:
         self.of, self.device, self.processes = of, device, processes
         self.held = weights(of)
         self.one = one_process(of.whole.base, processes, trained=self.held.trained, device=device)
-        self._steps = [FakeStep(of, model) for model in of.few]
+        self._steps: dict[int, FakeStep] = {}
         self._followed: dict[tuple[Batch, bool], StepActivations] = {}
         self._evaluated: dict[Batch, int] = {}
         self._added: StepActivations | None = None if like is None else like._added
@@ -192,8 +193,8 @@ class MemoryAccount:
         if key in self._followed:
             return self._followed[key]
         is_known = self._added is not None and not self.of.is_dense
-        steps = self._steps[:1] if is_known else self._steps
-        traces = [step.traces(batch, checkpointing=checkpointing) for step in steps]
+        models = self.of.few[:1] if is_known else self.of.few
+        traces = [self._step(model).traces(batch, checkpointing=checkpointing) for model in models]
         of_few, of_all = activations(self.of, traces[:1]), activations(self.of, traces)
         if self._added is None:
             self._added = of_all.plus(of_few, -1)
@@ -219,13 +220,21 @@ class MemoryAccount:
         """What an evaluation computes with all experts, in bytes."""
         batch = self._like_that_of_many(batch)
         if batch not in self._evaluated:
-            self._evaluated[batch] = most_of_all_experts(self.of, [step.evaluation(batch) for step in self._steps])
+            self._evaluated[batch] = most_of_all_experts(
+                self.of, [self._step(model).evaluation(batch) for model in self.of.few]
+            )
         return self._evaluated[batch]
+
+    def _step(self, model: DyLoRAMoE) -> FakeStep:
+        """The steps of one of the outline's models of few layers, made when they are first followed."""
+        if id(model) not in self._steps:
+            self._steps[id(model)] = FakeStep(self.of, model)
+        return self._steps[id(model)]
 
     def _like_that_of_many(self, batch: Batch) -> Batch:
         """The batch, or one of some more tokens, with which a few experts are computed as many are: only for the tokens
         that selected them. With few experts and tokens it is quicker to compute all for all."""
-        if len(self._steps) > 1 and not self.of.is_dense:
+        if len(self.of.few) > 1 and not self.of.is_dense:
             model = self.of.few[0]
             pool: dict[str, int] = {"num_experts": len(model.experts), "top_k": model.router_config.top_k}
             while dense_is_quicker(num_tokens=batch.rows * batch.seq, **pool):

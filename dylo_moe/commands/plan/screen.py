@@ -147,11 +147,11 @@ def show_changes(screen: Screen, request: PlanRequest, plan: Plan, size: Memory)
         say(screen, "No change of the batch or the precision would take less.")
         return
     screen.say()
+    holds = [size.holds(change.num_bytes + plan.process_bytes, request.device) for change in plan.changes]
     table = Table("what would take less, all other flags as they are", ("with", "peak, GB", "fits"), words=("fits",))
-    for change in plan.changes:
-        total = change.num_bytes + plan.process_bytes
-        fits = "yes" if size.holds(total, request.device) else "no"
-        table.add_row(change.flags, f"{total / GB:,.1f}", fits)
+    for change, fits in zip(plan.changes, holds, strict=True):
+        table.add_row(change.flags, f"{(change.num_bytes + plan.process_bytes) / GB:,.1f}", "yes" if fits else "no")
     screen.say(table)
-    if not request.arguments.model.load_in_4bit:
-        say(screen, "Fewer experts, a lower rank and a smaller base take less too. --load_in_4bit is not estimated.")
+    if not any(holds):
+        say(screen, f"None of these fits in {size.name}.")
+    say(screen, "Fewer experts, a lower rank and a smaller base take less too. --load_in_4bit is not estimated.")

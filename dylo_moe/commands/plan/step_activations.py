@@ -229,14 +229,14 @@ class FakeStep:
         return Trace(events[: at_lowest[0]], events[at_lowest[-1] :]) if at_lowest else Trace(events, events)
 
     def evaluation(self, batch: Batch) -> Events:
-        """What happens in the evaluation of one batch; as nothing is saved, all layers take what a few do.
+        """What happens in the evaluation of one batch; as nothing is saved, all layers take what two of each kind do.
 
         Raises:
             ValueError: for a batch that would be followed for too long.
         """
         check_can_be_followed(batch, self.model.loss_chunk_size)
         self.model.eval()
-        self.outline.arrange(self.model, self._layers, range(len(self._layers)))
+        self.outline.arrange(self.model, self._layers, self.outline.arrangements[0].positions)
         tracker = self._tracker()
         with self._fake, tracker, torch.no_grad():
             self._loss(batch)
