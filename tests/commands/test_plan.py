@@ -299,8 +299,8 @@ def test_a_followed_loss_takes_what_the_real_one_takes(size, tmp_path):
     )
     real = tiny_moe(base)
     chunk_loss(real, size)
-    assert real.loss_chunk_size == account.of.few[0].loss_chunk_size == (size or None)
     found = max(account.training(Batch(4, 32), checkpointing=False))
+    assert real.loss_chunk_size == account.of.few[0].loss_chunk_size == (size or None)
     assert found == pytest.approx(max(step_activations(real, tokens(4, 32))), rel=0.03)
     logits = 4 * 4 * 32 * 3000
     assert found < logits if size else found > 2 * logits
