@@ -11,7 +11,6 @@ import contextlib
 import posixpath
 import re
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -155,19 +154,21 @@ def row(action: argparse.Action) -> str:
     """The row of one argument."""
     names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
     meaning = argparse.HelpFormatter("x")._expand_help(action) if action.help else ""
+    if action.choices:
+        meaning += f" One of {', '.join(map(str, action.choices))}."
     return f"| {names} | {default(action)} | {cell(meaning)} |"
 
 
 def default(action: argparse.Action) -> str:
     """An argument's default as the page shows it."""
-    value = action.default.value if isinstance(action.default, Enum) else action.default
+    from dylo_moe.parsing.help_format import default_in_words
+
     if action.required or not action.option_strings:
         return "required"
-    if isinstance(value, str) and value.startswith("["):  # a help that is made without the parser has it as text
-        value = ast.literal_eval(value)
-    if value in (None, "None", "", []):
-        return "none"
-    return f"`{', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}`"
+    words = default_in_words(action.default)
+    if action.const is True:  # a switch
+        return "on" if words == "True" else "off"
+    return f"`{words}`" if words else "none"
 
 
 def cell(text: str) -> str:

@@ -113,7 +113,11 @@ class Screen:
 
     def result(self, label: str, path: str | Path) -> None:
         """Print the path of the result, which is all that a command prints with --quiet."""
-        self.answer(str(path)) if self.is_quiet else self.file(label, path)
+        if self.is_quiet:
+            self._print(self._answers, str(path), "")
+            self._log(logging.INFO, f"{label:12s} {path}")
+        else:
+            self.file(label, path)
 
     def rule(self, title: str = "") -> None:
         """Print a line across the screen."""

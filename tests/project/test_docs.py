@@ -167,6 +167,13 @@ def rows(page: str, command: str) -> dict[str, str]:
     return found
 
 
+def in_words(default) -> str:
+    """How the page writes a default."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "none" if default in (None, []) else str(default)
+
+
 def test_the_flags_page_has_every_flag_of_ours_with_its_default(site_pages):
     """Ours, all of them; a default that is one value is compared."""
     shown = rows(site_pages["flags.md"], "train")
@@ -176,13 +183,13 @@ def test_the_flags_page_has_every_flag_of_ours_with_its_default(site_pages):
     assert shown.keys() <= known
     for name, field in ours.items():
         if field.default is not dataclasses.MISSING:
-            assert shown[name] == ("none" if field.default is None else str(field.default)), name
+            assert shown[name] == in_words(field.default), name
 
 
 def test_the_flags_page_has_every_flag_of_a_stream_with_its_default(site_pages):
     shown = rows(site_pages["flags.md"], "stream")
     for name, value in (values_of(StreamArguments()) | values_of(GrowthConfig())).items():
-        assert shown[name] == ("none" if value in (None, []) else str(value)), name
+        assert shown[name] == in_words(value), name
 
 
 def test_the_flags_page_has_every_command(site_pages):

@@ -97,7 +97,7 @@ def test_everything_is_logged_also_where_nothing_is_printed(caplog, capsys):
             ("INFO", "step 1 of 2"),
             ("WARNING", "Note: one row is empty"),
             ("INFO", "42"),
-            ("INFO", PATH),
+            ("INFO", f"checkpoint   {PATH}"),
             ("INFO", "evaluating"),
         )
     ]
