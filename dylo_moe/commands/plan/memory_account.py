@@ -185,20 +185,23 @@ class MemoryAccount:
     def training(self, batch: Batch, *, checkpointing: bool) -> StepActivations:
         """What a training step computes with all experts. Each batch is followed once.
 
-        What many experts add to a few depends little on batch and precision, unless each token goes to all. So it is
-        taken from the first step that was followed.
+        What many experts add to a few depends little on layers, batch and precision, unless each token goes to all. So
+        it is taken from two layers of each kind, in the first step that was followed.
         """
         batch = self._like_that_of_many(batch)
         key = batch, checkpointing
         if key in self._followed:
             return self._followed[key]
-        is_known = self._added is not None and not self.of.is_dense
-        models = self.of.few[:1] if is_known else self.of.few
-        traces = [self._step(model).traces(batch, checkpointing=checkpointing) for model in models]
-        of_few, of_all = activations(self.of, traces[:1]), activations(self.of, traces)
+        few = self.of.few
+        if len(few) == 1 or self.of.is_dense:
+            traces = [self._step(model).traces(batch, checkpointing=checkpointing) for model in few]
+            self._followed[key] = activations(self.of, traces)
+            return self._followed[key]
+        traces = [self._step(few[0]).traces(batch, checkpointing=checkpointing)]
         if self._added is None:
-            self._added = of_all.plus(of_few, -1)
-        self._followed[key] = of_few.plus(self._added, 1) if is_known else of_all
+            pairs = [traces[0][:1], self._step(few[1]).traces(batch, checkpointing=checkpointing, num_arrangements=1)]
+            self._added = activations(self.of, pairs).plus(activations(self.of, pairs[:1]), -1)
+        self._followed[key] = activations(self.of, traces).plus(self._added, 1)
         return self._followed[key]
 
     def assume(self, batch: Batch, between: tuple[Batch, Batch], rows: float, *, checkpointing: bool) -> None:

@@ -176,11 +176,12 @@ class FakeStep:
         with self._fake, self._tracker():
             chunk_loss(self.model, outline.arguments.model.loss_chunk_size)
 
-    def traces(self, batch: Batch, *, checkpointing: bool) -> list[Trace]:
+    def traces(self, batch: Batch, *, checkpointing: bool, num_arrangements: int | None = None) -> list[Trace]:
         """What happens in one forward and backward of the model, in each of the outline's arrangements of its layers.
 
         Args:
             checkpointing: whether layers are computed again in the backward.
+            num_arrangements: of so many of these; None: of all.
 
         Raises:
             ValueError: for a batch that would be followed for too long.
@@ -188,7 +189,9 @@ class FakeStep:
         check_can_be_followed(batch, self.model.loss_chunk_size)
         self.model.train()
         self._set_checkpointing(checkpointing)
-        return [self._train(arrangement.positions, batch) for arrangement in self.outline.arrangements]
+        return [
+            self._train(arrangement.positions, batch) for arrangement in self.outline.arrangements[:num_arrangements]
+        ]
 
     def _set_checkpointing(self, wanted: bool) -> None:
         """Let the layers be computed again in the backward, or not."""
@@ -273,14 +276,14 @@ def activations(of: Outline, traces: Sequence[Sequence[Trace]]) -> StepActivatio
 
     Args:
         traces: what `FakeStep.traces` found for each of the outline's models of few layers; or for the first alone,
-            for the activations with its experts.
+            for the activations with its experts. Without those of a third layer, of two layers of each kind.
     """
     pairs, *thirds = [
         StepActivations(*(most_of_all_experts(of, events) for events in zip(*arranged, strict=True)))
         for arranged in zip(*traces, strict=True)
     ]
     whole = pairs
-    for third, arrangement in zip(thirds, of.arrangements[1:], strict=True):
+    for third, arrangement in zip(thirds, of.arrangements[1:], strict=False):
         whole = whole.plus(third.plus(pairs, -1), arrangement.missing)
     return whole
 
