@@ -50,8 +50,10 @@ def only_our_lines(show: Callable[[str], None]) -> Iterator[None]:
     Args:
         show: called with the text of each warning of ours.
     """
-    added = {name: value for name, value in SETTINGS.items() if name not in os.environ}
-    os.environ.update(added)
+    before = {name: os.environ.get(name) for name in (*SETTINGS, "WANDB_MODE")}
+    os.environ.update({name: value for name, value in SETTINGS.items() if before[name] is None})
+    if before["WANDB_MODE"] == "offline":  # at this word Transformers prints a line on stdout, and not at its synonym
+        os.environ["WANDB_MODE"] = "dryrun"
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
@@ -67,5 +69,6 @@ def only_our_lines(show: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         finally:
-            for name in added:
+            for name, value in before.items():
                 os.environ.pop(name, None)
+                os.environ.update({} if value is None else {name: value})
