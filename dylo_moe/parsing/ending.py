@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from dylo_moe.utils.errors import RankLost, Stopped
+from dylo_moe.utils.words import nearest
 
 
 def asks_for_help(words: list[str]) -> bool:
@@ -16,14 +16,14 @@ def asks_for_help(words: list[str]) -> bool:
     return any(word in ("-h", "--help", "--help_all") for word in words)
 
 
-def no_such_command(name: str, commands: Iterable[str], *, of: str = "") -> str:
+def no_such_command(name: str, commands: Collection[str], *, of: str = "") -> str:
     """Say that there is no command of a name, and which is the nearest, or which there are.
 
     Args:
         of: the command whose sub-commands are meant.
     """
-    near = difflib.get_close_matches(name, commands, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+    near = nearest(name, commands)
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(commands)}"
     return f"there is no command {f'{of} {name}'.strip()!r}; {hint}"
 
 

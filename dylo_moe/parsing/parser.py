@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from dylo_moe.model.checkpoint import checkpoint_in
-from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine, Refusal
+from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine, Refusal, refuses_nothing
 from dylo_moe.parsing.flags import config_from, flags_class, flags_of
 from dylo_moe.parsing.help_format import sort_into_sections
 from dylo_moe.parsing.other_names import meant_by
@@ -208,7 +208,7 @@ def parse_with_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any
         )
     if len(alone) > 1:
         raise UsageError(f"one checkpoint at a time; {listed([repr(word) for word in alone[1:]])} belongs to no flag")
-    (values,) = parse(parser, words, lambda name: None)
+    (values,) = parse(parser, words, refuses_nothing)
     return str(checkpoint_in(alone[0])), values, typed_flags(words)
 
 

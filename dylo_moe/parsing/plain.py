@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from dylo_moe.parsing.help_format import Formatter, epilog
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.words import nearest
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -41,8 +41,8 @@ class PlainParser(argparse.ArgumentParser):
         for word in words:
             name = word.split("=", 1)[0]
             if name.startswith("--") and name not in self._option_string_actions:
-                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-                self.error(f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
+                near = nearest(name[2:], [option[2:] for option in self._option_string_actions])
+                self.error(f"there is no flag {name}" + (f"; did you mean --{near}?" if near else ""))
         return vars(self.parse_args(words))
 
     def error(self, message: str) -> Any:

@@ -32,7 +32,7 @@ def with_recipe(argv: Sequence[str], parser: Parser, refusal: Refusal) -> list[s
     Raises:
         UsageError: for a recipe that cannot be read, or has a flag that the parser does not offer.
     """
-    recipe, rest = _split(list(argv))
+    recipe, rest = split_recipe(argv)
     words = _words_of_file(recipe_file(recipe), parser, refusal) if recipe else []
     return parser.with_values([*words, *rest])
 
@@ -43,7 +43,12 @@ def last_value(words: Sequence[str], flag: str) -> str | None:
     return values[-1] if values else None
 
 
-def _split(argv: list[str]) -> tuple[str | None, list[str]]:
+def split_recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split a command line into the recipe that --config names, None where it is not there, and the other words.
+
+    Raises:
+        UsageError: for --config without a value, or given twice.
+    """
     recipe, rest = None, []
     words = iter(argv)
     for word in words:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def listed(names: Sequence[str], *, most: int = 3) -> str:
@@ -20,8 +20,15 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that is most like a mistyped one: one that begins with it, else one with almost its letters."""
+def nearest(word: str, known: Collection[str], *, cutoff: float = 0.6) -> str | None:
+    """The known word that is most like a mistyped one: one that begins with it, else one with almost its letters.
+
+    Args:
+        cutoff: the least similarity of the two, from 0 to 1 (`difflib.get_close_matches`); at 0 there is always one.
+
+    Returns:
+        None where no known word is that similar.
+    """
     longer = [name for name in known if name.startswith(word)] if word else []
-    found = longer or difflib.get_close_matches(word, known, n=1)
+    found = longer or difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return found[0] if found else None

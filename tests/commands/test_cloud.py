@@ -29,10 +29,10 @@ from dylo_moe import __version__
 from dylo_moe.cli import main
 from dylo_moe.commands.submit import start as cloud_start
 from dylo_moe.commands.submit.arguments import CloudArguments
-from dylo_moe.commands.submit.constants import with_constants
+from dylo_moe.commands.submit.constants import _known, _problem, with_constants
 from dylo_moe.commands.submit.job import as_yaml, build
 from dylo_moe.commands.submit.machines import Machine, resolve
-from dylo_moe.commands.submit.request import parse_submit
+from dylo_moe.commands.submit.request import build_submit_parser, parse_submit
 from dylo_moe.commands.submit.run import explained
 from dylo_moe.training.run_folder import checkpoints_in
 from dylo_moe.utils.install import how_to_install
@@ -394,6 +394,7 @@ def test_what_is_typed_wins_over_a_constant():
         ({"WANDB_CHECKPOINT": "a/b/c:d"}, "there is no constant WANDB_CHECKPOINT; did you mean"),
         ({"PROJCT_ID": None}, "there is no constant PROJCT_ID; did you mean PROJECT_ID?"),
         ({"LERNING_RATE": 1e-3}, "there is no constant LERNING_RATE; did you mean LEARNING_RATE?"),
+        ({"NO_LOG_ON_EACH_NODE": True}, "there is no constant NO_LOG_ON_EACH_NODE; did you mean LOG_ON_EACH_NODE?"),
         ({"OUTPUT_DIR": "runs/x"}, "OUTPUT_DIR is not offered: it is made of --bucket and --display_name"),
         ({"USE_SPOT": "yes"}, "USE_SPOT is 'yes'; it must be True or False, or None"),
         ({"NUM_EXPERTS": 2.5}, "NUM_EXPERTS is 2.5; it must be a whole number, or None"),
@@ -412,6 +413,18 @@ def test_a_wrong_constant_is_one_line_with_its_name(constants, message, monkeypa
     status, said = run_script(monkeypatch, capsys, tmp_path, constants)
     assert status == 2
     assert said.err.startswith("dylora submit: ") and message in said.err and said.err.count("\n") == 1
+
+
+def test_no_constant_swallows_a_typed_word(monkeypatch, capsys, tmp_path):
+    for typed in (["foo"], ["--config", "code", "foo"], ["--dry_run", "foo"]):
+        status, said = run_script(monkeypatch, capsys, tmp_path, {"DATASETS": ["mbpp"]}, *typed)
+        assert (status, said.out) == (2, "") and "'foo' belongs to no flag" in said.err, typed
+
+
+def test_the_constants_that_messages_offer_are_constants():
+    offered = _known(parser := build_submit_parser())
+    assert {"LOG_ON_EACH_NODE", "LEARNING_RATE", "LORA_R"} <= {*offered}
+    assert [name for name in offered if _problem(name, None, parser)] == []
 
 
 # Refused before anything is sent.

@@ -6,7 +6,6 @@ the flag is not given.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from argparse import Action
@@ -19,9 +18,10 @@ from dylo_moe import __version__
 from dylo_moe.commands.submit.arguments import SPOT, STANDARD, SUBMIT_LINE, CloudArguments, submit_refusal
 from dylo_moe.commands.submit.request import build_submit_parser
 from dylo_moe.parsing.flags import flags_of
-from dylo_moe.parsing.parser import Parser
-from dylo_moe.parsing.recipe import as_words, last_value
+from dylo_moe.parsing.parser import Parser, check_every_word_has_a_flag
+from dylo_moe.parsing.recipe import as_words, last_value, split_recipe
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.words import nearest
 
 SCRIPT = "submit_full_training.py"
 
@@ -47,7 +47,8 @@ def with_constants(module: Mapping[str, Any], typed: Sequence[str]) -> list[str]
 
     Raises:
         UsageError: for an unknown constant, with the nearest known one; for a value of a wrong type; for two constants
-            of one flag; where nothing is set and nothing was typed. All problems are in one message.
+            of one flag; where nothing is set and nothing was typed; for a typed word that belongs to no flag. All
+            problems of the constants are in one message.
     """
     parser = build_submit_parser()
     constants = {name: value for name, value in module.items() if CONSTANT.fullmatch(name)}
@@ -62,10 +63,12 @@ def with_constants(module: Mapping[str, Any], typed: Sequence[str]) -> list[str]
             f"{SCRIPT}, or give flags; --help lists them"
         )
     settings = {_flag(name): _value(name, value) for name, value in given.items() if name not in IMAGE_PARTS}
-    words = parser.with_values(list(typed))
+    recipe, rest = split_recipe(typed)
+    words = parser.with_values(rest)
+    check_every_word_has_a_flag(words, parser)  # behind the words of the constants, a list would swallow it
     if any(name in given for name in IMAGE_PARTS) and last_value(words, "--image") is None:
         settings["image"] = _image(given, words)
-    if any(word.partition("=")[0] == "--config" for word in typed):
+    if recipe is not None:
         settings.pop("config", None)  # a command line has one recipe
     return [*as_words(settings), *typed]
 
@@ -79,6 +82,13 @@ def _action(name: str, parser: Parser) -> Action | None:
     return parser._option_string_actions.get(f"--{_flag(name)}")
 
 
+def _known(parser: Parser) -> list[str]:
+    """The constants that there can be: one for each flag that is offered, without the --no_FLAG twins of switches."""
+    flags = [flag[2:] for flag in parser._option_string_actions if "-" not in flag[2:]]
+    offered = [flag for flag in flags if not flag.startswith("no_") and not submit_refusal(flag)]
+    return [*NAMES, *IMAGE_PARTS, *(flag.upper() for flag in offered)]
+
+
 def _problem(name: str, value: Any, parser: Parser) -> str | None:
     """Say what is wrong with a constant; None where nothing is."""
     kinds: tuple[type, ...]
@@ -87,9 +97,7 @@ def _problem(name: str, value: Any, parser: Parser) -> str | None:
     elif name == "USE_SPOT":
         kinds, rule = (bool,), "True or False"
     elif (action := _action(name, parser)) is None or name.startswith("NO_"):
-        known = [*NAMES, *IMAGE_PARTS, *(flag[2:].upper() for flag in parser._option_string_actions)]
-        near = difflib.get_close_matches(name, [one for one in known if not submit_refusal(one.lower())], n=1, cutoff=0)
-        return f"there is no constant {name}; did you mean {near[0]}?"
+        return f"there is no constant {name}; did you mean {nearest(name, _known(parser), cutoff=0)}?"
     elif reason := submit_refusal(_flag(name)):
         return f"{name} is not offered: {reason}"
     else:

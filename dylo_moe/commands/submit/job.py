@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from dylo_moe.commands.submit.arguments import CloudArguments
 from dylo_moe.commands.submit.request import SubmitRequest
 from dylo_moe.commands.submit.start import ARTIFACT_VARIABLE, GO_ON
 from dylo_moe.utils.install import how_to_install
+from dylo_moe.utils.words import nearest
 
 if TYPE_CHECKING:
     from google.cloud import aiplatform_v1
@@ -111,8 +111,8 @@ def _machine(types: Any, request: SubmitRequest) -> Any:
     if machine.accelerator_type is not None:
         known = [kind.name for kind in types.AcceleratorType if kind.value]
         if machine.accelerator_type not in known:
-            near = difflib.get_close_matches(machine.accelerator_type.upper(), known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            near = nearest(machine.accelerator_type.upper(), known, cutoff=0.4)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"accelerator_type is {machine.accelerator_type!r}; {hint}")
         spec.accelerator_type = types.AcceleratorType[machine.accelerator_type]
         spec.accelerator_count = machine.accelerator_count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.catalog import CATALOG, Source
 from dylo_moe.data.sources.files import is_row_file
 from dylo_moe.data.sources.formats import Columns
+from dylo_moe.utils.words import nearest
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
@@ -67,9 +67,9 @@ def locate(argument: str) -> DatasetSource:
         return DatasetSource(
             found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"], asked
         )
-    nearest = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.0)[0]
+    near = nearest(name.lower(), CATALOG, cutoff=0.0)
     raise ValueError(
-        f"unknown dataset {argument!r}; the nearest known one is {nearest!r}. Known are {', '.join(CATALOG)}, the path "
+        f"unknown dataset {argument!r}; the nearest known one is {near!r}. Known are {', '.join(CATALOG)}, the path "
         "of any file or folder, and any hub id (OWNER/NAME)"
     )
 
