@@ -21,7 +21,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def nearest(word: str, known: Collection[str], *, cutoff: float = 0.6) -> str | None:
-    """The known word that is most like a mistyped one: one that begins with it, else one with almost its letters.
+    """The known word that is most like a mistyped one, of those that begin with it, else of all.
 
     Args:
         cutoff: the least similarity of the two, from 0 to 1 (`difflib.get_close_matches`); at 0 there is always one.
@@ -30,5 +30,5 @@ def nearest(word: str, known: Collection[str], *, cutoff: float = 0.6) -> str | 
         None where no known word is that similar.
     """
     longer = [name for name in known if name.startswith(word)] if word else []
-    found = longer or difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    found = difflib.get_close_matches(word, longer or known, n=1, cutoff=0 if longer else cutoff)
     return found[0] if found else None
