@@ -53,7 +53,7 @@ def _summary(record: ComparisonRecord, datasets: Sequence[str]) -> list[tuple[st
         ("loses against", f"{verdicts.count(LOSES):,}" if verdicts else "not known"),
         ("seeds", ", ".join(record.seeds or record.trainings) or "not known"),
         ("datasets", f"{len(datasets):,}" if datasets else "not known"),
-        ("tokens of a training", f"{sum(trained) // len(trained):,}" if trained else "not known"),
+        ("training tokens per arm", f"{sum(trained) // len(trained):,}" if trained else "not known"),
     ]
 
 
