@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from dylo_moe.utils.errors import RankLost, Stopped
 from dylo_moe.utils.words import nearest
 
 
-def asks_for_help(words: list[str]) -> bool:
+def asks_for_help(words: Sequence[str]) -> bool:
     """Whether a command line asks for help instead of a run."""
     return any(word in ("-h", "--help", "--help_all") for word in words)
 

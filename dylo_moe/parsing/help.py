@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,25 @@ class HelpEntry(NamedTuple):
     """The only values that the flag takes; None: it takes others too."""
     is_switch: bool = False
     """Whether the flag is on or off, so that it is typed alone."""
+
+
+def show_help(
+    line: CommandLine, words: Sequence[str], build: Callable[[bool], argparse.ArgumentParser] | None = None
+) -> None:
+    """Print the help of a command: the recorded one, or where it cannot be printed or --help_all is typed, the
+    parser's.
+
+    Args:
+        words: the words behind the command's name.
+        build: makes the parser, whose help shows the Trainer's rarer flags too where the argument is True; None for a
+            command without flags of the Trainer, which has one help.
+    """
+    if build is None:
+        print_help(line)
+        return
+    show_all = "--help_all" in words
+    if show_all or not print_help(line):
+        build(show_all).print_help()
 
 
 def print_help(line: CommandLine) -> bool:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help_format import Formatter, epilog
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import nearest
@@ -31,6 +32,13 @@ class PlainParser(argparse.ArgumentParser):
             formatter_class=Formatter,
         )
         self._positionals.title, self._optionals.title = "arguments", "flags"
+
+    def shows_help(self, words: Sequence[str]) -> bool:
+        """Print the help where a command line asks for it; returns whether it does."""
+        if asks_for_help(words):
+            self.print_help()
+            return True
+        return False
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """The values of a command line, by the names of the flags and arguments.

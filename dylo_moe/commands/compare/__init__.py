@@ -3,8 +3,10 @@ learned."""
 
 from __future__ import annotations
 
+import argparse
+
 from dylo_moe.parsing.ending import asks_for_help, until_stopped
-from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help import show_help
 
 
 def main(words: list[str]) -> int:
@@ -12,12 +14,15 @@ def main(words: list[str]) -> int:
     if asks_for_help(words):
         from dylo_moe.commands.compare.arguments import COMPARE_LINE
 
-        if "--help_all" in words or not print_help(COMPARE_LINE):
-            from dylo_moe.commands.compare.request import build_compare_parser
-
-            build_compare_parser(show_all="--help_all" in words).print_help()
+        show_help(COMPARE_LINE, words, _build_parser)
         return 0
     from dylo_moe.commands.compare.request import parse_compare
     from dylo_moe.commands.compare.run import compare
 
     return until_stopped("compare", lambda: compare(parse_compare(words)))
+
+
+def _build_parser(show_all: bool) -> argparse.ArgumentParser:
+    from dylo_moe.commands.compare.request import build_compare_parser  # late: it takes seconds to import
+
+    return build_compare_parser(show_all=show_all)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dylo_moe.parsing.ending import asks_for_help, no_such_command
-from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help import show_help
 from dylo_moe.parsing.help_format import overview
 from dylo_moe.parsing.plain import PlainParser
 from dylo_moe.utils.errors import UsageError
@@ -28,8 +28,7 @@ def main(words: list[str]) -> int:
     if command == "list":
         text = "Print every dataset that has a name: size, format, licence, source."
         parser = PlainParser("dylora data list", "", text, ["dylora data list"])
-        if asks_for_help(rest):
-            parser.print_help()
+        if parser.shows_help(rest):
             return 0
         parser.read(rest)
         from dylo_moe.commands.data.run import list_datasets
@@ -40,7 +39,7 @@ def main(words: list[str]) -> int:
     if asks_for_help(rest):
         from dylo_moe.commands.data.arguments import look_line
 
-        print_help(look_line(prog))
+        show_help(look_line(prog), rest)
         return 0
     from dylo_moe.commands.data.request import parse_look
 

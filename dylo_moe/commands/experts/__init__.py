@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dylo_moe.parsing.ending import asks_for_help, no_such_command
+from dylo_moe.parsing.ending import no_such_command
 from dylo_moe.parsing.help_format import overview
 from dylo_moe.parsing.plain import PlainParser
 from dylo_moe.utils.errors import UsageError
@@ -27,8 +27,7 @@ def main(words: list[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(no_such_command(command, COMMANDS, of="experts"))
     parser = make_parser(command)
-    if asks_for_help(rest):
-        parser.print_help()
+    if parser.shows_help(rest):
         return 0
     values = parser.read(rest)
     from dylo_moe.commands.experts.run import list_experts, refit, remove_expert

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dylo_moe.parsing.ending import asks_for_help
-from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help import show_help
 
 
 def main(words: list[str]) -> int:
@@ -11,7 +11,7 @@ def main(words: list[str]) -> int:
     if not words or asks_for_help(words):
         from dylo_moe.commands.export.arguments import EXPORT_LINE
 
-        print_help(EXPORT_LINE)
+        show_help(EXPORT_LINE, words)
         return 0
     from dylo_moe.commands.export.request import parse_export
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.plain import PlainParser
 
 
 def main(words: list[str]) -> int:
     """Run the command on the words behind its name; returns the exit status."""
     parser = make_parser()
-    if not words or asks_for_help(words):
-        parser.print_help()
+    if parser.shows_help(words or ["--help"]):
         return 0
     values = parser.read(words)
     from dylo_moe.commands.generate.run import generate

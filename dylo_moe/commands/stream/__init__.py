@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+
 from dylo_moe.parsing.ending import asks_for_help, until_stopped
-from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help import show_help
 
 
 def main(words: list[str]) -> int:
@@ -11,12 +13,15 @@ def main(words: list[str]) -> int:
     if asks_for_help(words):
         from dylo_moe.commands.stream.arguments import STREAM_LINE
 
-        if "--help_all" in words or not print_help(STREAM_LINE):
-            from dylo_moe.commands.stream.request import build_stream_parser
-
-            build_stream_parser(show_all="--help_all" in words).print_help()
+        show_help(STREAM_LINE, words, _build_parser)
         return 0
     from dylo_moe.commands.stream.request import parse_stream
     from dylo_moe.commands.stream.run import stream
 
     return until_stopped("stream", lambda: stream(parse_stream(words)))
+
+
+def _build_parser(show_all: bool) -> argparse.ArgumentParser:
+    from dylo_moe.commands.stream.request import build_stream_parser  # late: it takes seconds to import
+
+    return build_stream_parser(show_all=show_all)

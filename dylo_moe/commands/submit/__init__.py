@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
 from dylo_moe.parsing.ending import asks_for_help
-from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help import show_help
 
 
 def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
@@ -18,10 +19,7 @@ def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
     if (not words and constants is None) or asks_for_help(words):
         from dylo_moe.commands.submit.arguments import SUBMIT_LINE
 
-        if "--help_all" in words or not print_help(SUBMIT_LINE):
-            from dylo_moe.commands.submit.request import build_submit_parser
-
-            build_submit_parser(show_all="--help_all" in words).print_help()
+        show_help(SUBMIT_LINE, words, _build_parser)
         return 0
     from dylo_moe.commands.submit.request import parse_submit
     from dylo_moe.commands.submit.run import submit
@@ -32,3 +30,9 @@ def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
         words = with_constants(constants, words)
     submit(parse_submit(words))
     return 0
+
+
+def _build_parser(show_all: bool) -> argparse.ArgumentParser:
+    from dylo_moe.commands.submit.request import build_submit_parser  # late: it takes seconds to import
+
+    return build_submit_parser(show_all=show_all)

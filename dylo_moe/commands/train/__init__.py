@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+
 from dylo_moe.parsing.ending import asks_for_help, until_stopped
-from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help import show_help
 
 
 def main(words: list[str]) -> int:
@@ -11,12 +13,15 @@ def main(words: list[str]) -> int:
     if asks_for_help(words):
         from dylo_moe.commands.train.arguments import TRAIN_LINE
 
-        if "--help_all" in words or not print_help(TRAIN_LINE):
-            from dylo_moe.commands.train.request import build_train_parser
-
-            build_train_parser(show_all="--help_all" in words).print_help()
+        show_help(TRAIN_LINE, words, _build_parser)
         return 0
     from dylo_moe.commands.train.request import parse_train
     from dylo_moe.commands.train.run import train
 
     return until_stopped("train", lambda: train(parse_train(words)))
+
+
+def _build_parser(show_all: bool) -> argparse.ArgumentParser:
+    from dylo_moe.commands.train.request import build_train_parser  # late: it takes seconds to import
+
+    return build_train_parser(show_all=show_all)
