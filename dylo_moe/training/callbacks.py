@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from dylo_moe.utils.atomic_files import write_whole
 from dylo_moe.utils.screen import SECONDS_BETWEEN_LINES, Screen
+from dylo_moe.utils.words import counted
 
 
 class MetricsFile(TrainerCallback):
@@ -153,16 +154,17 @@ class ProgressBar(TrainerCallback):
     def _say(self, args: Any, state: Any, note: str = "") -> None:
         self._said_at, elapsed = time.time(), time.time() - self.started
         self.screen.progress(
-            f"step {state.global_step}/{state.max_steps}  {note}{elapsed:.0f} s, about "
-            f"{self._seconds_left(args, state):.0f} s left"
+            f"step {state.global_step}/{state.max_steps}  {note}{elapsed:.0f} s, {self._left(args, state)}"
         )
 
-    def _seconds_left(self, args: Any, state: Any) -> float:
+    def _left(self, args: Any, state: Any) -> str:
         """How long the steps and the evaluations that are left will take, if they take as long as those before."""
         done = max(state.global_step - self.start_step, 1)
         a_step = max(time.time() - self.started - self._paused, 0.0) / done
         evaluations = evaluations_left(args, state) if self.num_batches else 0
-        return a_step * (state.max_steps - state.global_step) + self.evaluation_seconds * evaluations
+        seconds = a_step * (state.max_steps - state.global_step) + self.evaluation_seconds * evaluations
+        is_measured = self.evaluation_seconds > 0 or evaluations == 0  # a resumed run has no evaluation at its start
+        return f"about {seconds:.0f} s left" + ("" if is_measured else f" and {counted(evaluations, 'evaluation')}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""
