@@ -104,7 +104,6 @@ OTHER_NAMES = {
     "log_interval": "logging_steps",
     "save_interval": "save_steps",
     "random_seed": "seed",
-    "recipe": "config",
     # generating and judging
     "max_tokens": "max_new_tokens",
     "n_samples": "num_samples",
@@ -150,6 +149,7 @@ NO_FLAGS = {
     "completion_only_loss": "only responses are trained unless --loss_on is all",
     "assistant_only_loss": "only responses are trained unless --loss_on is all",
     "train_on_inputs": "--loss_on all trains the prompts too",
+    "recipe": "a recipe is given as --config RECIPE",
     "neat_packing": "--packing keeps the texts of a row apart",
 }
 """What to do in place of a flag that has no counterpart here."""
@@ -172,4 +172,4 @@ def meant_by(name: str, offered: Set[str]) -> str | None:
     if advice is None:
         return None
     named = [word.strip("-;,'") for word in advice.split() if word.startswith("--")]
-    return advice if all(flag in offered for flag in named) else None
+    return advice if all(flag in (*offered, "config") for flag in named) else None

@@ -163,6 +163,9 @@ def plain_options(parser: Parser) -> Parser:
         if action.type is string_to_bool and action.nargs is None:  # how the parser takes `bool | None`
             action.nargs, action.const = "?", True
         action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+    known = parser._option_string_actions
+    for option in [option for option in known if "-" in option[2:]]:
+        del known[option]
     return parser
 
 
@@ -189,7 +192,11 @@ def check_every_word_has_a_flag(words: Sequence[str], parser: Parser) -> None:
     option = before.partition("=")[0]
     is_behind_switch = option in options(parser) and parser.is_switch(option)
     rule = f"{option} takes true or false, or no value" if is_behind_switch else "--help lists the flags"
-    raise UsageError(f"{listed([repr(word) for word in alone])} belongs to no flag; {rule}")
+    raise UsageError(f"{_strays(alone)} to no flag; {rule}")
+
+
+def _strays(words: Sequence[str]) -> str:
+    return f"{listed([repr(word) for word in words])} {'belongs' if len(words) == 1 else 'belong'}"
 
 
 def parse_with_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any, set[str]]:
@@ -207,7 +214,7 @@ def parse_with_checkpoint(argv: Sequence[str], parser: Parser) -> tuple[str, Any
             f"no checkpoint is named; type its folder right after the command: {parser.prog} RUN/checkpoint"
         )
     if len(alone) > 1:
-        raise UsageError(f"one checkpoint at a time; {listed([repr(word) for word in alone[1:]])} belongs to no flag")
+        raise UsageError(f"one checkpoint at a time; {_strays(alone[1:])} to no flag")
     (values,) = parse(parser, words, refuses_nothing)
     return str(checkpoint_in(alone[0])), values, typed_flags(words)
 

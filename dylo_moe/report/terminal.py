@@ -57,8 +57,8 @@ def show_device(screen: Screen, train: TrainArguments) -> None:
     ratio = bf16_over_fp32()
     if ratio > 1.2:
         screen.warn(
-            f"a product in bf16 takes {ratio:.1f} times as long as in fp32 on this CPU: without --bf16 the training is "
-            "faster, and takes more memory"
+            f"a product in bf16 takes {ratio:.1f} times as long as in fp32 on this CPU: without --bf16 a base that is "
+            "stored in fp32 trains faster, and takes more memory"
         )
 
 

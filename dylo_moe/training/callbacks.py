@@ -13,6 +13,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from dylo_moe.training.trainer_arguments import text_of
 from dylo_moe.utils.atomic_files import write_whole
 from dylo_moe.utils.screen import SECONDS_BETWEEN_LINES, Screen
 from dylo_moe.utils.words import counted
@@ -87,6 +88,7 @@ class ProgressBar(TrainerCallback):
     @contextmanager
     def evaluating(self, title: str) -> Iterator[None]:
         """Show how far an evaluation is that stands before or after the training."""
+        self._batches_done = 0
         with self.screen.counting(title, self.num_batches) as self._advance:
             yield
         self._advance = None
@@ -94,7 +96,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
         self.started = self._said_at = time.time()
-        self.start_step, self._paused = state.global_step, 0.0
+        self.start_step, self._paused, self._batches_done = state.global_step, 0.0, 0
         if not state.is_world_process_zero or not self.screen.is_live:
             return
         columns = [
@@ -121,6 +123,8 @@ class ProgressBar(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show how far an evaluation is, and measure how long it takes."""
+        if self.num_batches == 0:
+            return
         if self._batches_done == 0:
             self._evaluating_since = time.time()
         self._batches_done += 1
@@ -168,6 +172,10 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the bar, however the training ended."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
@@ -175,9 +183,11 @@ class ProgressBar(TrainerCallback):
 
 def evaluations_left(args: Any, state: Any) -> int:
     """How many evaluations a training has still to make, the one after its last step among them."""
-    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    if strategy == "steps":
-        every = args.eval_steps if args.eval_steps >= 1 else max(int(state.max_steps * args.eval_steps), 1)
-        return 1 + state.max_steps // every - state.global_step // every
-    epochs = math.ceil(state.num_train_epochs) - math.floor(state.epoch or 0.0)
-    return 1 + (max(epochs, 0) if strategy == "epoch" else 0)
+    strategy = text_of(args.eval_strategy)
+    last, now = (state.max_steps, state.global_step) if strategy == "steps" else (state.num_train_epochs, state.epoch)
+    every = state.eval_steps if strategy == "steps" else 1
+    if strategy == "no":
+        return 1
+    # A log is written before the evaluation of its step; the last one comes at the end, even if that is no multiple.
+    passed = max(math.ceil((now or 0) / every) - 1, math.ceil(args.eval_delay / every) - 1, 0)
+    return 1 + max(math.ceil(last / every) - passed, 0)

@@ -49,7 +49,8 @@ def nothing_left(resumed: Resumption | None, output_dir: str, settings: Mapping[
     if resumed is None or Path(output_dir).resolve() != resumed.run.resolve():
         return None
     record, numbered = result_record(resumed.run), [path for _, path in checkpoints_in(resumed.run)]
-    if record is None or (resumed.checkpoint is not None and resumed.checkpoint.resolve() != numbered[-1].resolve()):
+    newest = numbered[-1].resolve() if numbered else None
+    if record is None or (resumed.checkpoint is not None and resumed.checkpoint.resolve() != newest):
         return None
     changed = {name for name in (*WHEN_IT_ENDS, *WHICH_IS_KEPT) if settings.get(name) != record["settings"].get(name)}
     is_over, end = _is_over(record, settings, changed), f"at step {record['step']}, epoch {record['epoch']:g}"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerState
 
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.metrics import MeterReading
-from dylo_moe.training.run_folder import checkpoint_name
+from dylo_moe.training.run_folder import checkpoint_name, shows_training
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
+from dylo_moe.training.tracking import end_tracking
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.errors import Stopped
@@ -73,6 +76,8 @@ def train_to_end(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Stopped:
         trainer.save_now()
+    finally:
+        progress_bar(trainer).stop()
     if stop.number is not None:
         folder = Path(str(trainer.args.output_dir))
         raise Stopped(
@@ -89,7 +94,28 @@ def is_over(trainer: DyLoRATrainer, state: TrainerState) -> bool:
 
 def evaluate(trainer: DyLoRATrainer, when: str) -> dict[str, MeterReading]:
     """Evaluate every dataset; what is shown says when this is, and how far it is."""
-    bar = next(item for item in trainer.callback_handler.callbacks if isinstance(item, ProgressBar))
-    with bar.evaluating(f"evaluating {when}"):
+    with progress_bar(trainer).evaluating(f"evaluating {when}"):
         trainer.evaluate()
     return dict(trainer.readings)
+
+
+def progress_bar(trainer: DyLoRATrainer) -> ProgressBar:
+    """The callback that shows how far the trainer is."""
+    return next(item for item in trainer.callback_handler.callbacks if isinstance(item, ProgressBar))
+
+
+@contextmanager
+def removed_unless_trained(run: Path, *, is_new: bool) -> Iterator[None]:
+    """Remove the folder of a run that ends with an error or a signal before anything is trained, so that the same
+    command can be typed again.
+
+    Args:
+        is_new: whether this process made the folder; another one's is left as it is.
+    """
+    try:
+        yield
+    except BaseException:
+        if is_new and distributed.is_first() and not shows_training(run):
+            end_tracking()
+            shutil.rmtree(run, ignore_errors=True)
+        raise

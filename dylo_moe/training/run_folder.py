@@ -96,7 +96,14 @@ def shows_training(run: Path) -> bool:
     if any(run.rglob("dylora.json")):
         return True
     lines = [line for file in run.rglob("metrics.jsonl") for line in file.read_text(encoding="utf-8").splitlines()]
-    return any(json.loads(line)["step"] > 0 for line in lines)
+    return any(_logged_step(line) > 0 for line in lines)
+
+
+def _logged_step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line that a full disk or a kill has cut off
+        return 0
 
 
 def discard(checkpoint: Path) -> None:

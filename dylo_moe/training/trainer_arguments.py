@@ -117,11 +117,11 @@ class TrainArguments(TrainerOptions, TrainingArguments):  # type: ignore[misc]
             problems.append("bf16 and fp16 are both given; leave one of them out")
         elif values.get("fp16") and (values.get("use_cpu") or not has_gpu):
             why = "use_cpu is given" if values.get("use_cpu") else "this machine has none"
-            problems.append(f"fp16 needs a GPU, and {why}; give bf16 in its place, or leave it out to train in fp32")
-        if values.get("fsdp_config") and not values.get("fsdp"):
             problems.append(
-                "fsdp_config is given, but nothing is shared without --fsdp true; add that, or leave it out"
+                f"fp16 needs a GPU, and {why}; give bf16 in its place, or leave it out for the base's own precision"
             )
+        if values.get("fsdp_config") and text_of(values.get("fsdp")).lower() in ("none", "false", ""):
+            problems.append("fsdp_config is given, but nothing is shared without --fsdp true; add that or leave it out")
         return problems
 
     @property
@@ -144,6 +144,12 @@ class TrainArguments(TrainerOptions, TrainingArguments):  # type: ignore[misc]
                 f"accelerator_config sets {', '.join(others)}, but how processes share rows is fixed: each takes "
                 "per_device_train_batch_size at once"
             )
+
+
+class ArgumentsElsewhere(TrainArguments):
+    """The Trainer's arguments of a run that this machine only plans or sends, and need not be able to train."""
+
+    trains_here = False
 
 
 def check_four_bit(model: ModelArguments, train: TrainArguments) -> None:

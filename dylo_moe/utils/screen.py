@@ -148,7 +148,7 @@ class Screen:
                 nonlocal done, said
                 done += count
                 now = time.monotonic()
-                left = (now - started) / done * max(total - done, 0)
+                left = (now - started) / max(done, 1) * max(total - done, 0)
                 text = f"{title}: {done:,} of {total:,}, about {left:.0f} s left"
                 if status is not None:
                     status.update(Text(text))

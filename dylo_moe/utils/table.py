@@ -85,7 +85,7 @@ class Table:
         width."""
         columns = list(range(len(self._heads)))
         first = {0: min(self._limits(0, width)[1], max(width // 3, self._limits(0, width)[0]))}
-        if _total([self._limits(place, width)[0] for place in columns]) <= width:
+        if len(columns) == 1 or _total([self._limits(place, width)[0] for place in columns]) <= width:
             return [self._fit(columns, width)]
         blocks: list[list[int]] = []
         for place in columns[1:]:

@@ -154,9 +154,16 @@ def test_every_checked_flag_exists():
 
 @pytest.mark.parametrize(
     ("strategy", "every", "step", "epoch", "left"),
-    [("no", None, 3, 0.3, 1), ("epoch", None, 3, 0.3, 4), ("epoch", None, 30, 3.0, 1), ("steps", 10, 12, 1.2, 3)],
+    [
+        ("no", None, 3, 0.3, 1),
+        ("epoch", None, 3, 0.3, 5),
+        ("epoch", None, 20, 2.0, 4),
+        ("epoch", None, 35, 3.5, 2),
+        ("steps", 10, 12, 1.2, 4),
+        ("steps", 10, 35, 3.5, 2),
+    ],
 )
 def test_the_time_left_counts_the_evaluations_that_are_left(strategy, every, step, epoch, left):
-    args = SimpleNamespace(eval_strategy=strategy, eval_steps=every)
-    state = SimpleNamespace(max_steps=30, num_train_epochs=3, global_step=step, epoch=epoch)
+    args = SimpleNamespace(eval_strategy=strategy, eval_delay=0)
+    state = SimpleNamespace(max_steps=35, num_train_epochs=4, eval_steps=every, global_step=step, epoch=epoch)
     assert evaluations_left(args, state) == left

@@ -26,8 +26,16 @@ def test_no_memory_has_advice_with_flags_of_the_command(command):
 
 
 def test_a_missing_package_is_a_line_and_a_missing_part_of_ours_is_a_bug():
-    assert "pip install no_such_tracker" in explained(raised(lambda: __import__("no_such_tracker")), "train")
+    message = "the package no_such_tracker is not installed, and this needs it"
+    assert explained(raised(lambda: __import__("no_such_tracker")), "train") == message
     assert explained(raised(lambda: __import__("dylo_moe.no_such_part")), "train") is None
+    assert explained(raised(lambda: exec("from json import no_such_name")), "train") is None
+
+
+def test_what_is_said_is_one_line():
+    assert explained(ValueError("one\n  two"), "train") == "one two"
+    assert explained(ValueError(), "train") == "ValueError"
+    assert "there is not enough memory" in explained(OSError(12, "Cannot allocate memory"), "train")
 
 
 def test_a_bug_shows_its_traceback_and_where_to_report_it(monkeypatch, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,9 +39,10 @@ from dylo_moe.report.terminal import show_data, show_device, show_loss
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.build import base_options, build_model
+from dylo_moe.training.fit import removed_unless_trained
 from dylo_moe.training.preflight import check_before_reading, check_rows
 from dylo_moe.training.resume import data_changes
-from dylo_moe.training.run_folder import CONFIG_FILE, new_output_dir, save_config, shows_training
+from dylo_moe.training.run_folder import CONFIG_FILE, new_output_dir, save_config
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.stopping import StopRequest
 from dylo_moe.training.trainer_arguments import TrainArguments
@@ -69,18 +69,17 @@ def stream(request: StreamRequest) -> Path:
         show_data(screen, data)
         folder, checkpoint = open_folder(request)
         try:
-            collator = Collator(tokenizer)
-            state, model = start_state(request, data, collator, checkpoint)
-            show_loss(screen, model, request.model.loss_chunk_size)
-            record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
-            context = StreamContext(request, data, collator, folder, screen, stop, record)
-            final = run_stages(context, model, state, checkpoint)
+            with removed_unless_trained(folder, is_new=request.resumed is None):
+                collator = Collator(tokenizer)
+                state, model = start_state(request, data, collator, checkpoint)
+                show_loss(screen, model, request.model.loss_chunk_size)
+                record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
+                context = StreamContext(request, data, collator, folder, screen, stop, record)
+                final = run_stages(context, model, state, checkpoint)
         except Stopped as stopped:
+            if not folder.exists():
+                raise
             raise Stopped(stopped.signal, how_to_resume(folder)) from stopped
-        except Exception:
-            if request.resumed is None and not shows_training(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
     show_end(context, final, time.time() - started)
     return final
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,24 +34,22 @@ from dylo_moe.report.terminal import show_data, show_loss
 from dylo_moe.training.build import build_model, check_start, start_router
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.finished import LOSSES_AFTER, RESULT, keep_earlier_result, nothing_left
-from dylo_moe.training.fit import evaluate, resume_log, train_to_end
+from dylo_moe.training.fit import evaluate, removed_unless_trained, resume_log, train_to_end
 from dylo_moe.training.plots import write_plots
 from dylo_moe.training.preflight import check_before_reading, check_rows
 from dylo_moe.training.resume import check_same_data
 from dylo_moe.training.run_folder import (
     CONFIG_FILE,
-    NEW_RUN,
     checkpoints_in,
     clear_unfinished,
     new_output_dir,
     save_config,
     set_aside,
-    shows_training,
 )
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.sharding import Sharding, shard_base, take_sharding
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
-from dylo_moe.training.tracking import CheckpointArtifacts, end_tracking, log_plots, log_settings, prepare
+from dylo_moe.training.tracking import CheckpointArtifacts, log_plots, log_settings, prepare
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
@@ -112,7 +108,7 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     sharding = take_sharding(arguments.train, num_processes=distributed.num_ranks())
     show_begin(screen, arguments, sharding)
     schedule = benchmark_schedule(arguments, sharding)
-    limits = check_before_reading(*arguments.configs, is_new=arguments.resumed is None)
+    limits = check_before_reading(*arguments.configs, is_new=writes_new_folder(arguments))
     set_seed(arguments.train.seed)
     tokenizer, data = read_data(arguments, screen)
     check_rows(limits, data, tokenizer, screen, max_seq_length=arguments.data.max_seq_length)
@@ -120,34 +116,23 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     show_packing(screen, rows, batch_size=arguments.train.per_device_train_batch_size)
     show_batch(screen, rows, arguments)
     model = make_model(arguments, screen)
-    with kept_if_trained(arguments):
-        run = open_run(arguments, settings, screen, tokenizer, data, model)
+    if starts_gate(arguments, model):
+        check_start(model, data)
+    is_new = writes_new_folder(arguments)
+    folder = open_folder(arguments, screen)
+    with removed_unless_trained(folder, is_new=is_new):
+        run = open_run(arguments, settings, screen, tokenizer, data, model, folder)
         if sharding is not None:
             shard_base(model, sharding, device=arguments.train.device)
         trainer = make_trainer(run, rows, stop)
         if schedule is not None:
-            trainer.add_callback(benchmark_callback(run, schedule, trainer))
+            trainer.add_callback(benchmark_callback(run, schedule, trainer, stop))
         state = resume_log(screen, run.metrics, run.checkpoint)
         run.record["losses_before"] = losses_before(run, trainer)
         train_to_end(trainer, stop, run.checkpoint, state)
         final = save_result(run, trainer, started)
     distributed.leave()
     return final
-
-
-@contextmanager
-def kept_if_trained(arguments: Arguments) -> Iterator[None]:
-    """Remove the folder of a new run that ends before anything is trained, so that the same command can be typed
-    again."""
-    try:
-        yield
-    except BaseException:
-        folder = Path(arguments.train.output_dir)
-        is_new = arguments.resumed is None and arguments.train.output_dir != NEW_RUN
-        if is_new and distributed.is_first() and folder.is_dir() and not shows_training(folder):
-            end_tracking()
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 # Before training.
@@ -221,21 +206,14 @@ def open_run(
     tokenizer: PreTrainedTokenizerBase,
     data: LoadedData,
     model: DyLoRAMoE,
+    folder: Path,
 ) -> TrainingRun:
-    """Make the run's folder, start its tracker, and start the gate of a run that is not resumed.
-
-    Raises:
-        ValueError: for too few rows to start the gate from.
-    """
-    is_new = arguments.resumed is None or arguments.resumed.checkpoint is None
-    starts_gate = is_new and model.router_config.is_learned
-    if starts_gate:
-        check_start(model, data)
-    folder = Path(distributed.from_first(lambda: str(run_folder(screen, arguments, settings))))
-    arguments.train.output_dir = str(folder)
+    """Write the settings into the run's folder, start its tracker, and start the gate of a run that is not resumed."""
+    if distributed.is_first():
+        save_config(settings, folder / CONFIG_FILE)
     prepare(arguments.train, folder)
     log_settings(settings)
-    if starts_gate:
+    if starts_gate(arguments, model):
         start_router(model, data, Collator(tokenizer), seed=arguments.train.seed)
     facts = {**run_facts(model, data), "processes": distributed.num_ranks()}
     if distributed.is_first():
@@ -244,30 +222,46 @@ def open_run(
     return TrainingRun(arguments, screen, tokenizer, data, model, folder, MetricsFile(folder / "metrics.jsonl"), record)
 
 
-def run_folder(screen: Screen, arguments: Arguments, settings: dict[str, Any]) -> Path:
-    """Make the folder of a new run, or take that of the resumed run, and write the settings into it.
+def starts_gate(arguments: Arguments, model: DyLoRAMoE) -> bool:
+    """Whether the run begins with the start of its gate."""
+    return model.router_config.is_learned and (arguments.resumed is None or arguments.resumed.checkpoint is None)
+
+
+def writes_new_folder(arguments: Arguments) -> bool:
+    """Whether the run gets a folder of its own: it is new, or a branch of the run that it resumes."""
+    resumed = arguments.resumed
+    return resumed is None or Path(arguments.train.output_dir).resolve() != resumed.run.resolve()
+
+
+def open_folder(arguments: Arguments, screen: Screen) -> Path:
+    """Make the folder of a new run, or take that of the resumed run; one process does it for all.
 
     Raises:
         ValueError: for a folder that holds another run, or later checkpoints than the one to resume from.
     """
+    folder = Path(distributed.from_first(lambda: str(run_folder(arguments, screen))))
+    arguments.train.output_dir = str(folder)
+    return folder
+
+
+def run_folder(arguments: Arguments, screen: Screen) -> Path:
+    """Make the folder of a new run, or make that of the resumed run ready; see `open_folder`."""
     resumed = arguments.resumed
-    if resumed is not None and Path(arguments.train.output_dir).resolve() == resumed.run.resolve():
+    if resumed is not None and not writes_new_folder(arguments):
         folder = resumed.run
         if resumed.broken:
             for name in set_aside(folder, resumed.checkpoint):
                 screen.warn(f"kept aside as {name}")
         newer = [path.name for _, path in checkpoints_in(folder)]
-        if resumed.checkpoint is not None and newer[-1] != resumed.checkpoint.name:
+        if resumed.checkpoint is not None and newer and newer[-1] != resumed.checkpoint.name:
             raise ValueError(
                 f"{folder} holds {newer[-1]}, which is newer than {resumed.checkpoint.name}: resume from that, or "
                 "give a new --output_dir to branch off"
             )
         for name in clear_unfinished(folder):
             screen.say(f"removed {name}, which an interrupted save left")
-    else:
-        folder = new_output_dir(arguments.train.output_dir)
-    save_config(settings, folder / CONFIG_FILE)
-    return folder
+        return folder
+    return new_output_dir(arguments.train.output_dir)
 
 
 # Training.
@@ -311,7 +305,9 @@ def alarm_printer(run: TrainingRun) -> Callable[[int, list[str]], None]:
     return print_alarms
 
 
-def benchmark_callback(run: TrainingRun, schedule: BenchmarkSchedule, trainer: DyLoRATrainer) -> BenchmarkCallback:
+def benchmark_callback(
+    run: TrainingRun, schedule: BenchmarkSchedule, trainer: DyLoRATrainer, stop: StopRequest
+) -> BenchmarkCallback:
     """Make the callback that runs benchmarks during training; a signal ends it between two batches, like an
     evaluation."""
     return BenchmarkCallback(
@@ -320,7 +316,7 @@ def benchmark_callback(run: TrainingRun, schedule: BenchmarkSchedule, trainer: D
         run.folder,
         screen=run.screen,
         log=trainer.log,
-        between=lambda: trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control),
+        between=lambda: stop.on_prediction_step(trainer.args, trainer.state, trainer.control),
         pause=trainer.pause,
     )
 

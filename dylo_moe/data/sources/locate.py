@@ -113,9 +113,9 @@ def locate_for_training(config: DataConfig) -> list[DatasetSource]:
     places = locate_all(config)
     refused = [place.name for place in places if place.source is not None and not place.source.for_training]
     if refused:
-        verb = "is" if len(refused) == 1 else "are"
+        verb, it = ("is", "it") if len(refused) == 1 else ("are", "them")
         raise ValueError(
-            f"{', '.join(refused)} {verb} for evaluation only, and never trained on; leave it out of datasets"
+            f"{', '.join(refused)} {verb} for evaluation only, and never trained on; leave {it} out of datasets"
         )
     return places
 
