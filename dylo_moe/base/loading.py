@@ -7,7 +7,7 @@ from the Python package index, for machines that reach no hub and for trying thi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +68,27 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
     return model
 
 
-def load_base_without_weights(name: str, *, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+def load_base_without_weights(
+    name: str,
+    *,
+    dtype: torch.dtype | str,
+    read_config: Callable[[str], PretrainedConfig] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """Make the base `name` on the meta device: its modules and shapes, of which only the config is read.
 
     Args:
         dtype: "auto": what the config says, else fp32.
+        read_config: gives the config of the base; None: `load_config`.
         options: passed on to `AutoModelForCausalLM.from_config`, for example `attn_implementation`.
 
     Raises:
         BaseUnavailableError: as `load_base`.
     """
-    config = _load(AutoConfig, name, None, {})
+    config = (read_config or load_config)(name)
+    stored = config.dtype or torch.float32
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=(config.dtype or torch.float32) if isinstance(dtype, str) else dtype, **options
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=stored if isinstance(dtype, str) else dtype, **options)
     model.name_or_path = name
     model.config.name_or_path = name
     return model

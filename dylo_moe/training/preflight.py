@@ -61,11 +61,9 @@ def check_before_reading(
     Raises:
         UsageError: with all problems.
     """
-    problems = [*_tracker_problems(train), *_optimizer_problems(train)]
+    problems = [*flag_problems(experts, router, train, grows=growth is not None), *_package_problems(train)]
     if is_new and (problem := output_dir_problem(train.output_dir)):
         problems.append(problem)
-    if growth is None and router.top_k > experts.num_experts:
-        problems.append(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
     try:
         locate_for_training(data)
     except ValueError as error:
@@ -103,32 +101,21 @@ def _highest(rows: Dataset) -> int:
     return pc.max(pc.list_flatten(rows.data.column("input_ids"))).as_py() or 0
 
 
-def _tracker_problems(train: TrainArguments) -> Iterator[str]:
-    """Trackers that are unknown, not installed, or cannot be reached without a key."""
+def flag_problems(
+    experts: ExpertConfig, router: RouterConfig, train: TrainArguments, *, grows: bool = False
+) -> list[str]:
+    """What flags say by themselves, on whatever machine the training will be: words that do not fit each other.
+
+    Args:
+        grows: whether the pool begins empty and grows.
+    """
+    problems = []
+    if not grows and router.top_k > experts.num_experts:
+        problems.append(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
     for name in train.report_to or ():
-        if name == "wandb":
-            if problem := tracking_problem():
-                yield problem
-            continue
-        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
-            yield f"report_to is {name!r}; it must be none or one of {known}"
-            continue
-        module, package = OTHER_PACKAGES.get(name, (name, name))
-        is_available = getattr(integration_utils, f"is_{module}_available", None)
-        if is_available is not None and not is_available():
-            how = how_to_install(name) if name in EXTRAS else f"pip install {package}"
-            yield f"report_to is {name}, whose package is not installed: {how}"
-
-
-def _optimizer_problems(train: TrainArguments) -> Iterator[str]:
-    """An optimizer whose package is not installed, and arguments that it or the schedule does not take."""
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(train)
-    except (ImportError, ValueError, TypeError) as error:
-        if "model" not in str(error):  # some optimizers need the model, and are made with it
-            yield f"optim {text_of(train.optim)} cannot be used: {str(error).strip()}"
-    schedule = text_of(train.lr_scheduler_type)
+        if name not in known:
+            problems.append(f"report_to is {name!r}; it must be none or one of {', '.join(known)}")
     try:
         get_scheduler(
             train.lr_scheduler_type,
@@ -139,7 +126,28 @@ def _optimizer_problems(train: TrainArguments) -> Iterator[str]:
         )
     except (ValueError, TypeError) as error:
         given = f" with lr_scheduler_kwargs {train.lr_scheduler_kwargs}" if train.lr_scheduler_kwargs else ""
-        yield f"lr_scheduler_type {schedule}{given} cannot be used: {str(error).strip()}"
+        name = text_of(train.lr_scheduler_type)
+        problems.append(f"lr_scheduler_type {name}{given} cannot be used: {str(error).strip()}")
+    return problems
+
+
+def _package_problems(train: TrainArguments) -> Iterator[str]:
+    """Trackers and optimizers whose packages are not installed, and a tracker that has no key."""
+    for name in train.report_to or ():
+        if name == "wandb":
+            if problem := tracking_problem():
+                yield problem
+            continue
+        module, package = OTHER_PACKAGES.get(name, (name, name))
+        is_available = getattr(integration_utils, f"is_{module}_available", None)
+        if is_available is not None and not is_available():
+            how = how_to_install(name) if name in EXTRAS else f"pip install {package}"
+            yield f"report_to is {name}, whose package is not installed: {how}"
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(train)
+    except (ImportError, ValueError, TypeError) as error:
+        if "model" not in str(error):  # some optimizers need the model, and are made with it
+            yield f"optim {text_of(train.optim)} cannot be used: {str(error).strip()}"
 
 
 def _limits(

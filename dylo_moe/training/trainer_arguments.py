@@ -117,9 +117,7 @@ class TrainArguments(TrainerOptions, TrainingArguments):  # type: ignore[misc]
             problems.append("bf16 and fp16 are both given; leave one of them out")
         elif values.get("fp16") and (values.get("use_cpu") or not has_gpu):
             why = "use_cpu is given" if values.get("use_cpu") else "this machine has none"
-            problems.append(
-                f"fp16 needs a GPU, and {why}; give bf16 in its place, or leave it out for the base's own precision"
-            )
+            problems.append(f"fp16 needs a GPU, and {why}; give bf16, or leave both out for the base's own precision")
         if values.get("fsdp_config") and text_of(values.get("fsdp")).lower() in ("none", "false", ""):
             problems.append("fsdp_config is given, but nothing is shared without --fsdp true; add that or leave it out")
         return problems

@@ -195,6 +195,11 @@ def test_spot_without_checkpoints_in_an_epoch_warns(words, lost):
     assert all(lost in warning and "--save_strategy steps" in warning for warning in warnings)
 
 
+def test_fp16_is_for_the_jobs_machine(capsys):
+    """It was refused where the machine that sends the job has no GPU."""
+    said(capsys, *NEEDED, "--accelerator_type", "NVIDIA_TESLA_T4", "--machine_type", "n1-standard-8", "--fp16", "--dry_run")
+
+
 def test_flags_of_another_machine_are_not_refused_by_this_one(monkeypatch):
     """bf16, tf32 and Liger need a GPU, which the laptop that submits has not."""
     words = ["--bf16", "true", "--tf32", "true", "--use_liger_kernel", "true"]
@@ -444,6 +449,7 @@ def test_all_that_is_missing_is_named_at_once(capsys):
         (["--output_dir", "x"], "it is made of --bucket and --display_name"),
         (["--resume_from_checkpoint", "x"], "a job always resumes its run"),
         (["--bf16", "--fp16"], "bf16 and fp16 are both given"),
+        (["--top_k", "9"], "top_k is 9, but num_experts is 4"),
         (["--bucket", "my-runs"], "bucket is 'my-runs'; it must be gs://BUCKET"),
         (["--image", "dylora-moe"], "it must be HOST/PATH/NAME:TAG"),
         (["--image", "host/dylora-moe"], "it must be HOST/PATH/NAME:TAG"),

@@ -29,7 +29,7 @@ from dylo_moe.commands.plan.memory_account import (
 )
 from dylo_moe.commands.plan.outline import outline
 from dylo_moe.commands.plan.request import parse_plan
-from dylo_moe.commands.plan.run import Plan, make_plan
+from dylo_moe.commands.plan.run import Plan, check_flags, make_plan
 from dylo_moe.commands.plan.screen import show_plan
 from dylo_moe.commands.plan.step_activations import TensorTracker
 from dylo_moe.commands.plan.workload import Batch, Workload, workload
@@ -40,6 +40,7 @@ from dylo_moe.data.packing import epoch_of
 from dylo_moe.model.loss import FullLogitsNeeded, chunk_loss
 from dylo_moe.training.build import build_model
 from dylo_moe.training.trainer import DyLoRATrainer
+from dylo_moe.utils.errors import UsageError
 
 PUBLISHED = {
     "google/codegemma-2b": 2_506_172_416,
@@ -369,7 +370,7 @@ def test_what_would_fit_is_planned_again_with_its_flags(config_folder, capsys):
     [
         (["nope/none"], "'nope/none' is no flag; a model is named by --model nope/none, a recipe by --config"),
         (["--model", "nope/none"], "base 'nope/none' could not be loaded: .*Known without the hub"),
-        (["--device", "tpu"], "device: invalid choice: 'tpu'"),
+        (["--device", "tpu"], "device is 'tpu'; it must be cpu or cuda"),
         (["--fp16", "--use_cpu"], "fp16 needs a GPU, and use_cpu is given"),
         (["--fp16", "--device", "cpu"], "fp16 needs a GPU, and device is cpu"),
         (["--device", "cuda", "--use_cpu"], "device is cuda, but use_cpu is given too"),
@@ -383,3 +384,17 @@ def test_a_mistake_is_one_line(words, said, capsys):
     assert main(["plan", *words]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dylora plan:")]
     assert len(lines) == 1 and re.search(said, lines[0]), lines
+
+
+def test_what_training_would_refuse_of_its_flags_is_refused_in_one_message():
+    with pytest.raises(UsageError) as raised:
+        parse_plan(["--device", "tpu", "--memory_gb", "x", "--seed", "y", "--num_experts", "0"])
+    for part in ("device is 'tpu'; it must be cpu or cuda", "memory_gb is 'x'", "seed is 'y'", "num_experts is 0"):
+        assert part in str(raised.value)
+    for words, message in (
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_min_lr cannot be used"),
+        (["--report_to", "nowhere"], "report_to is 'nowhere'"),
+        (["--top_k", "9"], "top_k is 9, but num_experts is 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_flags(parse_plan(words).arguments)

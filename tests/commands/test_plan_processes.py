@@ -185,7 +185,7 @@ def test_the_command_says_whose_memory_and_which_rows(folder, capsys):
     ("words", "said"),
     [
         (["--num_processes", "0"], "num_processes is 0; it must be at least 1"),
-        (["--num_processes", "two"], "--num_processes: invalid int value: 'two'"),
+        (["--num_processes", "two"], "num_processes is 'two'; it must be a whole number"),
         (["--fsdp", "true"], r"num_processes is 1; .*--num_processes 8"),
         (["--num_processes", "2", "--fsdp_config", '{"version": 2}'], "nothing is shared without --fsdp true"),
         (

@@ -55,7 +55,7 @@ def said(tiny_folder, tmp_path, capsys, monkeypatch):
         ("--learning_rate nan", "learning_rate is nan; it must be a finite number above 0"),
         ("--num_train_epochs 0", "num_train_epochs is 0.0; it must be a finite number above 0"),
         ("--max_steps 0", "max_steps is 0; it must be"),
-        ("--fp16", "fp16 needs a GPU, and use_cpu is given; give bf16 in its place, or leave it out"),
+        ("--fp16", "fp16 needs a GPU, and use_cpu is given; give bf16, or leave both out for"),
         ("--bf16 --fp16", "bf16 and fp16 are both given; leave one of them out"),
         ("--lr_scheduler_type cosin", "lr_scheduler_type is 'cosin'; did you mean cosine?"),
         ("--lr_scheduler_type cosine_with_min_lr", "lr_scheduler_type cosine_with_min_lr cannot be used"),

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.loading import load_base_without_weights
 from dylo_moe.commands.plan.base_config import base_config
 from dylo_moe.commands.train.request import Arguments
 from dylo_moe.model.model import DyLoRAMoE
@@ -169,18 +170,9 @@ def followed_pools(pool: Pool, *, to_all: bool) -> list[Pool]:
     return [pool] if pool.num_experts <= smaller[-1].num_experts else smaller
 
 
-def base_without_weights(name: str, *, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
-    """A base on the meta device, from its config alone.
-
-    Args:
-        dtype: "auto": what the config says, else fp32.
-        options: of `from_config`.
-    """
-    config = base_config(name)
-    if isinstance(dtype, str):
-        dtype = config.dtype or torch.float32
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+def base_without_weights(name: str, **options: Any) -> PreTrainedModel:
+    """A base on the meta device; the configs that come with this package are known too."""
+    return load_base_without_weights(name, read_config=base_config, **options)
 
 
 def _kind(layer: nn.Module, *, has_experts: bool) -> Any:

@@ -9,15 +9,11 @@ import torch
 
 from dylo_moe.commands.plan.arguments import CPU, CUDA, PLAN_LINE, PlanArguments
 from dylo_moe.commands.train.request import Arguments, parse_train
-from dylo_moe.parsing.parser import Parser, build_parser, plain_options
-from dylo_moe.training.trainer_arguments import TrainArguments
+from dylo_moe.parsing.command_line import refuses_nothing
+from dylo_moe.parsing.flags import flags_of
+from dylo_moe.parsing.parser import Parser, build_parser, parse, plain_options
+from dylo_moe.training.trainer_arguments import ArgumentsElsewhere, TrainArguments
 from dylo_moe.utils.errors import UsageError
-
-
-class PlannedTraining(TrainArguments):
-    """The Trainer's arguments of a run that is planned, which need not be able to train on this machine."""
-
-    trains_here = False
 
 
 class PlanRequest(NamedTuple):
@@ -45,9 +41,22 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
     """
     if argv and not argv[0].startswith("-"):
         raise UsageError(f"{argv[0]!r} is no flag; a model is named by --model {argv[0]}, a recipe by --config")
-    own = plain_options(Parser((PlanArguments,), prog=PLAN_LINE.prog, allow_abbrev=False, add_help=False))
-    plan, words = own.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
-    arguments = parse_train(words, prog=PLAN_LINE.prog, num_processes=plan.num_processes, kind=PlannedTraining)
+    parser = plain_options(Parser((PlanArguments,), prog=PLAN_LINE.prog, allow_abbrev=False, add_help=False))
+    names = {f"--{name}" for name in flags_of(PlanArguments)}
+    typed = [(word, word.partition("=")[0] in names) for word in parser.with_values(argv)]
+    problems: list[str] = []
+    try:
+        (plan,) = parse(parser, [word for word, is_own in typed if is_own], refuses_nothing)
+    except UsageError as error:
+        problems.append(str(error))
+        plan = PlanArguments()
+    try:
+        words = [word for word, is_own in typed if not is_own]
+        arguments = parse_train(words, prog=PLAN_LINE.prog, num_processes=plan.num_processes, kind=ArgumentsElsewhere)
+    except UsageError as error:
+        problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))
     return PlanRequest(arguments, _device(plan.device, arguments.train), plan.num_processes, plan.memory_gb)
 
 
@@ -55,7 +64,7 @@ def _device(asked: str | None, train: TrainArguments) -> str:
     if asked == CUDA and train.use_cpu:
         raise UsageError("device is cuda, but use_cpu is given too; leave one of them out")
     if asked == CPU and train.fp16:
-        raise UsageError("fp16 needs a GPU, and device is cpu; give bf16 in its place, or leave it out")
+        raise UsageError("fp16 needs a GPU, and device is cpu; give bf16, or leave both out")
     if asked is not None:
         return asked
     half = train.bf16 or train.fp16

@@ -25,6 +25,7 @@ from dylo_moe.commands.plan.workload import Batch, Workload, workload
 from dylo_moe.commands.train.request import Arguments
 from dylo_moe.evaluation.callback import check_benchmark_flags
 from dylo_moe.training.build import ROUTER_START_ROWS
+from dylo_moe.training.preflight import flag_problems
 
 BF16_BYTES = 2
 
@@ -109,6 +110,9 @@ def make_plan(request: PlanRequest) -> Plan:
 def check_flags(arguments: Arguments) -> None:
     """Raises ValueError for flags that training would refuse, or that cannot be planned."""
     train = arguments.train
+    problems = flag_problems(arguments.experts, arguments.router, train)
+    if problems:
+        raise ValueError("; ".join(problems))
     check_benchmark_flags(
         train.eval_benchmark,
         every=train.eval_benchmark_steps,

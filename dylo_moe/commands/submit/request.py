@@ -18,8 +18,9 @@ from dylo_moe.data.sources.locate import locate
 from dylo_moe.parsing.parser import Parser, build_parser, check_every_word_has_a_flag, parse
 from dylo_moe.parsing.recipe import with_recipe
 from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.training.preflight import flag_problems
 from dylo_moe.training.tracking import REFERENCE
-from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
+from dylo_moe.training.trainer_arguments import ArgumentsElsewhere, TrainArguments, check_four_bit
 from dylo_moe.utils.errors import UsageError
 
 OF_THE_MACHINE = ("tf32", "use_liger_kernel")
@@ -45,7 +46,7 @@ class SubmitRequest(NamedTuple):
 
 def build_submit_parser(*, show_all: bool = False) -> Parser:
     """The parser of `dylora submit`."""
-    return build_parser(SUBMIT_LINE, TrainArguments, show_all=show_all)
+    return build_parser(SUBMIT_LINE, ArgumentsElsewhere, show_all=show_all)
 
 
 def parse_submit(argv: Sequence[str]) -> SubmitRequest:
@@ -60,13 +61,14 @@ def parse_submit(argv: Sequence[str]) -> SubmitRequest:
     _check_nothing_in_clear(words)
     groups = _by_flag(words, parser)
     here = {name: values for name, values in groups.items() if name not in OF_THE_MACHINE}
-    options, model, _, _, data, train = parse(parser, [*_as_words(here), "--use_cpu", "true"], submit_refusal)
+    options, model, experts, router, data, train = parse(parser, _as_words(here), submit_refusal)
     check_every_word_has_a_flag(words, parser)
     parser.parse_args(words)  # checks the form of every value, also of flags that only the job's machine can check
     if importlib.util.find_spec("bitsandbytes") is not None:
         check_four_bit(model, train)
     artifact = train.wandb_checkpoint_artifact or os.environ.get(ARTIFACT_VARIABLE) or None
-    problems = [*_place_problems(model, data, groups), *_tracking_problems(options, train, artifact)]
+    problems = flag_problems(experts, router, train)
+    problems += [*_place_problems(model, data, groups), *_tracking_problems(options, train, artifact)]
     if "fsdp" in groups and options.machine.accelerator_count < 2:
         problems.append(
             f"fsdp shares the base among the processes of several accelerators, and {options.machine.machine_type} has "
