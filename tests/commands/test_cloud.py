@@ -195,7 +195,7 @@ def test_spot_without_checkpoints_in_an_epoch_warns(words, lost):
     assert all(lost in warning and "--save_strategy steps" in warning for warning in warnings)
 
 
-def test_fp16_is_for_the_jobs_machine(capsys):
+def test_fp16_is_for_the_jobs_machine():
     """It was refused where the machine that sends the job has no GPU."""
     said(
         capsys,

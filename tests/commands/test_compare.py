@@ -197,10 +197,20 @@ def test_other_settings_in_the_same_folder_are_refused(compared, capsys):
 
 def test_a_failed_training_is_told_with_its_last_words(compared, tmp_path, capsys):
     folder, _, _ = compared
-    words = words_of(folder, tmp_path / "out", "--seeds", "7", "--arms", "ours,base", "--lora_targets", "nothing_here")
+    (tmp_path / "lonely.jsonl").write_text('{"text": "one row"}\n')
+    words = words_of(folder, tmp_path / "out", "--seeds", "7", "--arms", "ours,base")
+    assert main([*words, "--datasets", str(tmp_path / "lonely.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "ours failed with status 2" in error and "lonely" in error and str(tmp_path / "out") in error
+
+
+def test_a_training_that_cannot_be_is_refused_before_the_folder_is_made(compared, tmp_path, capsys):
+    folder, _, _ = compared
+    words = words_of(folder, tmp_path / "out", "--seeds", "7", "--lora_targets", "nothing_here", "--top_k", "5")
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "ours failed with status 2" in error and "nothing_here" in error and str(tmp_path / "out") in error
+    assert "nothing_here" in error and "top_k is 5, but num_experts is" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_tasks_come_as_columns(compared, capsys):
@@ -289,7 +299,6 @@ def test_recipes_leave_out_what_has_no_meaning(tmp_path):
         (["--tasks", "humaneval"], "allow_code_execution"),
         (["--limit", "3"], "limit would change nothing"),
         (["--num_experts", "1"], "no routing to compare"),
-        (["--top_k", "5"], "top_k is 5"),
         (["--early_stopping_patience", "2"], "all arms train on the same tokens"),
         (["--load_best_model_at_end", "true"], "the very rows"),
         (["--router_policy", "random"], "an arm of its own"),
