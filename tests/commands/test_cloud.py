@@ -197,16 +197,8 @@ def test_spot_without_checkpoints_in_an_epoch_warns(words, lost):
 
 def test_fp16_is_for_the_jobs_machine():
     """It was refused where the machine that sends the job has no GPU."""
-    said(
-        capsys,
-        *NEEDED,
-        "--accelerator_type",
-        "NVIDIA_TESLA_T4",
-        "--machine_type",
-        "n1-standard-8",
-        "--fp16",
-        "--dry_run",
-    )
+    machine = ["--accelerator_type", "NVIDIA_TESLA_T4", "--machine_type", "n1-standard-8"]
+    assert "--fp16" in parse_submit([*NEEDED, *machine, "--fp16"]).flags
 
 
 def test_flags_of_another_machine_are_not_refused_by_this_one(monkeypatch):
