@@ -10,9 +10,9 @@ from typing import Any
 
 from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.samples import SampleFile
-from dylo_moe.model.checkpoint import MANIFEST
 from dylo_moe.utils.atomic_files import write_json, write_whole
 from dylo_moe.utils.differences import Difference, differences
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.settings_folder import Settings, take_folder
 
 RESULTS_FILE = "results.json"

@@ -25,10 +25,9 @@ from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.experts.expert import Expert, check_name
 from dylo_moe.routing.config import BASE, RouterConfig
 from dylo_moe.utils.atomic_files import files_below, sha256
+from dylo_moe.utils.file_names import MANIFEST, RESULT
 
 FORMAT_VERSION = 1
-
-MANIFEST = "dylora.json"
 
 ROUTER_FILE = "router.safetensors"
 
@@ -60,8 +59,8 @@ def checkpoint_in(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     if (folder / MANIFEST).is_file() or not folder.is_dir():
         return folder
-    if (folder / "checkpoint" / MANIFEST).is_file():
-        return folder / "checkpoint"
+    if (folder / RESULT / MANIFEST).is_file():
+        return folder / RESULT
     others = sorted(folder.glob(f"*/{MANIFEST}")) + sorted(folder.glob(f"*/*/{MANIFEST}"))
     if others:
         newest = max(others, key=lambda file: file.stat().st_mtime).parent

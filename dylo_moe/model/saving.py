@@ -22,7 +22,6 @@ from dylo_moe.model.checkpoint import (
     CARD,
     FORMAT_VERSION,
     LIBRARY_FILE,
-    MANIFEST,
     OWN_ENTRIES,
     ROUTER_FILE,
     plain_config,
@@ -31,6 +30,7 @@ from dylo_moe.model.model_card import model_card
 from dylo_moe.model.nonfinite import broken_weights
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.utils.atomic_files import files_below, listing, replace_folder, sync
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import listed
 
 LOGGER = logging.getLogger(__name__)

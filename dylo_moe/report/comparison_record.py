@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dylo_moe.report.html import REPORT
 from dylo_moe.report.run_record import is_checkpoint, read_mapping
+from dylo_moe.utils.file_names import RESULT
 from dylo_moe.utils.settings_folder import SETTINGS_FILE
 from dylo_moe.utils.words import counted
 
@@ -162,6 +163,6 @@ def _training(folder: Path, seed: str, arm: str) -> Training:
     run = folder / seed / arm
     if "\0" in str(run) or not run.resolve().is_relative_to(folder.resolve()):
         return Training("not begun", None)
-    state = "trained" if is_checkpoint(run / "checkpoint") else "begun" if run.is_dir() else "not begun"
+    state = "trained" if is_checkpoint(run / RESULT) else "begun" if run.is_dir() else "not begun"
     page = run / REPORT
     return Training(state, page.resolve() if page.is_file() else None)

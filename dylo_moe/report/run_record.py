@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import counted
 
 FILES = ("config.yaml", "metrics.jsonl", "run.json")
 """The files of a run; a folder that holds none of them is not a run's."""
-
-MANIFEST = "dylora.json"
-"""The file by which a checkpoint is known. `model.checkpoint` says so too, but takes PyTorch's seconds to import."""
 
 Points = list[tuple[float, float | None]]
 """The (step, value) of each logged line; the value is None if it is not finite."""

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.model.checkpoint import MANIFEST, CheckpointError, read_manifest
+from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.training.resume import Resumption, changes
 from dylo_moe.training.run_folder import checkpoints_in, fresh_folder
-
-RESULT = "checkpoint"
+from dylo_moe.utils.file_names import MANIFEST, RESULT
 
 LOSSES_AFTER = "losses_after"
 """The entry of the result's record that is written last: each dataset's held-out loss after training."""

@@ -14,6 +14,7 @@ from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.run_folder import CONFIG_FILE, NUMBERED, RUNS, STREAM_FILE, checkpoints_in
 from dylo_moe.utils.differences import Difference, differences
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import counted
 
 LATEST = "latest"
@@ -64,13 +65,13 @@ class Resumption(NamedTuple):
     """Newer checkpoints that are incomplete or altered, each with what is wrong; only "auto" passes them over."""
 
 
-def named_run(wanted: str, output_dir: str | None, is_run: Callable[[Path], bool]) -> Path | None:
+def named_run(wanted: str, output_dir: str | None, can_be_resumed: Callable[[Path], bool]) -> Path | None:
     """The folder that `--resume_from_checkpoint` means.
 
     Args:
         wanted: "latest", "auto", or a folder, which is returned as it is.
         output_dir: as typed; "latest" and "auto" mean the run there. Without it "latest" is the newest run in runs.
-        is_run: whether a folder holds a run of this command.
+        can_be_resumed: whether a folder holds a run of this command that can go on.
 
     Returns:
         None where "auto" finds no run, so that a new one starts.
@@ -85,7 +86,7 @@ def named_run(wanted: str, output_dir: str | None, is_run: Callable[[Path], bool
     if output_dir is None and wanted == AUTO:
         raise CheckpointError("--resume_from_checkpoint auto needs --output_dir, the folder of the run")
     if output_dir is None:
-        found = [path for path in RUNS.iterdir() if is_run(path)] if RUNS.is_dir() else []
+        found = [path for path in RUNS.iterdir() if can_be_resumed(path)] if RUNS.is_dir() else []
         if not found:
             raise CheckpointError(
                 f"--resume_from_checkpoint finds no run in {RUNS}, where runs are written unless --output_dir says "
@@ -93,15 +94,15 @@ def named_run(wanted: str, output_dir: str | None, is_run: Callable[[Path], bool
             )
         return max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
     run = Path(output_dir)
-    if is_run(run):
+    if can_be_resumed(run):
         return run
     if wanted == AUTO and not (run.exists() and any(run.iterdir())):
         return None
     raise CheckpointError(f"there is no run in {run} to resume; look at --output_dir, or start a new run")
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of `dylora train`."""
+def is_resumable_run(folder: Path) -> bool:
+    """Whether a folder holds a run of `dylora train` that can be resumed: its settings, and no stream."""
     return (folder / CONFIG_FILE).is_file() and not (folder / STREAM_FILE).is_file()
 
 
@@ -118,15 +119,15 @@ def find(wanted: str, output_dir: str | None) -> Resumption | None:
     Raises:
         CheckpointError: where there is nothing to resume from, or it is incomplete or altered.
     """
-    run = named_run(wanted, output_dir, is_run)
+    run = named_run(wanted, output_dir, is_resumable_run)
     if run is None:
         return None
-    if (run / "dylora.json").is_file() or NUMBERED.fullmatch(run.name):
+    if (run / MANIFEST).is_file() or NUMBERED.fullmatch(run.name):
         return _from_checkpoint(run)
-    if not is_run(run):
+    if not is_resumable_run(run):
         if (run / STREAM_FILE).is_file():
             raise CheckpointError(f"{run} is a stream: resume it with `dylora stream --resume_from_checkpoint {run}`")
-        raise CheckpointError(f"{run} is neither a checkpoint (no dylora.json) nor a run (no {CONFIG_FILE})")
+        raise CheckpointError(f"{run} is neither a checkpoint (no {MANIFEST}) nor a run (no {CONFIG_FILE})")
     broken: list[str] = []
     for _, checkpoint in reversed(checkpoints_in(run)):
         try:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.file_names import MANIFEST
 
 NEW_RUN = "new"
 
@@ -93,7 +94,7 @@ def checkpoints_in(run: Path) -> list[tuple[int, Path]]:
 
 def shows_training(run: Path) -> bool:
     """Whether a run or a stream has trained anything that its folder shows: there is a checkpoint, or a logged step."""
-    if any(run.rglob("dylora.json")):
+    if any(run.rglob(MANIFEST)):
         return True
     lines = [line for file in run.rglob("metrics.jsonl") for line in file.read_text(encoding="utf-8").splitlines()]
     return any(_logged_step(line) > 0 for line in lines)

@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dylo_moe.model.checkpoint import MANIFEST
 from dylo_moe.training.run_folder import checkpoint_name
 from dylo_moe.utils.atomic_files import replace_folder
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.install import how_to_install
 from dylo_moe.utils.redact import SECRET_NAME
 from dylo_moe.utils.screen import Screen

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from dylo_moe.commands.compare.arguments import BASE_ARM, OURS
 from dylo_moe.commands.compare.table import ArmRun, Rate
 from dylo_moe.evaluation.losses import Losses, from_json
-from dylo_moe.model.checkpoint import MANIFEST, read_manifest
+from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.routing.config import UNIFORM
+from dylo_moe.utils.file_names import MANIFEST, RESULT
 
 
 class ArmFolder(NamedTuple):
@@ -36,7 +37,7 @@ class ArmFolder(NamedTuple):
     @property
     def checkpoint(self) -> Path:
         """The final checkpoint of the arm's training run."""
-        return self.run / "checkpoint"
+        return self.run / RESULT
 
     @property
     def is_trained(self) -> bool:

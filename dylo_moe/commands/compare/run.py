@@ -33,6 +33,7 @@ from dylo_moe.evaluation.losses import measure, to_json
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.parsing.recipe import in_full
+from dylo_moe.report.comparison_record import COMPARISON
 from dylo_moe.training.preflight import check_before_reading
 from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import save_config
@@ -97,13 +98,13 @@ def write_result(request: CompareRequest, runs: dict[str, list[ArmRun]], seeds: 
     """Write the table as JSON and Markdown, and print it with its conclusions in words."""
     output, lines = request.output, make_lines(runs)
     said = sentences(lines, seeds)
-    write_json(output / "compare.json", {"seeds": seeds, "settings": request.settings, **as_json(lines, said)})
+    write_json(output / COMPARISON, {"seeds": seeds, "settings": request.settings, **as_json(lines, said)})
     (output / "compare.md").write_text(as_markdown(lines, said), encoding="utf-8")
     screen.say(as_table(lines))
     for text in said:
         screen.say(text)
     screen.rule()
-    screen.file("figures", output / "compare.json")
+    screen.file("figures", output / COMPARISON)
     screen.result("table", output / "compare.md")
 
 

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 from dylo_moe.commands.compare.arguments import ARMS, BASE_ARM, OURS
 from dylo_moe.evaluation.losses import Estimate, Estimates, Losses, estimates, mean_loss
+from dylo_moe.report.comparison_record import LOSES, TIES, UNKNOWN, WINS
 from dylo_moe.utils.markdown import Markdown, markdown_table
 from dylo_moe.utils.table import Table
-
-WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "unknown"
-"""The verdicts on our model against another arm."""
 
 
 class Rate(NamedTuple):

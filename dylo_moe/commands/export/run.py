@@ -33,9 +33,10 @@ from dylo_moe.commands.export.request import ExportRequest
 from dylo_moe.commands.export.serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure
-from dylo_moe.model.checkpoint import ADAPTER_FILES, MANIFEST, read_manifest
+from dylo_moe.model.checkpoint import ADAPTER_FILES, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.markdown import Markdown, markdown_table
 from dylo_moe.utils.screen import Screen
 

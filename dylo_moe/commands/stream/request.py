@@ -81,7 +81,7 @@ def parse_stream(argv: Sequence[str]) -> StreamRequest:
     parser = build_stream_parser()
     words = with_recipe(_split_ranks(argv), parser, stream_refusal)
     wanted = last_value(words, "--resume_from_checkpoint")
-    resumed = named_run(wanted, last_value(words, "--output_dir"), is_stream) if wanted else None
+    resumed = named_run(wanted, last_value(words, "--output_dir"), is_resumable_stream) if wanted else None
     saved: dict[str, Any] = {}
     if resumed is not None:
         saved = _settings_in(resumed)
@@ -131,13 +131,13 @@ def _check(request: StreamRequest, given: set[str]) -> None:
         raise UsageError("; ".join(problems))
 
 
-def is_stream(folder: Path) -> bool:
+def is_resumable_stream(folder: Path) -> bool:
     """Whether a folder holds a stream that can be resumed."""
     return (folder / CONFIG_FILE).is_file() and (folder / STREAM_FILE).is_file()
 
 
 def _settings_in(run: Path) -> dict[str, Any]:
-    if not is_stream(run):
+    if not is_resumable_stream(run):
         raise UsageError(f"{run} is not a stream that can be resumed: it needs {CONFIG_FILE} and {STREAM_FILE}")
     return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
 

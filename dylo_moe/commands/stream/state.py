@@ -14,10 +14,9 @@ from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.training.run_folder import STREAM_FILE, checkpoints_in, clear_unfinished, discard
 from dylo_moe.utils.atomic_files import write_json
+from dylo_moe.utils.file_names import RESULT
 
 STAGES = "stages"
-
-CHECKPOINT = "checkpoint"
 
 
 @dataclass
@@ -63,11 +62,11 @@ def stage_folder(run: Path, place: int, name: str) -> Path:
 
 def last_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the newest stage that is done; None where none is."""
-    final = run / CHECKPOINT
+    final = run / RESULT
     if final.is_dir():
         return final
-    found = [stage for stage in stage_folders(run) if (stage / CHECKPOINT).is_dir()]
-    return found[-1] / CHECKPOINT if found else None
+    found = [stage for stage in stage_folders(run) if (stage / RESULT).is_dir()]
+    return found[-1] / RESULT if found else None
 
 
 def stage_folders(run: Path) -> list[Path]:
@@ -105,7 +104,7 @@ def save_stage(
     older = last_checkpoint(run)
     losses = {"before": state.matrix.base, "after": state.matrix.stages[-1].losses}
     training = {**record, "stream": state.record(), "step": state.num_done}
-    save_checkpoint(model, folder / CHECKPOINT, training=training, losses=losses)
+    save_checkpoint(model, folder / RESULT, training=training, losses=losses)
     write_view(run, state, is_finished=False)
     if older is not None and not keep:
         discard(older)
@@ -115,7 +114,7 @@ def save_stage(
 
 def finish_stream(run: Path, state: StreamState) -> Path:
     """Make the last stage's checkpoint that of the stream; returns its folder."""
-    final, last = run / CHECKPOINT, last_checkpoint(run)
+    final, last = run / RESULT, last_checkpoint(run)
     if last is not None and last != final:
         os.rename(last, final)
     write_view(run, state, is_finished=True)
@@ -149,7 +148,7 @@ def clear_leftovers(run: Path) -> list[str]:
     names = []
     for stage in stage_folders(run):
         names += clear_unfinished(stage)
-        for path in stage.glob(f".{CHECKPOINT}.*"):
+        for path in stage.glob(f".{RESULT}.*"):
             names.append(path.name)
             shutil.rmtree(path, ignore_errors=True)
     return names

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in
+from dylo_moe.utils.file_names import RESULT
 from dylo_moe.utils.install import how_to_install
 
 SECRET_MANAGER = "https://secretmanager.googleapis.com"
@@ -142,7 +143,7 @@ def with_start(command: list[str], run: Path, artifact: str | None) -> list[str]
     """
     if not artifact or checkpoints_in(run):
         return command
-    if (run / "checkpoint").is_dir():
+    if (run / RESULT).is_dir():
         raise ValueError(
             f"the run in {run} is over; submit under another --display_name to begin from {artifact} again"
         )

@@ -23,6 +23,7 @@ from dylo_moe.training.sharding import Sharding
 from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
+from dylo_moe.utils.file_names import RESULT
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.words import counted
 
@@ -131,7 +132,7 @@ def show_end(
     _show_best(screen, trainer)
     _show_results(screen, folder, tokenizer, trainer.own_model(), results)
     _show_files(screen, folder, results.plots)
-    _show_next(screen, folder / "checkpoint")
+    _show_next(screen, folder / RESULT)
     screen.say(f"The whole run took {seconds:.0f} s.")
 
 
@@ -170,7 +171,7 @@ def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 
 def _show_files(screen: Screen, folder: Path, plots: list[Path]) -> None:
     screen.rule()
-    screen.result("checkpoint", folder / "checkpoint")
+    screen.result("checkpoint", folder / RESULT)
     for label, path in (
         ("metrics", folder / "metrics.jsonl"),
         *(("plot", plot) for plot in plots),
