@@ -16,12 +16,9 @@ from dylo_moe.evaluation.benchmark import Benchmark, Progress
 from dylo_moe.evaluation.names import BENCHMARKS
 from dylo_moe.evaluation.samples import Completion
 from dylo_moe.report.terminal import COLOURS
-from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.screen import SECONDS_BETWEEN_LINES, Screen
 from dylo_moe.utils.table import Table
 from dylo_moe.utils.words import counted
-
-LINE_SECONDS = 10.0
-"""The time between two lines of progress where there is no terminal."""
 
 TITLES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 
@@ -46,7 +43,8 @@ def show_example(screen: Screen, benchmark: Benchmark, sample: Completion, token
 
 
 class LiveRate:
-    """Shows the progress of a benchmark: as a live line on a terminal, otherwise as a line every `LINE_SECONDS`.
+    """Shows the progress of a benchmark: as a live line on a terminal, otherwise as a line every
+    `SECONDS_BETWEEN_LINES`.
 
     Args:
         label: the label of the line.
@@ -65,7 +63,7 @@ class LiveRate:
             self.bar.update(self.task, completed=progress.num_judged, note=note)
         is_over, now = progress.num_judged == progress.num_samples, time.monotonic()
         if is_over or now >= self._next_line:
-            self._next_line = now + LINE_SECONDS
+            self._next_line = now + SECONDS_BETWEEN_LINES
             self.screen.progress(
                 f"{self.label}: {progress.num_generated}/{progress.num_samples} answers, {describe(progress)}"
             )

@@ -15,15 +15,12 @@ from pathlib import Path
 
 from rich.text import Text
 
-from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.screen import SECONDS_BETWEEN_LINES, Screen
 
 LOCK = ".lock"
 
 LONGEST_WAIT_SECONDS = 180.0
 """The longest wait for a process that an earlier, killed call has started, and which saves before it ends."""
-
-LINE_SECONDS = 30.0
-"""The time between two lines of progress where there is no terminal."""
 
 SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
@@ -117,7 +114,7 @@ def _watch(process: subprocess.Popen[bytes], log: Path, start: int, title: str, 
             if status is not None:
                 status.update(Text(f"{title}\n{line}"))
                 shown = line
-            elif time.monotonic() - told > LINE_SECONDS:
+            elif time.monotonic() - told >= SECONDS_BETWEEN_LINES:
                 screen.progress(f"  {line}")
                 shown, told = line, time.monotonic()
 
