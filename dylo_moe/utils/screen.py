@@ -169,7 +169,9 @@ class Screen:
 
     def _print(self, console: Console, what: RenderableType, style: str) -> None:
         if not isinstance(what, (str, Text)):
-            console.print(what, crop=False)
+            if console.color_system is None and not console.record:  # a file, whose lines end where their letters do
+                what = Text(in_letters(what, width=console.width))
+            console.print(what, crop=False, soft_wrap=isinstance(what, Text))
             return
         text = Text(what, style) if isinstance(what, str) else what
         # A terminal's lines are wrapped between words. Elsewhere a sentence stays one line, and so does what is to be
