@@ -7,6 +7,7 @@ from dylo_moe.parsing.help import show_help
 from dylo_moe.parsing.help_format import overview
 from dylo_moe.parsing.plain import PlainParser
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.quick_imports import quick_imports
 
 DESCRIPTION = "Look at data before it is trained on."
 
@@ -41,10 +42,12 @@ def main(words: list[str]) -> int:
 
         show_help(look_line(prog), rest)
         return 0
-    from dylo_moe.commands.data.request import parse_look
+    with quick_imports():
+        from dylo_moe.commands.data.request import parse_look
 
     request = parse_look(rest, prog=prog)
-    from dylo_moe.commands.data.run import check_datasets, show_dataset
+    with quick_imports():
+        from dylo_moe.commands.data.run import check_datasets, show_dataset
 
     {"show": show_dataset, "check": check_datasets}[command](request.data, request.look)
     return 0

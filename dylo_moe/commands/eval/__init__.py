@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import show_help
+from dylo_moe.utils.quick_imports import quick_imports
 
 
 def main(words: list[str]) -> int:
@@ -13,10 +14,12 @@ def main(words: list[str]) -> int:
 
         show_help(EVAL_LINE, words)
         return 0
-    from dylo_moe.commands.eval.request import parse_eval
+    with quick_imports():
+        from dylo_moe.commands.eval.request import parse_eval
 
     request = parse_eval(words)
-    from dylo_moe.commands.eval.run import evaluate_checkpoint
+    with quick_imports():
+        from dylo_moe.commands.eval.run import evaluate_checkpoint
 
     evaluate_checkpoint(request)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import show_help
+from dylo_moe.utils.quick_imports import quick_imports
 
 
 def main(words: list[str]) -> int:
@@ -13,10 +14,12 @@ def main(words: list[str]) -> int:
 
         show_help(EXPORT_LINE, words)
         return 0
-    from dylo_moe.commands.export.request import parse_export
+    with quick_imports():
+        from dylo_moe.commands.export.request import parse_export
 
     request = parse_export(words)
-    from dylo_moe.commands.export.run import export
+    with quick_imports():
+        from dylo_moe.commands.export.run import export
 
     export(request)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dylo_moe.parsing.plain import PlainParser
+from dylo_moe.utils.quick_imports import quick_imports
 
 
 def main(words: list[str]) -> int:
@@ -11,7 +12,8 @@ def main(words: list[str]) -> int:
     if parser.shows_help(words or ["--help"]):
         return 0
     values = parser.read(words)
-    from dylo_moe.commands.generate.run import generate
+    with quick_imports():
+        from dylo_moe.commands.generate.run import generate
 
     generate(**values)
     return 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
+import argparse
 
 from dylo_moe.parsing.ending import asks_for_help
-from dylo_moe.parsing.help import print_help
+from dylo_moe.parsing.help import show_help
+from dylo_moe.utils.quick_imports import quick_imports
 
 
 def main(words: list[str]) -> int:
@@ -13,23 +14,22 @@ def main(words: list[str]) -> int:
     if asks_for_help(words):
         from dylo_moe.commands.plan.arguments import PLAN_LINE
 
-        if "--help_all" in words or not print_help(PLAN_LINE):
-            from dylo_moe.commands.plan.request import build_plan_parser
-
-            build_plan_parser(show_all="--help_all" in words).print_help()
+        show_help(PLAN_LINE, words, _build_parser)
         return 0
-    gc.disable()  # a quarter of the time that imports take is spent looking for garbage, of which they leave none
-    try:
+    with quick_imports():
         from transformers.utils import logging as transformers_logging
 
         from dylo_moe.commands.plan.request import parse_plan
         from dylo_moe.commands.plan.run import make_plan
         from dylo_moe.commands.plan.screen import show_plan
-    finally:
-        gc.enable()
-
     request = parse_plan(words)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     show_plan(request, make_plan(request))
     return 0
+
+
+def _build_parser(show_all: bool) -> argparse.ArgumentParser:
+    from dylo_moe.commands.plan.request import build_plan_parser  # late: it takes seconds to import
+
+    return build_plan_parser(show_all=show_all)

@@ -6,6 +6,7 @@ import argparse
 
 from dylo_moe.parsing.ending import asks_for_help, until_stopped
 from dylo_moe.parsing.help import show_help
+from dylo_moe.utils.quick_imports import quick_imports
 
 
 def main(words: list[str]) -> int:
@@ -15,8 +16,9 @@ def main(words: list[str]) -> int:
 
         show_help(STREAM_LINE, words, _build_parser)
         return 0
-    from dylo_moe.commands.stream.request import parse_stream
-    from dylo_moe.commands.stream.run import stream
+    with quick_imports():
+        from dylo_moe.commands.stream.request import parse_stream
+        from dylo_moe.commands.stream.run import stream
 
     return until_stopped("stream", lambda: stream(parse_stream(words)))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import show_help
+from dylo_moe.utils.quick_imports import quick_imports
 
 
 def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
@@ -21,8 +22,9 @@ def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
 
         show_help(SUBMIT_LINE, words, _build_parser)
         return 0
-    from dylo_moe.commands.submit.request import parse_submit
-    from dylo_moe.commands.submit.run import submit
+    with quick_imports():
+        from dylo_moe.commands.submit.request import parse_submit
+        from dylo_moe.commands.submit.run import submit
 
     if constants is not None:
         from dylo_moe.commands.submit.constants import with_constants

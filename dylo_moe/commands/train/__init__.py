@@ -6,6 +6,7 @@ import argparse
 
 from dylo_moe.parsing.ending import asks_for_help, until_stopped
 from dylo_moe.parsing.help import show_help
+from dylo_moe.utils.quick_imports import quick_imports
 
 
 def main(words: list[str]) -> int:
@@ -15,8 +16,9 @@ def main(words: list[str]) -> int:
 
         show_help(TRAIN_LINE, words, _build_parser)
         return 0
-    from dylo_moe.commands.train.request import parse_train
-    from dylo_moe.commands.train.run import train
+    with quick_imports():
+        from dylo_moe.commands.train.request import parse_train
+        from dylo_moe.commands.train.run import train
 
     return until_stopped("train", lambda: train(parse_train(words)))
 

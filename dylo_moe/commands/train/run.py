@@ -33,7 +33,7 @@ from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.report.terminal import show_data, show_loss
 from dylo_moe.training.build import build_model, check_start, start_router
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
-from dylo_moe.training.finished import LOSSES_AFTER, RESULT, keep_earlier_result, nothing_left
+from dylo_moe.training.finished import LOSSES_AFTER, keep_earlier_result, nothing_left
 from dylo_moe.training.fit import evaluate, removed_unless_trained, resume_log, train_to_end
 from dylo_moe.training.plots import write_plots
 from dylo_moe.training.preflight import check_before_reading, check_rows
@@ -54,6 +54,7 @@ from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.errors import RankLost, Stopped
+from dylo_moe.utils.file_names import RESULT
 from dylo_moe.utils.screen import Screen
 
 SAMPLE_TOKENS = 32
