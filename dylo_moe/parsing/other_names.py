@@ -155,6 +155,13 @@ NO_FLAGS = {
 """What to do in place of a flag that has no counterpart here."""
 
 
+OTHER_VALUES = {
+    "optim": {"adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch", "adam8bit": "adamw_8bit"},
+    "lr_scheduler_type": {"cosine_restarts": "cosine_with_restarts", "wsd": "warmup_stable_decay", "none": "constant"},
+}
+"""What the values of some flags are called elsewhere, each with ours."""
+
+
 def meant_by(name: str, offered: Set[str]) -> str | None:
     """The answer to a flag of another trainer: the flag of ours that is meant, or what to do instead.
 

@@ -13,7 +13,7 @@ from dylo_moe.model.checkpoint import checkpoint_in
 from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine, Refusal, refuses_nothing
 from dylo_moe.parsing.flags import config_from, flags_class, flags_of
 from dylo_moe.parsing.help_format import sort_into_sections
-from dylo_moe.parsing.other_names import meant_by
+from dylo_moe.parsing.other_names import OTHER_VALUES, meant_by
 from dylo_moe.parsing.trainer_texts import TRAINER_TEXTS
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import listed, nearest
@@ -136,7 +136,7 @@ def _value_problem(action: argparse.Action, text: str) -> str | None:
     if action.choices is None or value in action.choices:
         return None
     choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
-    near = nearest(text, choices)
+    near = OTHER_VALUES.get(name, {}).get(text.lower()) or nearest(text, choices)
     if near and len(choices) > 4:
         return f"{name} is {text!r}; did you mean {near}?"
     *others, last = choices

@@ -318,7 +318,7 @@ def test_add_skill_changes_nothing_where_the_name_cannot_be(name, message):
 def test_add_skill_needs_text_and_a_known_expert():
     model = grown("ant")
     for few in ([], sample("bee", rows=1)):
-        with pytest.raises(ValueError, match=f"was given {len(few)} texts"):
+        with pytest.raises(ValueError, match=f"was given {len(few)} text"):
             model.add_skill("bee", few)
     assert model.router.names == (BASE, "ant")
     with pytest.raises(ValueError, match="there is no expert 'nobody'"):

@@ -20,6 +20,8 @@ from dylo_moe import CheckpointError, DyLoRAMoE
 from dylo_moe.base.frozen import count_parameters
 from dylo_moe.base.loading import four_bit, load_base
 from dylo_moe.base.smollm2 import BaseUnavailableError
+from dylo_moe.commands.plan.request import parse_plan
+from dylo_moe.commands.plan.run import make_plan
 from dylo_moe.commands.stream.request import parse_stream
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.commands.train.request import parse_train, settings_of
@@ -298,12 +300,9 @@ def test_a_run_from_before_the_flag_goes_on():
 
 def test_options_that_cannot_apply_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="load_in_4bit was not tested with fp16"):
-        parse_train(["--load_in_4bit", "--fp16", "--use_cpu"])
+        parse_plan(["--load_in_4bit", "--fp16"])
     with pytest.raises(ValueError, match="--load_in_4bit cannot apply: the checkpoint says"):
         parse_stream(["--load_in_4bit", "--checkpoint", str(tmp_path), "--datasets", "cmake"])
-    from dylo_moe.commands.plan.request import parse_plan
-    from dylo_moe.commands.plan.run import make_plan
-
     with pytest.raises(ValueError, match="4 bits cannot be estimated"):
         make_plan(parse_plan(["--load_in_4bit", "--model", folder]))
 

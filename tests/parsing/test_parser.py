@@ -10,7 +10,7 @@ from dylo_moe.commands.export.request import parse_export
 from dylo_moe.commands.stream.request import build_stream_parser, parse_stream
 from dylo_moe.commands.train.arguments import TRAIN_LINE
 from dylo_moe.commands.train.request import build_train_parser, parse_train
-from dylo_moe.parsing.other_names import NO_FLAGS, OTHER_NAMES
+from dylo_moe.parsing.other_names import NO_FLAGS, OTHER_NAMES, OTHER_VALUES
 from dylo_moe.parsing.parser import Parser
 from dylo_moe.parsing.recipe_file import shipped_recipes
 from dylo_moe.training.run_folder import CONFIG_FILE
@@ -109,6 +109,14 @@ def test_only_flags_of_the_command_are_proposed():
     with pytest.raises(UsageError) as raised:
         parse_eval(["RUN", "--epochs", "1"])
     assert "--num_train_epochs" not in str(raised.value)
+
+
+def test_values_of_other_trainers_are_understood(parser):
+    for flag, values in OTHER_VALUES.items():
+        choices = {str(getattr(one, "value", one)) for one in parser._option_string_actions[f"--{flag}"].choices}
+        assert {*values.values()} <= choices and not choices & values.keys()
+    with pytest.raises(UsageError, match=r"^optim is 'adamw'; did you mean adamw_torch\?$"):
+        parse_train(["--optim", "adamw"])
 
 
 def test_what_must_be_given_is_named_and_what_was_given_is_not():
