@@ -48,10 +48,12 @@ def main(argv: Sequence[str] | None = None, **options: Any) -> int:
     """
     typed = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in typed if word != QUIET]
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     if not words or words[0] in ("-h", "--help"):
         print(overview("dylora COMMAND [--FLAG VALUE ...]", COMMANDS, description=DESCRIPTION))
         return 0
-    if words[0] == "--version" or words[1:] == ["--version"]:
+    if words[0] in ("--version", "version") or words[1:] == ["--version"]:
         from dylo_moe import __version__
 
         print(f"dylora {__version__}")

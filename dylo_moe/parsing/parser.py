@@ -65,15 +65,13 @@ class Parser(HfArgumentParser):
         problems: list[str] = []
         for flag, values in grouped(self.with_values(words)):
             action = self._option_string_actions.get(flag)
-            found = [] if action is None else [_value_problem(action, value) for value in values]
+            found = [] if action is None else [value_problem(action, value) for value in values]
             if action is not None and action.nargs in (None, "+") and not values:
                 problems.append(f"{flag} has no value")
             elif any(found):
                 problems += [problem for problem in found if problem]
-            elif len(values) == 1:
-                good.append(f"{flag}={values[0]}")
             else:
-                good += [flag, *values]
+                good += _ungrouped([(flag, values)])
         return good, problems
 
     def with_values(self, words: Sequence[str]) -> list[str]:
@@ -95,6 +93,10 @@ class Parser(HfArgumentParser):
     def is_switch(self, option: str) -> bool:
         """Whether a flag is either on or off."""
         return self._option_string_actions[option].type is string_to_bool
+
+    def action(self, option: str) -> argparse.Action:
+        """What argparse knows of a flag."""
+        return self._option_string_actions[option]
 
     def split(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
         """Split a command line into the words that belong to no flag and the others, wherever they stand."""
@@ -125,8 +127,16 @@ def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _value_problem(action: argparse.Action, text: str) -> str | None:
-    """What is wrong with a value of a flag as it was typed."""
+def _ungrouped(groups: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """The words of flags with their values, as `grouped` takes them."""
+    words = []
+    for flag, values in groups:
+        words += [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
+    return words
+
+
+def value_problem(action: argparse.Action, text: str) -> str | None:
+    """What is wrong with a value of a flag as it was typed; None: nothing that can be seen without the others."""
     name = action.dest
     try:
         value = action.type(text) if callable(action.type) else text
@@ -171,28 +181,40 @@ def plain_options(parser: Parser) -> Parser:
 
 def parse(parser: Parser, words: Sequence[str], refusal: Refusal, given: Sequence[str] = ()) -> tuple[Any, ...]:
     """Read a command line into the configs of a parser; words in `given` come first and are not checked as typed
-    flags."""
+    flags.
+
+    Raises:
+        UsageError: with all problems: unknown flags, words that belong to none, and values.
+    """
     words = parser.with_values(words)
-    _check_names(words, parser, refusal)
-    check_every_word_has_a_flag(words, parser)
+    problems = [*_name_problems(words, parser, refusal), *stray_problems(words, parser)]
+    known = [(flag, values) for flag, values in grouped(words) if not problems or flag in options(parser)]
     try:
-        return parser.configs([*given, *words])
-    except UsageError:
-        raise
+        configs = parser.configs([*given, *(words if not problems else _ungrouped(known))])
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(str(error).strip()) from error
+        raise UsageError("; ".join([*problems, str(error).strip()])) from error
+    if problems:
+        raise UsageError("; ".join(problems))
+    return configs
 
 
-def check_every_word_has_a_flag(words: Sequence[str], parser: Parser) -> None:
-    """Raise UsageError for a word that is no flag and the value of none."""
+def stray_problems(words: Sequence[str], parser: Parser) -> list[str]:
+    """What to say of words that are no flag and the value of none."""
     alone, _ = parser.split(words)
     if not alone:
-        return
+        return []
     before = words[list(words).index(alone[0]) - 1] if words[0] != alone[0] else ""
     option = before.partition("=")[0]
     is_behind_switch = option in options(parser) and parser.is_switch(option)
     rule = f"{option} takes true or false, or no value" if is_behind_switch else "--help lists the flags"
-    raise UsageError(f"{_strays(alone)} to no flag; {rule}")
+    return [f"{_strays(alone)} to no flag; {rule}"]
+
+
+def check_every_word_has_a_flag(words: Sequence[str], parser: Parser) -> None:
+    """Raise UsageError for words that are no flag and the value of none."""
+    problems = stray_problems(words, parser)
+    if problems:
+        raise UsageError("; ".join(problems))
 
 
 def _strays(words: Sequence[str]) -> str:
@@ -229,14 +251,10 @@ def options(parser: Parser) -> set[str]:
     return set(parser._option_string_actions)
 
 
-def _check_names(words: list[str], parser: Parser, refusal: Refusal) -> None:
-    problems = []
-    for word in words:
-        name = word.split("=", 1)[0]
-        if name.startswith("--") and (name not in options(parser) or refusal(name[2:])):
-            problems.append(unknown(name, parser, refusal))
-    if problems:
-        raise UsageError("; ".join(problems))
+def _name_problems(words: Sequence[str], parser: Parser, refusal: Refusal) -> list[str]:
+    names = [word.split("=", 1)[0] for word in words if word.startswith("--")]
+    wrong = [name for name in names if name not in options(parser) or refusal(name[2:])]
+    return [unknown(name, parser, refusal) for name in wrong]
 
 
 def unknown(name: str, parser: Parser, refusal: Refusal) -> str:

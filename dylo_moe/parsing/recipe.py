@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -13,10 +14,13 @@ from transformers import TrainingArguments
 
 from dylo_moe.parsing.command_line import SHOWN_FLAGS, Refusal
 from dylo_moe.parsing.flags import as_typed, flags_of, values_of
-from dylo_moe.parsing.parser import Parser, options, unknown
+from dylo_moe.parsing.parser import Parser, options, unknown, value_problem
 from dylo_moe.parsing.recipe_file import recipe_file
 from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
+
+MAPPINGS = ("_kwargs", "_config")
+"""The ends of the names of flags whose value is a mapping."""
 
 NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifact", "fsdp", "fsdp_config")
 """Flags that are not part of a run's settings: they say where it is written, what it resumes from, and how its
@@ -82,19 +86,42 @@ def _words_of_file(path: Path, parser: Parser, refusal: Refusal) -> list[str]:
     lines: dict[str, int] = {}
     for key, value in recipe.value:
         name, line = str(key.value), key.start_mark.line + 1
-        if f"--{name}" not in options(parser) or refusal(name):
-            problems.append(f"line {line}: " + unknown(f"--{name}", parser, refusal).replace("--", ""))
+        if name.startswith("--"):
+            problems.append(f"line {line}: {name} is written without dashes in a recipe")
+        elif f"--{name}" not in options(parser) or refusal(name):
+            said = unknown(f"--{name}", parser, refusal).replace("--help", "-help")
+            problems.append(f"line {line}: " + said.replace("--", "").replace("-help", "--help"))
         elif name in lines:
             problems.append(f"line {line}: {name} is there already, in line {lines[name]}")
         else:
-            values = _plain(value, parser.is_switch(f"--{name}"))
-            flags = [item for item in values if str(item).startswith("--")] if isinstance(values, list) else []
-            problems += [f"line {line}: {item} in a list would be a flag; give it a line of its own" for item in flags]
-            words += as_words({name: values})
+            found = _value_problems(name, value, parser)
+            problems += [f"line {line}: {problem}" for problem in found]
+            words += [] if found else as_words({name: _plain(value, parser.is_switch(f"--{name}"))})
         lines.setdefault(name, line)
     if problems:
         raise UsageError(f"recipe {path}: {'; '.join(problems)}")
     return words
+
+
+def _value_problems(name: str, node: yaml.Node, parser: Parser) -> list[str]:
+    """What is wrong with the value of a recipe's line, beside others."""
+    action = parser.action(f"--{name}")
+    is_list = isinstance(node, yaml.SequenceNode)
+    if isinstance(node, yaml.MappingNode):
+        return [] if name.endswith(MAPPINGS) else [f"{name} takes {_kind(action)}, and no mapping"]
+    is_flat = not is_list or all(isinstance(item, yaml.ScalarNode) for item in node.value)
+    if not is_flat or (is_list and len(node.value) > 1 and action.nargs not in ("+", "*")):
+        return [f"{name} takes {_kind(action)}"]
+    values = _plain(node, parser.is_switch(f"--{name}"))
+    if values is None:
+        return []
+    texts = [str(item) for item in (values if is_list else [values])]
+    flags = [f"{text} in a list would be a flag; give it a line of its own" for text in texts if text.startswith("--")]
+    return flags if is_list and flags else [found for text in texts if (found := value_problem(action, text))]
+
+
+def _kind(action: argparse.Action) -> str:
+    return "words, separated by commas or as a list" if action.nargs in ("+", "*") else "one value"
 
 
 def _plain(node: yaml.Node, is_switch: bool) -> Any:

@@ -3,7 +3,8 @@ config of the base decide. All problems come in one message."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pyarrow.compute as pc
@@ -28,6 +29,7 @@ from dylo_moe.training.run_folder import output_dir_problem
 from dylo_moe.training.tracking import tracking_problem
 from dylo_moe.training.trainer_arguments import TrainArguments, text_of
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.failures import is_out_of_memory
 from dylo_moe.utils.install import EXTRAS, how_to_install
 from dylo_moe.utils.screen import Screen
 
@@ -37,6 +39,10 @@ OTHER_PACKAGES = {
     "flyte": ("flyte", "flytekit"),
 }
 """Trackers that are not called as their modules and their packages are: the name of each."""
+
+
+TRAINED_BYTES = 16
+"""Bytes of a trained parameter: itself, its gradient and AdamW's two states, in fp32."""
 
 
 def check_before_reading(
@@ -65,9 +71,11 @@ def check_before_reading(
     if is_new and (problem := output_dir_problem(train.output_dir)):
         problems.append(problem)
     try:
-        locate_for_training(data)
+        names = [place.name for place in locate_for_training(data)]
     except ValueError as error:
         problems.append(str(error))
+    else:
+        problems += _metric_problems(train, names)
     try:
         limits = _limits(model, experts, router, growth)
     except (ValueError, ImportError) as error:
@@ -112,10 +120,6 @@ def flag_problems(
     problems = []
     if not grows and router.top_k > experts.num_experts:
         problems.append(f"top_k is {router.top_k}, but num_experts is {experts.num_experts}")
-    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
-    for name in train.report_to or ():
-        if name not in known:
-            problems.append(f"report_to is {name!r}; it must be none or one of {', '.join(known)}")
     try:
         get_scheduler(
             train.lr_scheduler_type,
@@ -150,16 +154,47 @@ def _package_problems(train: TrainArguments) -> Iterator[str]:
             yield f"optim {text_of(train.optim)} cannot be used: {str(error).strip()}"
 
 
+def _metric_problems(train: TrainArguments, datasets: Sequence[str]) -> list[str]:
+    """A metric of the best checkpoint that no evaluation measures: of each dataset there are several, of all one."""
+    metric = (train.metric_for_best_model or "loss").removeprefix("eval_")
+    measured = [f"{name}_{what}" for name in datasets for what in ("loss", "token_entropy", "average_entropy")]
+    if metric in ("loss", *measured) or any(metric.startswith(f"{name}_share_") for name in datasets):
+        return []
+    known = ", ".join(f"{name}_loss" for name in datasets)
+    return [f"metric_for_best_model is {train.metric_for_best_model!r}; it must be loss, or that of a dataset: {known}"]
+
+
 def _limits(
     model: ModelArguments, experts: ExpertConfig, router: RouterConfig, growth: GrowthConfig | None
 ) -> BaseLimits:
     """Make the pool on the base without weights, of which only the config is read; raises what does not fit it."""
-    outline = build_model(
-        replace(model, load_in_4bit=False),
-        replace(experts, num_experts=1),
-        router if growth is not None else replace(router, top_k=1),
-        bf16=False,
-        growth=growth,
-        load=load_base_without_weights,
-    )
+    try:
+        outline = build_model(
+            replace(model, load_in_4bit=False),
+            replace(experts, num_experts=1),
+            router if growth is not None else replace(router, top_k=1),
+            bf16=False,
+            growth=growth,
+            load=load_base_without_weights,
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"lora_r is {experts.lora_r:,}: one expert of that rank does not fit into this machine's memory"
+        ) from error
+    if growth is None:
+        needed = experts.num_experts * outline.experts[0].parameters * TRAINED_BYTES
+        if needed > memory_bytes():
+            raise UsageError(
+                f"num_experts is {experts.num_experts:,} and lora_r {experts.lora_r:,}: they take "
+                f"{needed / 1e9:,.0f} GB while they train, and this machine has {memory_bytes() / 1e9:,.0f} GB"
+            )
     return limits_of(outline.base)
+
+
+def memory_bytes() -> int:
+    """The memory of this machine's CPU and GPUs together."""
+    cpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = range(torch.cuda.device_count())
+    return cpu + sum(torch.cuda.get_device_properties(index).total_memory for index in gpus)

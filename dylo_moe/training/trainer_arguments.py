@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
@@ -113,6 +114,19 @@ class TrainArguments(TrainerOptions, TrainingArguments):  # type: ignore[misc]
             problems.append(f"max_steps is {steps!r}; it must be {COUNT}, or -1 to train num_train_epochs")
         if values.get("early_stopping_patience") is not None and text_of(values.get("eval_strategy", "")) == "no":
             problems.append("early_stopping_patience is given, but eval_strategy is no, so nothing is evaluated")
+        names = values.get("report_to") or []
+        known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+        for name in [names] if isinstance(names, str) else names:
+            if name not in (*known, "none", "all"):
+                problems.append(f"report_to is {name!r}; it must be none or one of {', '.join(known)}")
+        when, saved = (text_of(values.get(name, "")) for name in ("eval_strategy", "save_strategy"))
+        if values.get("load_best_model_at_end") and saved != "best" and when != saved:
+            problems.append(
+                f"load_best_model_at_end needs an evaluation at each checkpoint, but eval_strategy is {when} and "
+                f"save_strategy {saved}; give both the same value"
+            )
+        if saved == "best" and when == "no":
+            problems.append("save_strategy is best, but eval_strategy is no, so nothing is evaluated")
         if values.get("bf16") and values.get("fp16"):
             problems.append("bf16 and fp16 are both given; leave one of them out")
         elif values.get("fp16") and (values.get("use_cpu") or not has_gpu):

@@ -119,6 +119,13 @@ def test_values_of_other_trainers_are_understood(parser):
         parse_train(["--optim", "adamw"])
 
 
+def test_all_problems_of_a_command_line_come_in_one_message():
+    with pytest.raises(UsageError) as raised:
+        parse_train(["--learning_rte", "1", "--bf16", "stray", "--max_steps", "0", "--lora_r", "x", "--push-to-hub"])
+    for part in ("--learning_rte; did you mean", "'stray' belongs", "max_steps is 0", "lora_r is 'x'", "--push-to-hub"):
+        assert part in str(raised.value)
+
+
 def test_what_must_be_given_is_named_and_what_was_given_is_not():
     with pytest.raises(UsageError, match=r"^to is 'x'; it must be .*; --output must be given$"):
         parse_export(["RUN", "--to", "x"])
@@ -159,6 +166,11 @@ def test_a_recipe_holds_the_words_that_would_be_typed(tmp_path):
         ("seed: 1\nlr: 2\nnum_expert: 3\n", "line 2: there is no flag lr; here it is called learning_rate; line 3: "),
         ("seed: 1\nmodel: m\nseed: 2\n", "line 3: seed is there already, in line 1"),
         ("just text\n", "it is one value"),
+        ("num_experts: [1, 2]\nlora_r: x\n", "line 1: num_experts takes one value; line 2: lora_r is 'x'; it must be"),
+        ("datasets: [{path: cmake}]\n", "line 1: datasets takes words, separated by commas or as a list"),
+        ("model: {name: m}\n", "line 1: model takes one value, and no mapping"),
+        ("--model: m\n", "line 1: --model is written without dashes in a recipe"),
+        ("zq_zq: 1\n", "line 1: there is no flag zq_zq; --help lists the flags"),
         ("", "it is empty"),
     ],
 )

@@ -66,6 +66,11 @@ def said(tiny_folder, tmp_path, capsys, monkeypatch):
         ("--report_to mlflow", "report_to is mlflow, whose package is not installed: pip install mlflow"),
         ("--report_to nowhere", "report_to is 'nowhere'; it must be none or one of azure_ml"),
         ("--report_to wandb", "there is no key for Weights & Biases: run `wandb login`"),
+        ("--num_experts 99999999999", "num_experts is 99,999,999,999 and lora_r 4: they take"),
+        ("--lora_r 999999999999", "lora_r is 999,999,999,999: one expert of that rank does not fit"),
+        ("--metric_for_best_model foo", "'foo'; it must be loss, or that of a dataset: low_loss, high_loss"),
+        ("--load_best_model_at_end --eval_strategy no", "eval_strategy is no and save_strategy epoch; give both"),
+        ("--save_strategy best --eval_strategy no", "save_strategy is best, but eval_strategy is no"),
         ("--datasets cmak", "unknown dataset 'cmak'; the nearest known one is 'cmake'"),
         ("--datasets humaneval,cmake", "humaneval is for evaluation only, and never trained on"),
         ("--early_stopping_patience 2 --eval_strategy no", "eval_strategy is no, so nothing is evaluated"),
@@ -135,7 +140,8 @@ def test_a_stop_after_the_last_step_says_that_the_training_is_saved(tiny_folder,
 
     monkeypatch.setattr(train_run, "sample_of_each", stop)
     assert main(["train", *train_flags(tiny_folder, tmp_path / "out", "--max_steps", "2")]) == 128 + 15
-    assert f"is over and saved as {tmp_path / 'out' / 'checkpoint'}, but not evaluated" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"is over and saved as {tmp_path / 'out' / 'checkpoint'}; evaluate it with: " in error
     assert (tmp_path / "out" / "checkpoint" / "dylora.json").is_file()
 
 

@@ -34,7 +34,7 @@ from dylo_moe.report.terminal import show_data, show_loss
 from dylo_moe.training.build import build_model, check_start, start_router
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.finished import LOSSES_AFTER, keep_earlier_result, nothing_left
-from dylo_moe.training.fit import evaluate, removed_unless_trained, resume_log, train_to_end
+from dylo_moe.training.fit import command, evaluate, removed_unless_trained, resume_log, train_to_end
 from dylo_moe.training.plots import write_plots
 from dylo_moe.training.preflight import check_before_reading, check_rows
 from dylo_moe.training.resume import check_same_data
@@ -352,7 +352,8 @@ def save_result(run: TrainingRun, trainer: DyLoRATrainer, started: float) -> Pat
         after = evaluate(trainer, "after training")
         samples = sample_of_each(run)
     except Stopped as stopped:
-        raise Stopped(stopped.signal, f"the training is over and saved as {final}, but not evaluated") from stopped
+        next_command = f"evaluate it with: {command()} eval {final}"
+        raise Stopped(stopped.signal, f"the training is over and saved as {final}; {next_command}") from stopped
     if distributed.is_first():
         before = run.record["losses_before"]
         losses = {"before": before, "after": {name: reading.loss for name, reading in after.items()}}
