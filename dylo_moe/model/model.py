@@ -115,6 +115,7 @@ class DyLoRAMoE(RoutedForward):
         model = cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient)
         if allow_expert_growth:
             model.enable_growth(growth)
+        LOGGER.info("%s has %s, on %s", cls.__name__, counted(len(names), "expert"), base.name_or_path or "its base")
         return model
 
     # The experts.
@@ -170,6 +171,7 @@ class DyLoRAMoE(RoutedForward):
     def mature(self, name: str) -> None:
         """An expert is done learning beside the others; with no nascent one left, routing is sparse."""
         self._pool[name].mature = True
+        LOGGER.info("expert %s is mature: it routes as the others do", name)
 
     def remove_expert(self, name: str) -> list[str]:
         """Delete an expert, its gate row and its skills in the library; the others stay bit for bit.

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import functools
+import logging
 import math
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from reference.tiny import force_path, padded, tiny_moe, tokens
+from reference.tiny import force_path, padded, tiny_base, tiny_moe, tokens
 
 NAMES = ("a", "b", "c", "d")
 MODES = {"top 1": {"top_k": 1}, "top 2": {"top_k": 2}, "nascent": {"top_k": 1, "temperature": 0.7}}
@@ -220,3 +221,13 @@ def test_an_expert_and_its_double_are_the_expert_alone(laws, path, seed, lengths
     law = "an expert and its double are the expert alone"
     laws.equal(law, both.routing.weights[real], torch.tensor([0.0, 0.5, 0.0, 0.5]).expand(int(real.sum()), 4))
     laws.close(law, both.logits[real], alone.logits[real], atol=1e-5)
+
+
+def test_what_happens_to_a_pool_is_logged(caplog):
+    caplog.set_level(logging.INFO, "dylo_moe")
+    model = DyLoRAMoE.from_base(tiny_base("llama"), num_experts=2)
+    model.add_expert("sql")
+    model.mature("sql")
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("dylo_moe.")]
+    assert said[0].startswith("DyLoRAMoE has 2 experts, on ")
+    assert said[-1] == "expert sql is mature: it routes as the others do"
