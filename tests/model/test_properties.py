@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference.tiny import force_path, padded, tiny_base, tiny_moe, tokens
 
+from dylo_moe import DyLoRAMoE
+
 NAMES = ("a", "b", "c", "d")
 MODES = {"top 1": {"top_k": 1}, "top 2": {"top_k": 2}, "nascent": {"top_k": 1, "temperature": 0.7}}
 FAMILIES_DRAWN = ["llama", "gemma3"]
