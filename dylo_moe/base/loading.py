@@ -72,6 +72,7 @@ def load_base_without_weights(
     name: str,
     *,
     dtype: torch.dtype | str,
+    revision: str | None = None,
     read_config: Callable[[str], PretrainedConfig] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -79,13 +80,14 @@ def load_base_without_weights(
 
     Args:
         dtype: "auto": what the config says, else fp32.
+        revision: as in `load_base`; only without `read_config`.
         read_config: gives the config of the base; None: `load_config`.
         options: passed on to `AutoModelForCausalLM.from_config`, for example `attn_implementation`.
 
     Raises:
         BaseUnavailableError: as `load_base`.
     """
-    config = (read_config or load_config)(name)
+    config = load_config(name, revision=revision) if read_config is None else read_config(name)
     stored = config.dtype or torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=stored if isinstance(dtype, str) else dtype, **options)
@@ -111,9 +113,9 @@ def four_bit(compute_dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def load_config(name: str) -> PretrainedConfig:
+def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
     """Load the config of the base `name`, without weights. Raises: as `load_base`."""
-    return _load(AutoConfig, name, None, {})
+    return _load(AutoConfig, name, revision, {})
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

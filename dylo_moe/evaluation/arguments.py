@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dylo_moe.evaluation.names import BENCHMARKS, STYLES
 from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, SANDBOXES, Limits
+from dylo_moe.utils.checks import COUNT, PERCENT, POSITIVE, SEED, Range, range_problems
 
 LOSSES = "losses"
 
@@ -23,6 +24,17 @@ ONLY_FOR_SAMPLES = ("temperature", "top_p", "k")
 ONLY_FOR_CODE = (  # noqa: SIM905
     "prompt num_samples limit max_new_tokens export allow_code_execution sandbox timeout_seconds memory_mib"
 ).split() + list(ONLY_FOR_SAMPLES)
+
+RANGES = {
+    "num_samples": Range(0, is_whole=True),
+    "temperature": POSITIVE,
+    "top_p": Range(0, is_open=True, most=1),
+    "limit": COUNT,
+    "batch_size": COUNT,
+    "max_new_tokens": COUNT,
+    "seed": SEED,
+    "eval_subset": PERCENT,
+}
 
 
 @dataclass
@@ -48,7 +60,9 @@ class EvalArguments:
         },
     )
     num_samples: int = field(default=0, metadata={"help": "Samples of each problem, besides the greedy answer."})
-    temperature: float = field(default=0.8, metadata={"help": "Temperature of the sampling."})
+    temperature: float = field(
+        default=0.8, metadata={"help": "Temperature of the sampling; the greedy answer is always generated too."}
+    )
     top_p: float = field(
         default=0.95, metadata={"help": "Sample from the smallest set of tokens with this probability."}
     )
@@ -80,9 +94,7 @@ class EvalArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "Where results are written; default: evaluation/, beside the checkpoint."}
     )
-    export: str | None = field(
-        default=None, metadata={"help": "Also write the samples in this form: evalplus.", "choices": [EVALPLUS]}
-    )
+    export: str | None = field(default=None, metadata={"help": "Also write the samples in this form: evalplus."})
     allow_code_execution: bool = field(
         default=False,
         metadata={"help": "Run what the model writes, each program in isolation. humaneval and mbpp need it."},
@@ -103,18 +115,9 @@ class EvalArguments:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             problems.append(f"tasks is {', '.join(unknown) or 'empty'}; it must be some of {', '.join(TASKS)}")
-        for name in ("batch_size", "max_new_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} is {value}; it must be at least 1")
-        if self.num_samples < 0:
-            problems.append(f"num_samples is {self.num_samples}; it must be at least 0")
-        if not self.temperature > 0:
-            problems.append(
-                f"temperature is {self.temperature}; it must be above 0 (the greedy answer is always generated too)"
-            )
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        problems += range_problems(vars(self), RANGES)
+        if self.export not in (None, EVALPLUS):
+            problems.append(f"export is {self.export!r}; it must be {EVALPLUS}, or be left out")
         bad = [k for k in self.k if not k.isdigit() or not 1 <= int(k) <= max(self.num_samples, 1)]
         if bad:
             problems.append(f"k is {', '.join(bad)}; it must be 1 to num_samples, which is {self.num_samples}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.data.collator import Collator
-from dylo_moe.evaluation.held_out import HeldOut, held_out
+from dylo_moe.evaluation.held_out import HeldOut
 from dylo_moe.evaluation.intervals import Interval, percentile_interval, resampled_means
 from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
@@ -96,6 +95,7 @@ def measure(
     *,
     batch_size: int,
     screen: Screen | None = None,
+    what: str = "the model",
 ) -> Losses:
     """Measure the loss of every held-out row, with the model's current routing. The model is left as it was.
 
@@ -104,6 +104,7 @@ def measure(
         tokenizer: the tokenizer of the model's base.
         batch_size: the number of rows in one forward; rows are sorted by length, so that little is padding.
         screen: where progress is shown; None: it is not shown.
+        what: what is measured, such as "the base", in the line about the progress.
 
     Raises:
         ValueError: for a loss that is not finite, naming the dataset.
@@ -114,7 +115,7 @@ def measure(
         for name, rows in held.rows.items():
             order = np.argsort(np.asarray(rows["length"]), kind="stable")
             sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-            title = f"evaluating {name}, in held-out rows"
+            title = f"evaluating {what} on {name}, in held-out rows"
             with nullcontext(_say_nothing) if screen is None else screen.counting(title, len(rows)) as advance:
                 for start in range(0, len(rows), batch_size):
                     places = order[start : start + batch_size]
@@ -255,11 +256,8 @@ def from_json(content: Mapping[str, Any]) -> Losses:
 def run_losses(
     model: DyLoRAMoE,
     tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Path,
+    held: HeldOut,
     *,
-    datasets: list[str] | None,
-    data_dir: str | None,
-    eval_subset: float | None,
     batch_size: int,
     expert: str | None,
     seed: int,
@@ -269,21 +267,24 @@ def run_losses(
     them.
 
     Args:
-        model: the model as loaded from `checkpoint`.
-        datasets, data_dir, eval_subset: the arguments of `held_out`.
+        tokenizer: the tokenizer of the model's base.
+        held: the held-out rows.
         batch_size: the number of rows in one forward.
         expert: the expert that every token is sent to, or "base" for the unchanged base; None: the router decides.
-        seed: the seed of the resampling, and of the split if the checkpoint has none.
+        seed: the seed of the resampling.
         screen: where progress is shown.
 
     Raises:
-        ValueError: for an unknown expert, and as `held_out` and `measure` do.
+        ValueError: for an unknown expert, and as `measure` does.
     """
-    held = held_out(checkpoint, tokenizer, datasets=datasets, data_dir=data_dir, eval_subset=eval_subset, seed=seed)
     with nullcontext() if expert is None else model.route_to(None if expert == BASE else expert):
-        ours = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
+        what = {None: "the model", BASE: "the base"}.get(expert, expert)
+        ours = measure(model, held, tokenizer, batch_size=batch_size, screen=screen, what=str(what))
     with model.route_to(None):
-        base = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
+        is_same = expert == BASE
+        base = (
+            ours if is_same else measure(model, held, tokenizer, batch_size=batch_size, screen=screen, what="the base")
+        )
     found = {
         "model": estimates([ours], seed=seed),
         "base": estimates([base], seed=seed),

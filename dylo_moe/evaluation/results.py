@@ -13,7 +13,7 @@ from dylo_moe.evaluation.samples import SampleFile
 from dylo_moe.utils.atomic_files import write_json, write_whole
 from dylo_moe.utils.differences import Difference, differences
 from dylo_moe.utils.file_names import MANIFEST
-from dylo_moe.utils.settings_folder import Settings, take_folder
+from dylo_moe.utils.settings_folder import Settings, check_folder, take_folder
 
 RESULTS_FILE = "results.json"
 
@@ -63,13 +63,44 @@ def evaluation_settings(checkpoint: Path, options: EvalArguments, *, bf16: bool,
     return settings
 
 
-def take_evaluation_folder(folder: Path, settings: Settings) -> None:
-    """Make the folder of a new evaluation, or check that the one in it can be resumed, and save its settings.
+def check_evaluation_folder(folder: Path, settings: Settings) -> None:
+    """Check that an evaluation with these settings can begin in a folder, or go on there; nothing is written.
+
+    Settings of tasks of which nothing was measured yet do not count: that evaluation failed, or was refused.
 
     Raises:
         ValueError: if it holds something else, or an evaluation with other settings; each difference is named.
     """
-    take_folder(folder, settings, what="evaluation", changes=_changes, merge=_merge)
+    check_folder(folder, settings, **_rules(folder))
+
+
+def take_evaluation_folder(folder: Path, settings: Settings) -> None:
+    """Make the folder of an evaluation and save its settings, after `check_evaluation_folder`."""
+    take_folder(folder, settings, **_rules(folder))
+
+
+def _rules(folder: Path) -> dict[str, Any]:
+    measured = _measured(folder)
+
+    def bound(before: Settings) -> Settings:
+        return {group: values for group, values in before.items() if group in measured}
+
+    return {
+        "what": "evaluation",
+        "changes": lambda before, now: _changes(bound(before), now),
+        "merge": lambda before, now: _merge(bound(before), now),
+    }
+
+
+def _measured(folder: Path) -> set[str]:
+    """The groups of settings with which something in a folder was measured."""
+    groups = {LOSSES} if LOSSES in read_results(folder) else set()
+    answers = [file.name for file in folder.glob("*.jsonl") if file.stat().st_size]
+    if answers:
+        groups |= {"code", "problems"}
+    if any("sampled" in name for name in answers):
+        groups.add("sampled")
+    return groups | {"model"} if groups else groups
 
 
 def _changes(before: Settings, now: Settings) -> list[Difference]:

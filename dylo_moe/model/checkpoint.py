@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,61 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
     if problems:
         raise CheckpointError(f"checkpoint {folder} is not whole: " + "; ".join(problems))
     return manifest
+
+
+def expert_problem(manifest: dict[str, Any], expert: str | None, *, or_base: bool = True) -> str | None:
+    """What is wrong with the name of an expert, before any weights are read; None: nothing, or no name is given.
+
+    Args:
+        manifest: what `read_manifest` returned.
+        or_base: whether `base`, the unchanged model, may be named too.
+    """
+    names = [entry["name"] for entry in manifest["experts"]]
+    if expert is None or expert in names or (or_base and expert == BASE):
+        return None
+    more = f", and {BASE} is the unchanged model" if or_base else ""
+    return f"expert is {expert!r}; the checkpoint has {', '.join(names)}{more}"
+
+
+def manifest_or_problem(
+    path: str | os.PathLike[str], problems: Sequence[str], *, expert: str | None = None, or_base: bool = True
+) -> dict[str, Any]:
+    """The verified manifest of a checkpoint for a command that has checked its flags and loads weights next.
+
+    Args:
+        path: the checkpoint's folder.
+        problems: what is wrong with the flags.
+        expert, or_base: the arguments of `expert_problem`.
+
+    Raises:
+        ValueError: where there are problems, the checkpoint cannot be read, or it has no such expert; one message holds
+            all of them.
+    """
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        if not problems:
+            raise
+        raise ValueError("; ".join([*problems, str(error)])) from error
+    unknown = expert_problem(manifest, expert, or_base=or_base)
+    if problems or unknown:
+        raise ValueError("; ".join([*problems, *([unknown] if unknown else [])]))
+    return manifest
+
+
+def named_base(path: str | os.PathLike[str], manifest: dict[str, Any]) -> tuple[str, str | None]:
+    """The name and the revision of a checkpoint's base.
+
+    Args:
+        path: the checkpoint's folder, for the message.
+
+    Raises:
+        CheckpointError: for a checkpoint whose base had no name.
+    """
+    base = manifest["base"]
+    if not base["id"]:
+        raise CheckpointError(f"checkpoint {path} does not name its base, so only Python can load it: pass base=")
+    return base["id"], base["revision"]
 
 
 def _file_problems(folder: Path, files: dict[str, tuple[str, int]], *, strict: bool) -> list[str]:

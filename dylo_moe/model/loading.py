@@ -29,6 +29,7 @@ from dylo_moe.model.checkpoint import (
     ROUTER_FILE,
     CheckpointError,
     checkpoint_in,
+    named_base,
     plain_config,
     read_manifest,
 )
@@ -49,10 +50,8 @@ def load_checkpoint(
     folder = checkpoint_in(path)
     manifest = read_manifest(folder)
     if base is None:
-        base = manifest["base"]["id"]
-        if not base:
-            raise CheckpointError(f"checkpoint {folder} does not name its base; pass base=")
-        kwargs.setdefault("revision", manifest["base"]["revision"])
+        base, revision = named_base(folder, manifest)
+        kwargs.setdefault("revision", revision)
         if manifest["base"].get("quantization") is not None:
             kwargs.setdefault("quantization_config", manifest["base"]["quantization"])
     if isinstance(base, str):

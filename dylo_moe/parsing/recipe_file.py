@@ -22,8 +22,9 @@ def recipe_file(name: str) -> Path:
         return path
     shipped = shipped_recipes()
     if name not in shipped:
+        lack = "it is a folder, not a file" if path.is_dir() else "there is no such file"
         raise UsageError(
-            f"recipe {name} cannot be read: there is no such file, and no recipe of that name; "
+            f"recipe {name} cannot be read: {lack}, and no recipe has that name; "
             f"those that come with dylora are {', '.join(shipped)}"
         )
     return shipped[name]

@@ -18,17 +18,22 @@ class Range(NamedTuple):
     """Whether `least` itself is too small."""
     is_whole: bool = False
     """Whether only whole numbers count."""
+    most: float = math.inf
+    """The largest number that is not too large."""
 
-    def holds(self, value: object) -> bool:
+    def holds(self, value: Any) -> bool:
         """Whether a value is one of these numbers."""
-        if not is_number(value) or not math.isfinite(value) or (self.is_whole and value != int(value)):  # type: ignore[arg-type, call-overload]
+        if not is_number(value) or not math.isfinite(value) or (self.is_whole and value != int(value)):
             return False
-        return (value > self.least if self.is_open else value >= self.least) and value < self.below  # type: ignore[operator]
+        return (
+            (value > self.least if self.is_open else value >= self.least) and value < self.below and value <= self.most
+        )
 
     def __str__(self) -> str:
         kind = "a whole number" if self.is_whole else "a finite number"
         lower = f"above {self.least:g}" if self.is_open else f"of at least {self.least:g}"
-        return f"{kind} {lower}" + (f" and below {self.below:,}" if math.isfinite(self.below) else "")
+        uppers = {"below": self.below, "at most": self.most}
+        return f"{kind} {lower}" + "".join(f" and {how} {bound:,}" for how, bound in uppers.items() if bound < math.inf)
 
 
 COUNT = Range(1, is_whole=True)
@@ -38,6 +43,11 @@ POSITIVE = Range(0, is_open=True)
 NOT_NEGATIVE = Range(0)
 
 SHARE_BELOW_ONE = Range(0, below=1)
+
+PERCENT = Range(0, is_open=True, most=100)
+
+SEED = Range(0, below=2**32, is_whole=True)
+"""The seeds that every library here takes; NumPy's must be below 2**32."""
 
 
 def range_problems(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> list[str]:

@@ -28,7 +28,7 @@ def refuse_foreign(folder: Path, *, what: str, beside: Sequence[str] = ()) -> No
         raise ValueError(f"output_dir {folder} is not empty, and holds no {what}; choose a new one")
 
 
-def take_folder(
+def check_folder(
     folder: Path,
     settings: Settings,
     *,
@@ -36,27 +36,36 @@ def take_folder(
     changes: Callable[[Settings, Settings], list[Difference]],
     merge: Callable[[Settings, Settings], Settings],
     beside: Sequence[str] = (),
-) -> None:
-    """Write the settings of some work into its folder, or check that they are those with which it was begun.
+) -> Settings:
+    """Check that some work can begin in a folder with these settings, or go on with them; nothing is written.
 
     Args:
         what, beside: the arguments of `refuse_foreign`.
         changes: given the settings in the folder and those of now, returns those that differ but must not.
         merge: given the same, returns the settings that the folder has from now on.
 
+    Returns:
+        The settings that the folder has from now on.
+
     Raises:
         ValueError: for a folder that holds something else, or was begun with other settings; each of them is named.
     """
     refuse_foreign(folder, what=what, beside=beside)
     path = folder / SETTINGS_FILE
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = changes(before, settings)
-        if changed:
-            raise ValueError(
-                f"the {what} in {folder} has other settings: {in_words(changed)}. Give the same ones to resume it, "
-                "or a new --output_dir"
-            )
-        settings = merge(before, settings)
+    if not path.is_file():
+        return settings
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = changes(before, settings)
+    if changed:
+        raise ValueError(
+            f"the {what} in {folder} has other settings: {in_words(changed)}. Give the same ones to resume it, "
+            "or a new --output_dir"
+        )
+    return merge(before, settings)
+
+
+def take_folder(folder: Path, settings: Settings, **how: Any) -> None:
+    """Write the settings of some work into its folder, after `check_folder` with the same arguments."""
+    settings = check_folder(folder, settings, **how)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    write_json(folder / SETTINGS_FILE, settings)

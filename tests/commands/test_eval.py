@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from reference.exams import NUM_TASKS, checkpoint_and_mirror, lines_of
 from reference.paths import ROOT
-from reference.texts import CHAT, PLAIN
+from reference.texts import CHAT, PLAIN, write_rows
 from reference.tiny import tiny_moe, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -445,9 +446,17 @@ def test_other_settings_do_not_mix_with_what_is_there(places, tmp_path, capsys):
         ((*CODE, "humaneval", "--num_samples", "5", "--k", "1,10"), "k is 10; it must be 1 to num_samples, which is 5"),
         (
             (*CODE, "humaneval", "--limit", "0", "--batch_size", "0"),
-            "batch_size is 0; it must be at least 1; limit is 0",
+            "limit is 0; it must be a whole number of at least 1; batch_size is 0",
         ),
-        ((*CODE, "humaneval", "--num_samples", "2", "--temperature", "0"), "temperature is 0.0; it must be above 0"),
+        (
+            (*CODE, "humaneval", "--num_samples", "2", "--temperature", "0"),
+            "temperature is 0.0; it must be a finite number above 0",
+        ),
+        (
+            ("--seed", "-1", "--eval_subset", "nan"),
+            "seed is -1; it must be a whole number of at least 0 and below 4,294,967,296; eval_subset is nan",
+        ),
+        ((*CODE, "humaneval", "--export", "y"), "export is 'y'; it must be evalplus, or be left out"),
         ((*CODE, "humaneval", "--timeout_seconds", "-1"), "timeout_seconds is -1.0"),
         ((*CODE, "humaneval", "--num_sample", "2"), "there is no flag --num_sample; did you mean --num_samples?"),
     ],
@@ -469,4 +478,24 @@ def test_pass_at_k_is_of_what_num_samples_allows():
 def test_an_expert_that_is_not_there_is_refused(places, tmp_path, capsys):
     assert main(words(places, tmp_path / "out", *CODE, "humaneval", "--expert", "nobody")) == 2
     assert "expert is 'nobody'; the checkpoint has expert_0, expert_1" in capsys.readouterr().err
+    assert main(words(places, tmp_path / "out", *CODE, "humaneval", "--expert", "nobody", "--limit", "0")) == 2
+    assert re.search("limit is 0; .*; expert is 'nobody'", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_evaluation_binds_no_later_one(places, tmp_path, capsys, monkeypatch):
+    """Data that is not there is told before anything is written, and settings with which nothing was measured do not
+    count: those of answers that failed, beside losses that did not."""
+    folder, text = tmp_path / "out", write_rows(tmp_path / "mine.jsonl", [{"text": f"w{i} w1"} for i in range(40)])
+    losses = ["eval", str(places[0]), "--output_dir", str(folder), "--batch_size", "4", "--datasets"]
+    assert main([*losses, "nope"]) == 2
+    assert "unknown dataset 'nope'" in capsys.readouterr().err and not folder.exists()
+    monkeypatch.setattr("dylo_moe.commands.eval.run.run_exam", lambda *args: 1 / 0)
+    both = words(places, folder, *CODE, "losses,humaneval", "--sandbox", "rlimits_only", "--datasets", text)
+    assert main([*both, "--limit", "2"]) == 1
+    monkeypatch.setattr("dylo_moe.commands.eval.run.run_exam", lambda *args: None)
+    assert main([*both, "--limit", "1"]) == 0
+    assert json.loads((folder / "settings.json").read_text())["losses"]["datasets"] == [text]
+    capsys.readouterr()
+    assert main([*losses, text, "--eval_subset", "50"]) == 2
+    assert "eval_subset is 50.0, was None" in capsys.readouterr().err

@@ -240,14 +240,14 @@ def test_the_default_rows_are_those_of_the_run(trained):
 
 def test_the_command_shows_the_base_beside_the_model(trained, capsys):
     model, tokenizer = loaded(trained)
-    options = {"datasets": None, "data_dir": None, "eval_subset": None, "batch_size": 8, "seed": 0}
-    checkpoint = trained / "run" / "checkpoint"
-    found = run_losses(model, tokenizer, checkpoint, **options, expert=None, screen=Screen("eval"))
+    options = {"batch_size": 8, "seed": 0, "screen": Screen("eval")}
+    held = held_out(trained / "run" / "checkpoint", tokenizer)
+    found = run_losses(model, tokenizer, held, **options, expert=None)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for name, item in found["difference"]["datasets"].items():
         sides = [found[side]["datasets"][name]["value"] for side in ("model", "base")]
         assert item["value"] == pytest.approx(sides[0] - sides[1], abs=1e-9)
-    base = run_losses(model, tokenizer, checkpoint, **options, expert="base", screen=Screen("eval"))
+    base = run_losses(model, tokenizer, held, **options, expert="base")
     assert base["difference"]["mean"]["value"] == 0.0 and base["model"] == base["base"] == found["base"]
     alone = measure_plain_base(trained, tokenizer)
     assert {name: item["value"] for name, item in base["base"]["datasets"].items()} == pytest.approx(alone, rel=1e-5)

@@ -112,7 +112,18 @@ def test_every_flag_of_the_trainer_that_a_help_shows_has_a_text():
             "dylora generate: --checkpoint must be given (usage: dylora generate --checkpoint FOLDER --prompt TEXT "
             "[--FLAG VALUE ...])",
         ),
-        (["data", "list", "x"], "dylora data: unrecognized arguments: x (usage: dylora data list)"),
+        (
+            ["generate", "RUN", "two words", "--max_new_tokens", "1e3", "--temperature", "hot"],
+            "dylora generate: 'RUN', 'two words' belong to no flag: type --checkpoint RUN --prompt 'two words'; "
+            "max_new_tokens is '1e3'; it must be a whole number; temperature is 'hot'; it must be a number (usage: "
+            "dylora generate --checkpoint FOLDER --prompt TEXT [--FLAG VALUE ...])",
+        ),
+        (
+            ["generate", "--model", "RUN"],
+            "dylora generate: there is no flag --model; here it is called --checkpoint; --checkpoint and --prompt must "
+            "be given (usage: dylora generate --checkpoint FOLDER --prompt TEXT [--FLAG VALUE ...])",
+        ),
+        (["data", "list", "x"], "dylora data: 'x' belongs to no flag (usage: dylora data list)"),
     ],
     ids=" ".join,
 )

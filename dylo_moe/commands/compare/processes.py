@@ -103,8 +103,6 @@ def run_program(words: Sequence[str], *, log: Path, title: str, screen: Screen) 
 
 def _watch(process: subprocess.Popen[bytes], log: Path, start: int, title: str, screen: Screen) -> None:
     shown, told = "", time.monotonic()
-    if not screen.is_live:
-        screen.say(title)
     with screen.status(title) as status:
         while process.poll() is None:
             time.sleep(0.2)

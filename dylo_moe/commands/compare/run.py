@@ -211,7 +211,7 @@ def measure_losses(
     tokenizer = load_tokenizer(str(model.base_id), revision=model.base_revision)
     held = held_out(checkpoint, tokenizer) if held is None else held
     with model.route_to(None) if place.arm == BASE_ARM else nullcontext():
-        losses = measure(model, held, tokenizer, batch_size=request.batch_size, screen=screen)
+        losses = measure(model, held, tokenizer, batch_size=request.batch_size, screen=screen, what=place.title)
     place.losses.parent.mkdir(exist_ok=True)
     write_json(place.losses, {"of": identity(place), "losses": to_json(losses)})
     total, count = (sum(sum(getattr(item, name)) for item in losses.values()) for name in ("sums", "tokens"))

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from dylo_moe.commands.eval.arguments import EVAL_LINE
 from dylo_moe.evaluation.arguments import LOSSES, ONLY_FOR_CODE, ONLY_FOR_LOSSES, ONLY_FOR_SAMPLES, EvalArguments
-from dylo_moe.parsing.parser import build_parser, parse_with_checkpoint
+from dylo_moe.parsing.known_expert import parse_with_expert
+from dylo_moe.parsing.parser import build_parser
 from dylo_moe.utils.errors import UsageError
 
 
@@ -26,7 +27,7 @@ def parse_eval(argv: Sequence[str]) -> EvalRequest:
         UsageError: for a missing checkpoint, an unknown flag, a value out of range, a flag that would have no effect,
             or tasks that run code without --allow_code_execution.
     """
-    checkpoint, options, given = parse_with_checkpoint(argv, build_parser(EVAL_LINE))
+    checkpoint, options, given = parse_with_expert(argv, build_parser(EVAL_LINE))
     check_given(options, given)
     check_leave(options)
     return EvalRequest(checkpoint, options)
@@ -35,17 +36,20 @@ def parse_eval(argv: Sequence[str]) -> EvalRequest:
 def check_given(options: EvalArguments, given: set[str]) -> None:
     """Raise UsageError for flags that would have no effect on the chosen tasks."""
     known = {item.name for item in fields(EvalArguments)}
-    reasons = []
+    reasons: list[tuple[set[str], str]] = []
     if LOSSES not in options.tasks:
         reasons.append((given & set(ONLY_FOR_LOSSES), f"tasks is {','.join(options.tasks)}, without losses"))
     if not options.benchmarks:
         reasons.append((given & set(ONLY_FOR_CODE), f"tasks is {','.join(options.tasks)}, which runs no code"))
     elif not options.num_samples:
         reasons.append((given & set(ONLY_FOR_SAMPLES), "num_samples is 0, so nothing is sampled"))
-    for names, reason in reasons:
-        if names & known:
-            flags = ", ".join(f"--{name}" for name in sorted(names))
-            raise UsageError(f"{flags} would change nothing: {reason}")
+    idle = [
+        f"{', '.join(f'--{name}' for name in sorted(names))} would change nothing: {reason}"
+        for names, reason in reasons
+        if names & known
+    ]
+    if idle:
+        raise UsageError("; ".join(idle))
 
 
 def check_leave(options: EvalArguments) -> None:

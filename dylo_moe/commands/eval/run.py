@@ -16,6 +16,7 @@ from dylo_moe.commands.eval.request import EvalRequest
 from dylo_moe.evaluation.answers import Decoding
 from dylo_moe.evaluation.arguments import LOSSES, EvalArguments
 from dylo_moe.evaluation.benchmark import Benchmark, files_of, run_benchmark
+from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import run_losses, show_losses
 from dylo_moe.evaluation.names import CHAT, COMPLETION, HUMANEVAL, MBPP
 from dylo_moe.evaluation.problems import Problem, load_examples, load_problems, problems_digest
@@ -23,6 +24,7 @@ from dylo_moe.evaluation.prompts import Asking, check_chat
 from dylo_moe.evaluation.results import (
     RESULTS_FILE,
     add_result,
+    check_evaluation_folder,
     evaluation_folder,
     evaluation_settings,
     export_evalplus,
@@ -31,7 +33,7 @@ from dylo_moe.evaluation.results import (
 )
 from dylo_moe.evaluation.samples import SampleFile
 from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
-from dylo_moe.model.checkpoint import read_manifest
+from dylo_moe.model.checkpoint import expert_problem, named_base, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.eval_tables import TITLES, live_rate, show_example, show_results
 from dylo_moe.routing.config import BASE
@@ -57,7 +59,8 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     transformers_logging.disable_progress_bar()
     screen, options, checkpoint = Screen("eval"), request.options, Path(request.checkpoint)
     manifest = read_manifest(checkpoint)
-    check_expert(manifest, options.expert)
+    if problem := expert_problem(manifest, options.expert):
+        raise ValueError(problem)
     trained = (manifest.get("training") or {}).get("settings", {})
     sandbox = open_sandbox(options.sandbox, options.limits) if options.benchmarks else None
     exams = [read_exam(name, options) for name in options.benchmarks]
@@ -67,18 +70,34 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     if exams:
         settings["problems"] = {exam.asking.benchmark: problems_digest(exam.problems) for exam in exams}
     folder = evaluation_folder(checkpoint, options)
-    take_evaluation_folder(folder, settings)
+    check_evaluation_folder(folder, settings)
+    base, revision = named_base(checkpoint, manifest)
+    tokenizer = load_tokenizer(base, revision=revision)
+    if exams and options.prompt == CHAT:
+        check_chat(tokenizer)
+    held = None
+    if LOSSES in options.tasks and LOSSES not in read_results(folder):
+        held = read_held_out(checkpoint, tokenizer, options)  # before the model, which takes longer, is loaded
     say_trained_on(screen, trained, options)
     model = DyLoRAMoE.from_pretrained(str(checkpoint), dtype=torch.bfloat16 if bf16 else "auto").eval()
     if model.device.type != device:
         model.to(device)
-    tokenizer = load_tokenizer(str(model.base_id), revision=model.base_revision)
-    if exams and options.prompt == CHAT:
-        check_chat(tokenizer)
-    if LOSSES in read_results(folder) and LOSSES in options.tasks:
-        screen.say(f"losses were already measured: {folder / RESULTS_FILE}")
+    if held is not None:
+        losses = run_losses(
+            model,
+            tokenizer,
+            held,
+            batch_size=options.batch_size,
+            expert=options.expert,
+            seed=options.seed,
+            screen=screen,
+        )
+        take_evaluation_folder(folder, settings)
+        add_result(folder, (LOSSES,), losses)
     elif LOSSES in options.tasks:
-        add_result(folder, (LOSSES,), evaluate_losses(screen, model, tokenizer, checkpoint, options))
+        screen.say(f"losses were already measured: {folder / RESULTS_FILE}")
+    if exams:
+        take_evaluation_folder(folder, settings)
     if LOSSES in options.tasks:
         show_losses(screen, read_results(folder)[LOSSES])
     for exam in exams:
@@ -88,15 +107,6 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     show_results(screen, read_results(folder))
     screen.file("results", folder / RESULTS_FILE)
     return folder
-
-
-def check_expert(manifest: dict[str, Any], expert: str | None) -> None:
-    """Raise ValueError for an expert that the checkpoint does not have."""
-    names = [entry["name"] for entry in manifest["experts"]]
-    if expert is not None and expert not in (BASE, *names):
-        raise ValueError(
-            f"expert is {expert!r}; the checkpoint has {', '.join(names)}, and {BASE} is the unchanged model"
-        )
 
 
 @contextmanager
@@ -132,21 +142,15 @@ def say_trained_on(screen: Screen, trained: dict[str, Any], options: EvalArgumen
         screen.note(note)
 
 
-def evaluate_losses(
-    screen: Screen, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, options: EvalArguments
-) -> dict[str, Any]:
-    """Measure the held-out losses of a checkpoint; returns them as JSON values."""
-    return run_losses(
-        model,
-        tokenizer,
+def read_held_out(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, options: EvalArguments) -> HeldOut:
+    """Read the held-out rows that the flags name. Raises ValueError where they are not available."""
+    return held_out(
         checkpoint,
+        tokenizer,
         datasets=options.datasets or None,
         data_dir=options.data_dir,
         eval_subset=options.eval_subset,
-        batch_size=options.batch_size,
-        expert=options.expert,
         seed=options.seed,
-        screen=screen,
     )
 
 

@@ -46,11 +46,11 @@ def make_parser(command: str) -> PlainParser:
     example = {"remove": " expert_0 --output less", "refit": " --output refitted"}.get(command, "")
     text = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
     parser = PlainParser(prog, f"CHECKPOINT{more}", text, [f"{prog} runs/skills/checkpoint{example}"])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A checkpoint: the folder that holds dylora.json.")
+    parser.add_word("checkpoint", metavar="CHECKPOINT", help="A run's folder, or the folder that holds dylora.json.")
     if command == "remove":
-        parser.add_argument("name", metavar="EXPERT", help="The expert to remove.")
-        parser.add_argument("--output", required=True, help="A new folder for the checkpoint without it.")
+        parser.add_word("name", metavar="EXPERT", help="The expert to remove.")
+        parser.add_flag("--output", is_needed=True, help="A new folder for the checkpoint without it.")
     if command == "refit":
-        parser.add_argument("--output", help="A new folder for the refitted checkpoint; without it nothing is written.")
-        parser.add_argument("--seed", type=int, default=0, help="Seed of the draws from the skills' statistics.")
+        parser.add_flag("--output", help="A new folder for the refitted checkpoint; without it nothing is written.")
+        parser.add_flag("--seed", kind=int, default=0, help="Seed of the draws from the skills' statistics.")
     return parser

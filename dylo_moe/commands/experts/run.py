@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dylo_moe.continual.growth import GateRows
-from dylo_moe.model.checkpoint import read_manifest
+from dylo_moe.model.checkpoint import manifest_or_problem, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.routing.config import BASE
+from dylo_moe.utils.checks import SEED, range_problems
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
 
@@ -45,7 +46,9 @@ def list_experts(checkpoint: str) -> None:
 
 def remove_expert(checkpoint: str, name: str, output: str) -> None:
     """Write a checkpoint without one expert, its gate row and its skills; the other experts stay bit-equal."""
-    check_output(output)
+    manifest = manifest_or_problem(checkpoint, output_problems(output), expert=name, or_base=False)
+    if len(manifest["experts"]) == 1:
+        raise ValueError(f"{name} is the only expert of {checkpoint}; a checkpoint has at least one")
     model = DyLoRAMoE.from_pretrained(checkpoint)
     gone = model.remove_expert(name)
     save_checkpoint(model, output)
@@ -71,11 +74,12 @@ class Change(NamedTuple):
 
 def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
     """Fit all gate rows again to the skill library, print what changes, and write the model to `output` if given."""
-    if output is not None:
-        check_output(output)
-    model = DyLoRAMoE.from_pretrained(checkpoint)
-    if model.growth is None:
+    problems = [*range_problems({"seed": seed}, {"seed": SEED}), *output_problems(output)]
+    manifest = manifest_or_problem(checkpoint, problems)
+    if manifest.get("growth") is None:
         raise ValueError(f"{checkpoint} has no skill library to fit gate rows to; it was trained jointly")
+    model = DyLoRAMoE.from_pretrained(checkpoint)
+    assert model.growth is not None
     rows = model.growth.refit(seed=seed)
     changes = refit_changes(model, rows, seed=seed)
     title = f"share of {REHEARSED:,} draws from each skill's statistics that are routed to its expert"
@@ -131,10 +135,11 @@ def _share(model: DyLoRAMoE, features: Tensor, expert: str) -> float:
     return float((chosen == model.router.names.index(expert)).double().mean())
 
 
-def check_output(output: str) -> None:
-    """Raises ValueError for a folder that exists."""
-    if Path(output).exists():
-        raise ValueError(f"output {output} exists; name a new folder, so that no checkpoint is overwritten")
+def output_problems(output: str | None) -> list[str]:
+    """The problem of an output that exists; there is none where no output is given."""
+    if output is None or not Path(output).exists():
+        return []
+    return [f"output {output} exists; name a new folder, so that no checkpoint is overwritten"]
 
 
 def skills_by_expert(record: dict) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dylo_moe.parsing.command_line import CommandLine
 from dylo_moe.routing.config import BASE
+from dylo_moe.utils.checks import COUNT, PERCENT, SEED, range_problems
 
 VLLM, MERGED = "vllm", "merged"
 
@@ -75,11 +76,7 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         self.datasets = [part.strip() for item in self.datasets for part in item.split(",") if part.strip()]
-        problems = []
-        if self.batch_size < 1:
-            problems.append(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.eval_subset is not None and not 0 < self.eval_subset <= 100:
-            problems.append(f"eval_subset is {self.eval_subset}; it must be a percentage above 0 and at most 100")
+        problems = range_problems(vars(self), {"batch_size": COUNT, "eval_subset": PERCENT, "seed": SEED})
         if self.to == MERGED and (self.expert is None) == (self.mixture is None):
             given = "neither is given" if self.expert is None else "both are given"
             problems.append(f"--to merged needs --expert or --mixture, and one of them only; {given}")
@@ -97,8 +94,8 @@ EXPORT_LINE = CommandLine(
     usage="dylora export CHECKPOINT --to vllm --output FOLDER\n"
     "       dylora export CHECKPOINT --to merged --expert NAME --output FOLDER\n"
     "       dylora export CHECKPOINT --to merged --mixture MIXTURE --output FOLDER",
-    description="Write a checkpoint (the folder that holds dylora.json) for engines that do not route each token, and "
-    "say what that loses: the loss on held-out rows is measured both ways.",
+    description="Write a checkpoint (a run's folder, or the folder that holds dylora.json) for engines that do not "
+    "route each token, and say what that loses: the loss on held-out rows is measured both ways.",
     examples=(
         "dylora export runs/code/checkpoint --to vllm --output served",
         "dylora export runs/code/checkpoint --to merged --expert expert_0 --output plain",

@@ -54,7 +54,7 @@ def measure_requests(
     by_member = {BASE: ways[BASE_ALONE]}
     for name in model.experts.names:
         with model.route_to(name):
-            by_member[name] = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
+            by_member[name] = measure(model, held, tokenizer, batch_size=batch_size, screen=screen, what=name)
     requests: dict[str, dict[str, int]] = {}
     if model.router_config.policy == UNIFORM:
         notes.append("The router's policy is 'uniform', which prefers no expert: which one to ask is up to you.")
@@ -71,7 +71,7 @@ def measure_routed(
 ) -> dict[str, Losses]:
     """Measure the base alone, and each token routed."""
     with model.route_to(None):
-        base = measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
+        base = measure(model, held, tokenizer, batch_size=batch_size, screen=screen, what="the base")
     return {BASE_ALONE: base, ROUTED: measure(model, held, tokenizer, batch_size=batch_size, screen=screen)}
 
 

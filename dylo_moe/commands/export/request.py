@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dylo_moe.commands.export.arguments import EXPORT_LINE, MERGED, ExportArguments
-from dylo_moe.parsing.parser import build_parser, parse_with_checkpoint
+from dylo_moe.parsing.known_expert import parse_with_expert
+from dylo_moe.parsing.parser import build_parser
 from dylo_moe.utils.errors import UsageError
 
 ONLY_FOR_MERGED = ("expert", "mixture", "dtype")
@@ -28,7 +29,7 @@ def parse_export(argv: Sequence[str]) -> ExportRequest:
         UsageError: for a missing checkpoint, an unknown flag, a value out of range, or a flag that would have no
             effect.
     """
-    checkpoint, options, given = parse_with_checkpoint(argv, build_parser(EXPORT_LINE))
+    checkpoint, options, given = parse_with_expert(argv, build_parser(EXPORT_LINE))
     reasons = []
     if options.to != MERGED:
         reasons.append((given & set(ONLY_FOR_MERGED), f"--to {options.to} writes every expert as it is"))

@@ -33,7 +33,7 @@ from dylo_moe.commands.export.request import ExportRequest
 from dylo_moe.commands.export.serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure
-from dylo_moe.model.checkpoint import ADAPTER_FILES, read_manifest
+from dylo_moe.model.checkpoint import ADAPTER_FILES, expert_problem, named_base, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
 from dylo_moe.utils.file_names import MANIFEST
@@ -73,8 +73,7 @@ def export(request: ExportRequest) -> Path:
     manifest = read_manifest(request.checkpoint)
     check_free(output)
     export = Export(Path(request.checkpoint), manifest, options, output, Screen("export"))
-    if not manifest["base"]["id"]:
-        raise ValueError(f"checkpoint {request.checkpoint} does not name its base, which every engine has to load")
+    named_base(request.checkpoint, manifest)
     if options.to == MERGED:
         export_merged(export)
     else:
@@ -167,8 +166,8 @@ def adapters_record(export: Export, adapters: Mapping[str, PaddedAdapter]) -> di
 def export_merged(export: Export) -> None:
     """Export one plain model, for `--to merged`."""
     options, names = export.options, [entry["name"] for entry in export.manifest["experts"]]
-    if options.expert is not None and options.expert not in names:
-        raise ValueError(f"expert is {options.expert!r}; the checkpoint has {', '.join(names)}")
+    if problem := expert_problem(export.manifest, options.expert, or_base=False):
+        raise ValueError(problem)
     weights = {} if options.expert is None else {options.expert: 1.0}
     if options.mixture not in (None, MEASURED):
         weights = mixture_weights(str(options.mixture), names)
@@ -216,9 +215,8 @@ def losses_of_plain(folder: Path, held: HeldOut, export: Export) -> dict[str, An
     smallest = LoraConfig(r=1, lora_alpha=1, lora_dropout=0.0, target_modules="all-linear")
     model = DyLoRAMoE.from_base(plain, num_experts=1, lora=smallest).to(device())  # `measure` runs only a DyLoRAMoE
     with model.route_to(None):
-        return measure(
-            model, held, load_tokenizer(str(folder)), batch_size=export.options.batch_size, screen=export.screen
-        )
+        tokenizer, size = load_tokenizer(str(folder)), export.options.batch_size
+        return measure(model, held, tokenizer, batch_size=size, screen=export.screen, what="the merged model")
 
 
 # Shared by both kinds of export.

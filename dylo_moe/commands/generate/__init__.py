@@ -29,14 +29,16 @@ def make_parser() -> PlainParser:
             "dylora generate --checkpoint runs/code/checkpoint --prompt 'Sort a list.'",
             "dylora generate --checkpoint runs/code/checkpoint --raw --prompt 'def clamp('",
         ],
+        meant=dict.fromkeys(("model", "run", "output_dir", "resume_from_checkpoint"), "checkpoint")
+        | {"max_tokens": "max_new_tokens", "max_length": "max_new_tokens", "text": "prompt", "adapter": "expert"},
     )
-    parser.add_argument("--checkpoint", required=True, help="A checkpoint: the folder that holds dylora.json.")
-    parser.add_argument("--prompt", required=True, help="The question to answer, or with --raw the text to continue.")
+    parser.add_flag("--checkpoint", is_needed=True, help="A run's folder, or the folder that holds dylora.json.")
+    parser.add_flag("--prompt", is_needed=True, help="The question to answer, or with --raw the text to continue.")
     parser.add_argument("--raw", action="store_true", help="Continue the prompt as plain text, without a template.")
-    parser.add_argument("--expert", help="Send every token to this expert; base: to the unchanged model.")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="Longest continuation, in tokens.")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: greedy decoding; above 0: sampling at this temperature."
+    parser.add_flag("--expert", help="Send every token to this expert; base: to the unchanged model.")
+    parser.add_flag("--max_new_tokens", kind=int, default=128, help="Longest continuation, in tokens.")
+    parser.add_flag(
+        "--temperature", kind=float, default=0.0, help="0: greedy decoding; above 0: sampling at this temperature."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
+    parser.add_flag("--seed", kind=int, default=0, help="Seed of the sampling.")
     return parser

@@ -7,12 +7,16 @@ from contextlib import nullcontext
 import torch
 
 from dylo_moe.base.limits import limits_of
-from dylo_moe.base.loading import load_tokenizer
+from dylo_moe.base.loading import load_base_without_weights, load_tokenizer
 from dylo_moe.data.encoding import encode_prompt, text_format
 from dylo_moe.evaluation.continuation import end_ids, sample
+from dylo_moe.model.checkpoint import manifest_or_problem, named_base
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.terminal import show_legend, show_sample
+from dylo_moe.utils.checks import COUNT, NOT_NEGATIVE, SEED, range_problems
 from dylo_moe.utils.screen import Screen
+
+RANGES = {"max_new_tokens": COUNT, "temperature": NOT_NEGATIVE, "seed": SEED}
 
 
 def generate(
@@ -27,23 +31,27 @@ def generate(
 ) -> None:
     """Load a checkpoint, continue a prompt, and print the text in the colours of its experts.
 
-    The arguments are the flags of `dylora generate`.
+    The arguments are the flags of `dylora generate`. What they and the base's config show to be wrong is refused before
+    any weights are read.
+
+    Raises:
+        ValueError: for values out of range, an expert that the checkpoint does not have, or a text that the base cannot
+            read; all problems that the flags show are in one message.
     """
-    if not prompt:
-        raise ValueError("--prompt is empty; give a question, or with --raw a text to continue")
-    if max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"--temperature is {temperature}; it must be 0 or more")
-    torch.manual_seed(seed)
-    model = DyLoRAMoE.from_pretrained(checkpoint)
-    tokenizer = load_tokenizer(model.base_id, revision=model.base_revision)
+    values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    problems = [] if prompt else ["prompt is empty; give a question, or with --raw a text to continue"]
+    problems += range_problems(values, RANGES)
+    manifest = manifest_or_problem(checkpoint, problems, expert=expert)
+    base, revision = named_base(checkpoint, manifest)
+    tokenizer = load_tokenizer(base, revision=revision)
     form = text_format(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_prompt(form, prompt)
     ids = [*form.start_ids, *ids] if raw else ids
-    limits = limits_of(model.base)
+    limits = limits_of(load_base_without_weights(base, dtype="auto", revision=revision))
     if problem := limits.token_problem(ids, "the prompt") or limits.continuation_problem(len(ids), max_new_tokens):
         raise ValueError(problem)
+    model = DyLoRAMoE.from_pretrained(checkpoint)
+    torch.manual_seed(seed)
     forced = nullcontext() if expert is None else model.route_to(None if expert == "base" else expert)
     with forced:
         generated = sample(

@@ -27,12 +27,12 @@ def make_parser() -> PlainParser:
         "needs no network.",
         ["dylora report runs/code", "dylora report runs/skills --output skills.html"],
     )
-    parser.add_argument(
+    parser.add_word(
         "folder",
         metavar="FOLDER",
         help="What dylora train, stream or compare wrote, finished or not; or a checkpoint, for its run.",
     )
-    parser.add_argument(
+    parser.add_flag(
         "--output",
         help="The page to write; default: report.html in that folder, or CHECKPOINT-report.html beside a checkpoint "
         "that is not in the folder of a run or stream.",
