@@ -222,18 +222,14 @@ _OWN_VALIDATION = (
 
 def _rows_in_words(table: TokenizedDataset) -> str:
     """How many rows a dataset has and can use, and why not more."""
-    fates = {
-        "too long": Fate.TOO_LONG,
-        "empty": Fate.EMPTY,
-        "malformed": Fate.MALFORMED,
-        "contaminated": Fate.CONTAMINATED,
-    }
-    lost = {what: table.num(fate) for what, fate in fates.items()}
-    lost["that repeat another row"] = int((table.duplicate_of >= 0).sum())
-    why = ", ".join(f"{count:,} {what}" for what, count in lost.items() if count)
+    why = table.why_lost()
+    if too_long := table.num(Fate.TOO_LONG):
+        why.append(f"{too_long:,} too long")
+    if repeated := int((table.duplicate_of >= 0).sum()):
+        why.append(f"{repeated:,} that repeat another row")
     usable = int(table.good.sum())
     return f"the dataset {table.name!r} ({table.reading.origin}) has {counted(len(table.rows), 'row')}" + (
-        f", of which {usable:,} {'is' if usable == 1 else 'are'} usable ({why})" if why else ""
+        f", of which {usable:,} {'is' if usable == 1 else 'are'} usable ({'; '.join(why)})" if why else ""
     )
 
 

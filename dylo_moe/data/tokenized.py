@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks
 from dylo_moe.data.encoding import TextFormat
-from dylo_moe.data.sources.formats import Fate
+from dylo_moe.data.sources.formats import NOT_UTF8, NOT_UTF8_BUT_UTF16, Fate
 from dylo_moe.data.sources.read import SourceRows
 from dylo_moe.data.splitting import find_duplicates
 from dylo_moe.data.tokenizing import tokenise
@@ -70,7 +70,23 @@ class TokenizedDataset(NamedTuple):
     def reasons(self) -> list[Reason]:
         """Why rows were left out or changed, for any reason but their length; the most frequent reason first."""
         noted = pc.not_equal(self.rows.data.column("reason"), "").to_numpy(zero_copy_only=False)
-        places = np.flatnonzero(noted & (self.fates != Fate.TOO_LONG))
+        return self._reasons_of(noted & (self.fates != Fate.TOO_LONG))
+
+    def why_lost(self) -> list[str]:
+        """The reasons for which rows cannot be used, but for their length, each with the place of the first such row.
+
+        A wrong encoding comes first, because it often causes the others.
+        """
+        lost = self._reasons_of(~np.isin(self.fates, (Fate.KEPT, Fate.TOO_LONG)))
+        lost.sort(key=lambda reason: reason.text not in (NOT_UTF8, NOT_UTF8_BUT_UTF16))
+        said = [f"{reason.text} ({counted(reason.num_rows, 'row')}, first {reason.first})" for reason in lost[:3]]
+        if others := sum(reason.num_rows for reason in lost[3:]):
+            said.append(f"{counted(others, 'more row')} with other reasons")
+        return said
+
+    def _reasons_of(self, marked: NDArray[np.bool_]) -> list[Reason]:
+        """The reasons of the marked rows; the most frequent one first."""
+        places = np.flatnonzero(marked)
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}
         for row in self.rows.select(places).select_columns(["reason", "place"]):
@@ -150,9 +166,7 @@ def _table(
         duplicate_of=np.full(len(rows), -1, np.int16),
     )
     if not table.num(Fate.KEPT):
-        found = [
-            f"{reason.text} ({counted(reason.num_rows, 'row')}, first {reason.first})" for reason in table.reasons()[:3]
-        ]
+        found = table.why_lost()
         if table.num(Fate.TOO_LONG):
             found.append(f"over {config.max_seq_length} tokens ({counted(table.num(Fate.TOO_LONG), 'row')})")
         raise ValueError(f"the dataset {reading.name!r} ({reading.origin}) has no usable row: {'; '.join(found)}")

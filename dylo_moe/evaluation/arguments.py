@@ -118,6 +118,8 @@ class EvalArguments:
         problems += range_problems(vars(self), RANGES)
         if self.export not in (None, EVALPLUS):
             problems.append(f"export is {self.export!r}; it must be {EVALPLUS}, or be left out")
+        if self.output_dir is not None and not self.output_dir.strip():
+            problems.append(f"output_dir is {self.output_dir!r}; name a folder")
         bad = [k for k in self.k if not k.isdigit() or not 1 <= int(k) <= max(self.num_samples, 1)]
         if bad:
             problems.append(f"k is {', '.join(bad)}; it must be 1 to num_samples, which is {self.num_samples}")

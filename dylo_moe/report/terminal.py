@@ -64,14 +64,19 @@ def show_device(screen: Screen, train: TrainArguments) -> None:
 
 def show_data(screen: Screen, data: LoadedData) -> None:
     """Print how every row was used or why it was left out, and what an epoch consists of."""
+    show_rows(screen, data)
+    show_mixture(screen, data.shares)
+    for note in data.notes:
+        screen.note(note)
+
+
+def show_rows(screen: Screen, data: LoadedData) -> None:
+    """Print how every row was used or why it was left out, and where each dataset was found."""
     show_counts(screen, data.counts)
     for name, origin in data.origins.items():
         screen.say(f"{name}: {origin}", style="dim")
     for name, reasons in data.reasons.items():
         show_reasons(screen, name, reasons)
-    show_mixture(screen, data.shares)
-    for note in data.notes:
-        screen.note(note)
 
 
 def show_counts(screen: Screen, counts: Sequence[DatasetCounts]) -> None:

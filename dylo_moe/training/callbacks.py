@@ -149,8 +149,13 @@ class ProgressBar(TrainerCallback):
         if not state.is_world_process_zero or logs is None or "lm_loss" not in logs:
             return
         loss, speed = f"loss {logs['lm_loss']:.3f}", f"{logs['tokens_per_second']:,.0f} tokens/s"
-        routing = f"balance {logs['balance_loss']:.2f}, entropy {logs['token_entropy']:.2f}"
-        note = f"{loss}, {routing}, {speed}"
+        # Both are exactly zero where every token is routed to one given expert, as in a stage of a stream.
+        routing = [
+            f"{word} {logs[name]:.2f}"
+            for word, name in (("balance", "balance_loss"), ("entropy", "token_entropy"))
+            if logs[name] != 0
+        ]
+        note = ", ".join([loss, *routing, speed])
         if self.progress is not None:
             self.progress.update(self.task, note=f"{loss}, {speed}" if self.screen.is_narrow else note)
         self._say(args, state, f"{note}  ")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,25 @@ def new_output_dir(wanted: str) -> Path:
 
 def output_dir_problem(wanted: str) -> str | None:
     """Why a new run cannot be written where `output_dir` says; None: it can."""
+    if not wanted.strip():
+        return f"output_dir is {wanted!r}; name a new folder"
     path = RUNS if wanted == NEW_RUN else Path(wanted)
-    if wanted != NEW_RUN and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        return f"output_dir {path} is not empty; choose a new one, so that no earlier run is overwritten"
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        return f"output_dir {path} cannot be made: {existing} is a file"
-    if not os.access(existing, os.W_OK):
-        return f"output_dir {path} cannot be made: {existing} may not be written"
+    try:
+        if path.exists() and not path.is_dir():
+            return f"output_dir {path} is a file; name a new folder"
+        if wanted != NEW_RUN and path.exists() and any(path.iterdir()):
+            return f"output_dir {path} is not empty; choose a new one, so that no earlier run is overwritten"
+        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not existing.is_dir():
+            return f"output_dir {path} cannot be made: {existing} is a file"
+        if not os.access(existing, os.W_OK):
+            return f"output_dir {path} cannot be made: {existing} may not be written"
+        if existing != path.absolute():
+            # Some folders, such as /proc, take no new one although they may be written. A name of its own is tried,
+            # not the wanted one, because the other processes of a run look at that at the same time.
+            Path(tempfile.mkdtemp(prefix=".dylora-", dir=existing)).rmdir()
+    except OSError as error:
+        return f"output_dir {path} cannot be used: {error.strerror}"
     return None
 
 

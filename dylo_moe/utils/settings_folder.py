@@ -16,7 +16,7 @@ Settings = dict[str, Any]
 
 
 def refuse_foreign(folder: Path, *, what: str, beside: Sequence[str] = ()) -> None:
-    """Raise ValueError for a folder that holds something, but no settings.
+    """Raise ValueError for a file, and for a folder that holds something, but no settings.
 
     Args:
         what: what the folder is for, in the message, such as "evaluation".
@@ -24,7 +24,9 @@ def refuse_foreign(folder: Path, *, what: str, beside: Sequence[str] = ()) -> No
     """
     if not folder.exists() or (folder / SETTINGS_FILE).is_file():
         return
-    if not folder.is_dir() or any(item.name not in beside for item in folder.iterdir()):
+    if not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; name a new folder")
+    if any(item.name not in beside for item in folder.iterdir()):
         raise ValueError(f"output_dir {folder} is not empty, and holds no {what}; choose a new one")
 
 

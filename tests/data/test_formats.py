@@ -71,6 +71,9 @@ def test_a_message_without_an_answer_is_left_out_and_noted():
         ({"prompt": "q", "response": ["a"]}, Fate.MALFORMED, "response is not a string"),
         ({"text": "\udfff"}, Fate.MALFORMED, "text holds half a surrogate pair"),
         ({"text": "a", "prompt": "b"}, Fate.MALFORMED, r"no known format has its columns \(prompt, text\)"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, Fate.MALFORMED, "--columns prompt=prompt,response=chosen$"),
+        ({"chosen": "a", "rejected": "b"}, Fate.MALFORMED, "preference data .*--columns text=chosen$"),
+        ({"prompt": "q", "chosen": [], "rejected": []}, Fate.MALFORMED, "--columns messages=chosen$"),
         ({"a": 1}, Fate.MALFORMED, r"no known format has its columns \(a\); say which to read with --columns"),
         ({}, Fate.MALFORMED, r"its columns \(none\)"),
         ({"text": "q", "code": "a", "test_list": 3}, Fate.MALFORMED, "test_list is neither a string nor a list"),
@@ -98,7 +101,10 @@ def test_a_row_that_says_nothing_has_a_fate_and_a_reason(row, fate, reason):
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [(b"[]", "not a JSON object"), (b"{", "not JSON"), (b"\xff", "not UTF-8"), (b"[" * 100_000, "not JSON")],
+    [
+        (b"[]", "not a JSON object"),
+        (b'{"a" 1}', "not JSON: Expecting ':' delimiter"),
+        (b"\xff", "not UTF-8"), (b"[" * 100_000, "not JSON")],
 )  # fmt: skip
 def test_a_line_that_is_no_object_says_why(line, reason):
     with pytest.raises(RowError, match=reason):

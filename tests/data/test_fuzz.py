@@ -265,7 +265,7 @@ def test_a_file_s_name_may_be_no_text(tmp_path):
         file.write(b"\n".join([*ROWS, b"{"]))
     data = load_data(DataConfig(datasets=[str(tmp_path)]), CHAT)
     assert [(reason.text, reason.first) for reason in data.reasons[tmp_path.name]] == [
-        ("not JSON", "caf\\udce9?.jsonl:7")
+        ("not JSON: Expecting property name enclosed in double quotes", "caf\\udce9?.jsonl:7")
     ]
 
 

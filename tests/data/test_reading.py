@@ -17,7 +17,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.sources import read as reading
 from dylo_moe.data.sources.catalog import CATALOG, MACHINE_TEXT
-from dylo_moe.data.sources.formats import NOT_UTF8
+from dylo_moe.data.sources.formats import NOT_TEXT, NOT_UTF8
 from dylo_moe.data.sources.locate import locate
 from dylo_moe.data.sources.machine_text import MAX_PASSAGES
 from dylo_moe.data.sources.read import read_dataset
@@ -173,6 +173,16 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_known(name, neares
     assert all(known in str(e.value) for known in CATALOG)
 
 
+def test_no_name_is_offered_that_is_not_near_or_not_trained_on():
+    for name, near in (("humaneva", "humaneval"), ("nope", None)):
+        with pytest.raises(ValueError, match=f"unknown dataset '{name}'; " + ("the nearest" if near else "known")) as e:
+            locate(name)
+        assert near is None or f"is {near!r}" in str(e.value)
+        with pytest.raises(ValueError, match=f"unknown dataset '{name}'; known are") as e:
+            load_data(DataConfig(datasets=[name]), CHAT)
+        assert "humaneval" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
@@ -293,7 +303,7 @@ def test_a_folder_of_sources_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path
     (count,) = data.counts
     assert (count.malformed, count.empty, count.cut_response, count.documents) == (2, 1, 0, 7)
     assert {(reason.text, reason.first) for reason in data.reasons["pkg"]} == {
-        ("not text", "logo.png"),
+        (NOT_TEXT, "logo.png"),
         (NOT_UTF8, "latin.py:1"),
         ("the file is empty", "empty.py"),
     }
@@ -354,6 +364,28 @@ def test_a_file_in_another_encoding_is_told_so_with_the_line_and_how_to_convert_
         assert str(raised.value).endswith(f"first {place})")
     path.write_bytes(rows_in(kind).encode("utf-8-sig"))
     assert load_data(config, CHAT).counts[0].malformed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "rows.csv",
+            ("prompt,response\n" + "a,b\n" * 9 + "".join(f"caf\xe9 {i},b\n" for i in range(8))).encode("latin-1"),
+            f"1 is usable ({NOT_UTF8} (8 rows, first rows.csv:11); 8 that repeat another row)",
+        ),
+        (
+            "rows.jsonl",
+            b'{"text": "a"}\n{"text" "b"}\n',
+            "1 is usable (not JSON: Expecting ':' delimiter (1 row, first rows.jsonl:2))",
+        ),
+        ("rows.xlsx", b"PK\x03\x04 a workbook", f"no usable row: {NOT_TEXT} (1 row, first rows.xlsx)"),
+    ],
+)
+def test_too_few_usable_rows_are_told_with_what_is_wrong_and_where(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        load_data(DataConfig(datasets=[str(tmp_path / name)], max_seq_length=64), CHAT)
 
 
 def test_one_line_in_another_encoding_costs_itself_alone(tmp_path):

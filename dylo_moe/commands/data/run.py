@@ -20,7 +20,7 @@ from dylo_moe.data.loading import LoadedData, load_data
 from dylo_moe.data.packing import PackedTexts, padding_share
 from dylo_moe.data.sources.catalog import CATALOG
 from dylo_moe.data.sources.formats import Fate
-from dylo_moe.data.sources.locate import locate_all
+from dylo_moe.data.sources.locate import locate_all, locate_for_training
 from dylo_moe.data.sources.read import SourceRows, read_dataset
 from dylo_moe.data.tokenized import TokenizedDataset as Rows
 from dylo_moe.data.tokenized import tokenise_all
@@ -63,9 +63,9 @@ def list_datasets() -> None:
 def show_dataset(config: DataConfig, look: LookArguments) -> None:
     """Print examples of one dataset as the model will see them."""
     screen = Screen("data", is_answer=True)
-    tokenizer = load_tokenizer(look.model)
     (place,) = locate_all(config)
     reading = read_dataset(place, config)
+    tokenizer = load_tokenizer(look.model)
     (rows,) = tokenise_all([reading], text_format(tokenizer), config, None)
     good = np.flatnonzero(rows.good)
     chosen = np.sort(np.random.default_rng(look.seed).permutation(good)[: look.examples])
@@ -136,6 +136,7 @@ def coloured(
 def check_datasets(config: DataConfig, look: LookArguments) -> None:
     """Print what training on these datasets would use: rows, lengths, padding, and overlap with benchmarks."""
     screen = Screen("data", is_answer=True)
+    locate_for_training(config)  # a wrong name is told before the tokenizer, which may be missing too
     tokenizer = load_tokenizer(look.model)
     data = load_data(config, tokenizer, seed=look.seed)
     show_data(screen, data)

@@ -17,12 +17,13 @@ from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import Roles, all_data, read_data, roles_of, rows_of, sample_of, stages_of
 from dylo_moe.commands.stream.measure import measure_base
 from dylo_moe.commands.stream.request import StreamRequest
-from dylo_moe.commands.stream.screen import how_to_resume, show_begin, show_end
+from dylo_moe.commands.stream.screen import how_to_resume, show_begin, show_end, show_stream_data
 from dylo_moe.commands.stream.stage import run_stage
 from dylo_moe.commands.stream.state import (
     StreamState,
     clear_leftovers,
     finish_stream,
+    is_finished,
     last_checkpoint,
     read_state,
     write_view,
@@ -35,7 +36,7 @@ from dylo_moe.evaluation.loss_matrix import Matrix
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.report.terminal import show_data, show_device, show_loss
+from dylo_moe.report.terminal import show_device, show_loss
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.build import base_options, build_model
@@ -47,6 +48,7 @@ from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.stopping import StopRequest
 from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils.file_names import RESULT
 from dylo_moe.utils.screen import Screen
 
 
@@ -59,6 +61,11 @@ def stream(request: StreamRequest) -> Path:
     started = time.time()
     transformers_logging.disable_progress_bar()
     screen = Screen("stream")
+    if request.resumed is not None and is_finished(request.resumed):
+        screen.say(f"{request.resumed} is finished: nothing is left to learn, and nothing was written.")
+        final = request.resumed / RESULT
+        screen.result("checkpoint", final)
+        return final
     with StopRequest() as stop:
         limits = check_before_reading(*configs_of(request), is_new=request.resumed is None, growth=request.growth)
         show_device(screen, request.train)
@@ -66,7 +73,7 @@ def stream(request: StreamRequest) -> Path:
         tokenizer = tokenizer_of(request)
         data = read_data(request, tokenizer)
         check_rows(limits, data, tokenizer, screen, max_seq_length=request.data.max_seq_length)
-        show_data(screen, data)
+        show_stream_data(screen, data, roles_of(request, data))
         folder, checkpoint = open_folder(request)
         try:
             with removed_unless_trained(folder, is_new=request.resumed is None):
@@ -92,7 +99,7 @@ def run_stages(context: StreamContext, model: DyLoRAMoE, state: StreamState, che
     show_begin(context, state, checkpoint, num_stages=len(stages))
     if not state.matrix.base:
         measure_base(context, model, state)
-    write_view(context.folder, state, is_finished=False)
+    write_view(context.folder, state, is_over=False)
     for place, data in enumerate(stages):
         if place >= state.num_done:
             run_stage(context, model, state, place, data)
@@ -126,7 +133,7 @@ def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
         clear_leftovers(request.resumed)
         return request.resumed, last_checkpoint(request.resumed)
     folder = new_output_dir(request.train.output_dir)
-    write_view(folder, StreamState(Matrix([])), is_finished=False)  # a stream killed from here on can be resumed
+    write_view(folder, StreamState(Matrix([])), is_over=False)  # a stream killed from here on can be resumed
     save_config(request.settings, folder / CONFIG_FILE)
     return folder, None
 

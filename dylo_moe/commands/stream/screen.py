@@ -5,13 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 
 from dylo_moe.commands.stream.context import StreamContext
-from dylo_moe.commands.stream.data import StageData
+from dylo_moe.commands.stream.data import Roles, StageData
 from dylo_moe.commands.stream.state import StreamState
 from dylo_moe.continual.config import REPORTED
 from dylo_moe.continual.growth import SkillDecision
+from dylo_moe.data.loading import LoadedData
 from dylo_moe.report.pages import write_report
+from dylo_moe.report.terminal import show_rows
 from dylo_moe.training.fit import command
+from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.table import Table
 from dylo_moe.utils.words import counted
+
+
+def show_stream_data(screen: Screen, data: LoadedData, roles: Roles) -> None:
+    """Print how every row was used, what is learned of each dataset, and what the others are for.
+
+    The datasets are not mixed, so that none has a share of an epoch.
+    """
+    show_rows(screen, data)
+    table = Table("what is learned, in rows and in trained tokens of one epoch", ["dataset", "rows", "tokens"])
+    for share in data.shares:
+        if share.name in roles.learned:
+            table.add_row(share.name, f"{share.rows:,}", f"{share.tokens:,}")
+    screen.say(table)
+    for names, purpose in (
+        (roles.measured, "only measured"),
+        (roles.known, "what the experts of the checkpoint already know"),
+        (roles.base, "what the base already knows"),
+    ):
+        if names:
+            screen.say(f"{', '.join(names)}: {purpose}, and not trained")
+    for note in data.notes:
+        screen.note(note)
 
 
 def show_begin(context: StreamContext, state: StreamState, checkpoint: Path | None, *, num_stages: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,9 @@ from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.file_names import RESULT
 
 STAGES = "stages"
+
+FINISHED = "finished"
+"""The state in stream.json of a stream that has learned all of its stages."""
 
 
 @dataclass
@@ -105,7 +109,7 @@ def save_stage(
     losses = {"before": state.matrix.base, "after": state.matrix.stages[-1].losses}
     training = {**record, "stream": state.record(), "step": state.num_done}
     save_checkpoint(model, folder / RESULT, training=training, losses=losses)
-    write_view(run, state, is_finished=False)
+    write_view(run, state, is_over=False)
     if older is not None and not keep:
         discard(older)
     for _, spare in checkpoints_in(folder):
@@ -117,11 +121,23 @@ def finish_stream(run: Path, state: StreamState) -> Path:
     final, last = run / RESULT, last_checkpoint(run)
     if last is not None and last != final:
         os.rename(last, final)
-    write_view(run, state, is_finished=True)
+    write_view(run, state, is_over=True)
     return final
 
 
-def write_view(run: Path, state: StreamState, *, is_finished: bool) -> None:
+def is_finished(run: Path) -> bool:
+    """Whether a stream has its final checkpoint, and the files that are written after it.
+
+    Raises:
+        CheckpointError: for a final checkpoint that is incomplete or altered.
+    """
+    if not (run / RESULT).is_dir() or json.loads((run / STREAM_FILE).read_text(encoding="utf-8"))["state"] != FINISHED:
+        return False
+    read_state(run / RESULT)
+    return True
+
+
+def write_view(run: Path, state: StreamState, *, is_over: bool) -> None:
     """Write stream.json and matrix.json, for people and their tools; a stream is not resumed from them."""
     write_matrix(run / MATRIX, state.matrix)
     stages = [
@@ -136,7 +152,7 @@ def write_view(run: Path, state: StreamState, *, is_finished: bool) -> None:
         run / STREAM_FILE,
         {
             "version": 1,
-            "state": "finished" if is_finished else "running",
+            "state": FINISHED if is_over else "running",
             "skills": state.matrix.skills,
             "stages": stages,
         },

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple, cast
 import xxhash
 from datasets import Features, Value
 
-from dylo_moe.data.sources.formats import NOT_UTF8, NOT_UTF8_BUT_UTF16, printable
+from dylo_moe.data.sources.formats import NOT_TEXT, NOT_UTF8, NOT_UTF8_BUT_UTF16, printable
 
 MAX_ROW_BYTES = 8 * 2**20
 """The longest line or element that is read as a row; a longer one would be millions of tokens."""
@@ -32,6 +32,12 @@ TEXT_BYTES = 2**16
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 """The endings of files of rows that are read here, also followed by `.gz`; the `datasets` library reads parquet."""
+
+OTHER_KINDS = (
+    *(b"PK\x03\x04", b"PK\x05\x06", b"%PDF-", b"\xd0\xcf\x11\xe0", b"\x89PNG", b"GIF87a", b"GIF89a", b"\xff\xd8\xff"),
+    *(b"7z\xbc\xaf", b"Rar!\x1a", b"BZh9", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"),
+)
+"""The first bytes of files that are no text: zip (.xlsx, .docx), PDF, old Office, images, archives, columns."""
 
 RAW = Features(
     {
@@ -73,8 +79,11 @@ def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]
     for name, path in files:
         try:
             with cast(io.BufferedReader, (gzip.open if name.lower().endswith(".gz") else open)(path, "rb")) as file:
-                if file.peek(2)[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
+                start = file.peek(8)[:8]
+                if start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
                     yield raw_row(b"", f"{name}:1", problem=NOT_UTF8_BUT_UTF16)
+                elif start.startswith(OTHER_KINDS):
+                    yield raw_row(b"", name, problem=NOT_TEXT)
                 else:
                     yield from _text_rows(file, name) if as_texts else _rows_of(file, name)
         except (OSError, EOFError, zlib.error) as error:
@@ -266,7 +275,7 @@ def _text_rows(file: BinaryIO, name: str) -> Iterator[dict]:
     first = 1
     for number, line in enumerate(_lines(file), start=1):
         if line is None or b"\0" in line:
-            yield raw_row(b"", name, problem=f"not text, or a line {_TOO_LONG}" if line is None else "not text")
+            yield raw_row(b"", name, problem=f"not text, or a line {_TOO_LONG}" if line is None else NOT_TEXT)
             return
         part.append(line)
         size += len(line) + 1

@@ -30,6 +30,9 @@ NOT_UTF8 = "not UTF-8, as every text must be; convert its file: iconv -f WINDOWS
 
 NOT_UTF8_BUT_UTF16 = "UTF-16, not UTF-8, as every text must be; convert the file: iconv -f UTF-16 -t UTF-8 OLD > NEW"
 
+NOT_TEXT = "not text, so this kind of file is not read; give .jsonl, .json, .csv, .tsv, .parquet or a text"
+"""The reason for a file of another kind, such as a workbook, an archive or an image."""
+
 
 class Fate(IntEnum):
     """Whether a row was kept, or the kind of reason why it was left out."""
@@ -164,6 +167,8 @@ def parse_json(line: bytes) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise RowError(Fate.MALFORMED, NOT_UTF8) from None
+    except json.JSONDecodeError as error:
+        raise RowError(Fate.MALFORMED, f"not JSON: {error.msg}") from None
     except (ValueError, RecursionError):
         raise RowError(Fate.MALFORMED, "not JSON") from None
     if not isinstance(row, dict):
@@ -181,6 +186,8 @@ def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
         RowError: for a row without a text to learn, or in another format.
     """
     chosen = columns or recognise(row)
+    if chosen is None and "chosen" in row and "rejected" in row:
+        raise RowError(Fate.MALFORMED, _preference(row))
     if chosen is None:
         names = ", ".join(sorted(str(name)[:40] for name in row)[:12]) or "none"
         raise RowError(Fate.MALFORMED, f"no known format has its columns ({names}); say which to read with --columns")
@@ -198,6 +205,18 @@ def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
     if system := _optional(row, chosen.system):
         context.insert(0, Message(SYSTEM, system))
     return Example(tuple(context), _text(row, chosen.response))
+
+
+def _preference(row: dict[str, Any]) -> str:
+    """Say that rows of preferences are not trained on as such, and with which columns their chosen answers are."""
+    if isinstance(row["chosen"], str):
+        columns = "prompt=prompt,response=chosen" if isinstance(row.get("prompt"), str) else "text=chosen"
+    else:
+        columns = "messages=chosen"
+    return (
+        "preference data (chosen, rejected), which no command here trains on; to train on the chosen answers alone, "
+        f"give --columns {columns}"
+    )
 
 
 def clean_text(value: Any, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +36,14 @@ class DatasetSource(NamedTuple):
         return Path(self.name if self.source is not None or self.hub_id is None else self.hub_id)
 
 
-def locate(argument: str) -> DatasetSource:
+def locate(argument: str, *, named: Collection[str] = CATALOG) -> DatasetSource:
     """Resolve the argument for one dataset: a name of the catalog, a path, or a hub id.
 
+    Args:
+        named: the names of the catalog that the answer to an unknown one offers.
+
     Raises:
-        ValueError: if it is none of these, with the nearest known name.
+        ValueError: if it is none of these, with the nearest known name where one is near.
     """
     name, at, revision = argument.partition("@")
     if name in CATALOG and bool(at) == bool(revision):
@@ -67,15 +70,21 @@ def locate(argument: str) -> DatasetSource:
         return DatasetSource(
             found["id"].partition("/")[2], None, None, found["id"], found["config"], found["revision"], asked
         )
-    near = nearest(name.lower(), CATALOG, cutoff=0.0)
+    word = name.lower()
+    starts = {known[: len(word)]: known for known in reversed([*named])}  # "pyton" is like the start of a longer name
+    near = nearest(word, named) or starts.get(nearest(word, starts) or "")
     raise ValueError(
-        f"unknown dataset {argument!r}; the nearest known one is {near!r}. Known are {', '.join(CATALOG)}, the path "
-        "of any file or folder, and any hub id (OWNER/NAME)"
+        f"unknown dataset {argument!r}; {f'the nearest known one is {near!r}. ' if near else ''}"
+        f"{'Known' if near else 'known'} are {', '.join(named)}, the path of any file or folder, and any hub id "
+        "(OWNER/NAME)"
     )
 
 
-def locate_all(config: DataConfig) -> list[DatasetSource]:
+def locate_all(config: DataConfig, *, named: Collection[str] = CATALOG) -> list[DatasetSource]:
     """Resolve every dataset of a config.
+
+    Args:
+        named: the names of the catalog that the answer to an unknown one offers.
 
     Raises:
         ValueError: for wrong names, columns or shares; one message holds all problems.
@@ -83,7 +92,7 @@ def locate_all(config: DataConfig) -> list[DatasetSource]:
     problems, places = [], []
     for argument in config.datasets:
         try:
-            places.append(locate(argument))
+            places.append(locate(argument, named=named))
         except ValueError as error:
             problems.append(str(error))
     names = [place.name for place in places]
@@ -110,7 +119,7 @@ def locate_for_training(config: DataConfig) -> list[DatasetSource]:
     Raises:
         ValueError: as `locate_all`, and for a dataset that is for evaluation only.
     """
-    places = locate_all(config)
+    places = locate_all(config, named=[source.name for source in CATALOG.values() if source.for_training])
     refused = [place.name for place in places if place.source is not None and not place.source.for_training]
     if refused:
         verb, it = ("is", "it") if len(refused) == 1 else ("are", "them")
