@@ -64,12 +64,16 @@ def output_dir_problem(wanted: str) -> str | None:
             return f"output_dir {path} cannot be made: {existing} is a file"
         if not os.access(existing, os.W_OK):
             return f"output_dir {path} cannot be made: {existing} may not be written"
-        if existing != path.absolute():
-            # Some folders, such as /proc, take no new one although they may be written. A name of its own is tried,
-            # not the wanted one, because the other processes of a run look at that at the same time.
-            Path(tempfile.mkdtemp(prefix=".dylora-", dir=existing)).rmdir()
     except OSError as error:
         return f"output_dir {path} cannot be used: {error.strerror}"
+    if existing == path.absolute():
+        return None
+    try:
+        # Some folders, such as /proc, take no new one although they may be written. A name of its own is tried, not
+        # the wanted one, because the other processes of a run look at that at the same time.
+        Path(tempfile.mkdtemp(prefix=".dylora-", dir=existing)).rmdir()
+    except OSError as error:
+        return f"output_dir {path} cannot be made: no folder can be made in {existing} ({error.strerror})"
     return None
 
 

@@ -18,6 +18,7 @@ from reference.runs import WORDS, files_of, flags, tiny_run_folder
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.cli import main
+from dylo_moe.commands.stream import run as stream_run
 from dylo_moe.commands.stream.state import last_checkpoint
 from dylo_moe.evaluation.loss_matrix import read_matrix
 from dylo_moe.model.checkpoint import read_manifest
@@ -255,14 +256,30 @@ def test_a_killed_stream_goes_on_and_ends_as_if_it_had_not_been(done, tmp_path):
             other.losses, other.alone, other.accuracy, other.decision,
         )  # fmt: skip
         assert one.tokens == other.tokens
-    assert main(again) == 0  # a stream that is over only shows what it has
 
 
-def test_a_stream_killed_before_its_first_stage_begins_again(done, tmp_path):
+def test_a_stream_killed_before_its_first_stage_begins_again(done, tmp_path, capsys):
+    """It shows what it learns, without shares of an epoch and without values that are always zero."""
     run, log = tmp_path / "run", tmp_path / "said"
-    kill_when(stream(done, run, datasets=SKILLS[:1]), log, lambda: (run / "config.yaml").exists())
+    words = stream(done, run, "--eval_datasets", str(done / "else.jsonl"), datasets=SKILLS[:1])
+    kill_when(words, log, lambda: (run / "config.yaml").exists())
     assert main(["stream", "--resume_from_checkpoint", str(run)]) == 0
     assert files_of(run / "checkpoint") == files_of(stage_checkpoints(done / "run")[0])
+    shown = "".join(capsys.readouterr())
+    table = shown.split("what is learned, in rows and in trained tokens of one epoch")[1].split("\n\n")[0]
+    assert SKILLS[0] in table and "else" not in table and "%" not in table
+    assert "else: only measured, and not trained" in shown
+    steps = [line for line in shown.splitlines() if line.startswith("step ") and "loss" in line]
+    assert steps and not any("balance" in line or "entropy" in line for line in steps)
+
+
+def test_a_finished_stream_says_so_before_anything_is_read_and_writes_nothing(done, capsys, monkeypatch):
+    monkeypatch.setattr(stream_run, "load_tokenizer", lambda *_, **__: pytest.fail("something was read"))
+    before = {path: path.stat().st_mtime_ns for path in (done / "run").rglob("*")}
+    assert main(["stream", "--resume_from_checkpoint", str(done / "run")]) == 0
+    said = capsys.readouterr()
+    assert f"{done / 'run'} is finished: nothing is left to learn, and nothing was written." in said.out + said.err
+    assert {path: path.stat().st_mtime_ns for path in (done / "run").rglob("*")} == before
 
 
 def test_stages_are_in_the_order_of_their_numbers(tmp_path):

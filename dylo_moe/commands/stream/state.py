@@ -131,14 +131,19 @@ def is_finished(run: Path) -> bool:
     Raises:
         CheckpointError: for a final checkpoint that is incomplete or altered.
     """
-    if not (run / RESULT).is_dir() or json.loads((run / STREAM_FILE).read_text(encoding="utf-8"))["state"] != FINISHED:
+    try:
+        view = json.loads((run / STREAM_FILE).read_text(encoding="utf-8"))
+    except ValueError:  # resuming writes it again
+        return False
+    if not (run / RESULT).is_dir() or view["state"] != FINISHED:
         return False
     read_state(run / RESULT)
     return True
 
 
 def write_view(run: Path, state: StreamState, *, is_over: bool) -> None:
-    """Write stream.json and matrix.json, for people and their tools; a stream is not resumed from them."""
+    """Write stream.json and matrix.json, for people and their tools; a stream is not resumed from them, but only
+    called finished."""
     write_matrix(run / MATRIX, state.matrix)
     stages = [
         {
