@@ -68,6 +68,7 @@ def compared(tmp_path_factory):
 def test_a_killed_comparison_keeps_what_is_done_and_goes_on_with_the_rest(compared):
     folder, output, said = compared
     assert "1 of 5 trainings is already done" in said
+    assert said.count("training 2 of 5: ") == 1
     log = (output / "seed-7" / "lora_active.log").read_text()
     assert "resuming from" in log
     alone = folder / "alone"

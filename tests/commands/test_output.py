@@ -8,6 +8,7 @@ from reference.mirrors import write_mirror
 from reference.trainers import train_flags
 
 from dylo_moe.cli import main
+from dylo_moe.model.model import DyLoRAMoE
 
 NAMES = ["python_code_instructions_18k", "magicoder_oss_instruct_75k", "stack_overflow_questions", "leetcode"]
 PARTS = ["python_", "instructions_", "magicoder_", "instruct_", "stack_", "overflow_", "questions", "leetcode"]
@@ -103,8 +104,11 @@ def test_quiet_leaves_the_answer_wherever_it_stands(words, run, printed, tmp_pat
     checkpoint = f"{run}/checkpoint"
     again = [*words, "--output_dir", str(tmp_path / "again")]
     assert printed("--quiet", *again) == (f"{tmp_path}/again/checkpoint\n", "")
-    (loud, _), (out, err) = printed("eval", checkpoint), printed("eval", checkpoint, "--quiet")
+    evaluate = ["eval", checkpoint, "--output_dir", tmp_path / "evaluation"]
+    (loud, _), (out, err) = printed(*evaluate), printed(*evaluate, "--quiet")
     assert out in loud
+    told = re.findall("^evaluating the (?:model|base) on .*", loud, re.MULTILINE)
+    assert len(told) == len({*told}) == 2 * len(NAMES)
     assert "difference" in out
     assert "results" not in out
     assert err == ""
@@ -116,3 +120,27 @@ def test_quiet_leaves_the_answer_wherever_it_stands(words, run, printed, tmp_pat
     out, err = printed(*plain, "--quiet", "--no_measure")
     assert out == f"{tmp_path / 'plain'}\n"
     assert "was not measured" in err
+
+
+def test_what_names_and_configs_decide_is_refused_before_weights_are_read(run, tmp_path, capsys, monkeypatch):
+    """And all that is wrong with a command line is in one message."""
+    monkeypatch.setattr(DyLoRAMoE, "from_pretrained", lambda *args, **options: pytest.fail("weights are read"))
+    ask, new = ["generate", "--checkpoint", run, "--raw", "--prompt", "w1"], str(tmp_path / "new")
+    for words, parts in (
+        (
+            [*ask, "--temperature", "inf", "--seed", "-1", "--max_new_tokens", "0", "--expert", "nope"],
+            (
+                "temperature is inf",
+                "seed is -1",
+                "max_new_tokens is 0",
+                "expert is 'nope'; the checkpoint has expert_0",
+            ),
+        ),
+        ([*ask, "--max_new_tokens", "999999999999"], ("--max_new_tokens is 999,999,999,999, but ",)),
+        (["experts", "remove", run, "nope", "--output", run], ("expert is 'nope'", f"output {run} exists")),
+        (["experts", "refit", run, "--output", new], ("has no skill library",)),
+        (["eval", run, "--eval_subset", "0", "--seed", "-1", "--expert", "nope"], ("eval_sub", "seed", "is 'nope'")),
+    ):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert [part for part in parts if part not in line] == []

@@ -157,6 +157,11 @@ def test_a_recipe_holds_the_words_that_would_be_typed(tmp_path):
         parse_train(recipe(tmp_path, "max_steps: 1:30\n"))
 
 
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(UsageError, match="it is a folder, not a file, and no recipe has that name; those that come"):
+        parse_train(["--config", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
