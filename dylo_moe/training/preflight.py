@@ -3,7 +3,6 @@ config of the base decide. All problems come in one message."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -30,6 +29,7 @@ from dylo_moe.training.tracking import tracking_problem
 from dylo_moe.training.trainer_arguments import TrainArguments, text_of
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.failures import is_out_of_memory
+from dylo_moe.utils.host_memory import host_bytes
 from dylo_moe.utils.install import EXTRAS, how_to_install
 from dylo_moe.utils.screen import Screen
 
@@ -185,7 +185,7 @@ def _limits(
         ) from error
     if growth is None:
         needed = experts.num_experts * outline.experts[0].parameters * TRAINED_BYTES
-        if needed > memory_bytes():
+        if 0 < memory_bytes() < needed:
             raise UsageError(
                 f"num_experts is {experts.num_experts:,} and lora_r {experts.lora_r:,}: they take "
                 f"{needed / 1e9:,.0f} GB while they train, and this machine has {memory_bytes() / 1e9:,.0f} GB"
@@ -194,7 +194,6 @@ def _limits(
 
 
 def memory_bytes() -> int:
-    """The memory of this machine's CPU and GPUs together."""
-    cpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The memory of this machine's CPU and GPUs together; 0 where the system does not say."""
     gpus = range(torch.cuda.device_count())
-    return cpu + sum(torch.cuda.get_device_properties(index).total_memory for index in gpus)
+    return host_bytes() + sum(torch.cuda.get_device_properties(index).total_memory for index in gpus)

@@ -7,7 +7,7 @@ from dylo_moe.parsing.help import show_help
 from dylo_moe.parsing.help_format import overview
 from dylo_moe.parsing.plain import PlainParser
 from dylo_moe.utils.errors import UsageError
-from dylo_moe.utils.quick_imports import quick_imports
+from dylo_moe.utils.garbage import no_garbage_collection
 
 DESCRIPTION = "Look at data before it is trained on."
 
@@ -42,11 +42,11 @@ def main(words: list[str]) -> int:
 
         show_help(look_line(prog), rest)
         return 0
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.data.request import parse_look
 
     request = parse_look(rest, prog=prog)
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.data.run import check_datasets, show_dataset
 
     {"show": show_dataset, "check": check_datasets}[command](request.data, request.look)

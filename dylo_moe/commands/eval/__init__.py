@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import show_help
-from dylo_moe.utils.quick_imports import quick_imports
+from dylo_moe.utils.garbage import no_garbage_collection
 
 
 def main(words: list[str]) -> int:
@@ -14,11 +14,11 @@ def main(words: list[str]) -> int:
 
         show_help(EVAL_LINE, words)
         return 0
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.eval.request import parse_eval
 
     request = parse_eval(words)
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.eval.run import evaluate_checkpoint
 
     evaluate_checkpoint(request)

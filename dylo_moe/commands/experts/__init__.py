@@ -8,7 +8,7 @@ from dylo_moe.parsing.ending import no_such_command
 from dylo_moe.parsing.help_format import overview
 from dylo_moe.parsing.plain import PlainParser
 from dylo_moe.utils.errors import UsageError
-from dylo_moe.utils.quick_imports import quick_imports
+from dylo_moe.utils.garbage import no_garbage_collection
 
 DESCRIPTION = "Look at the experts of a checkpoint, and change which there are."
 
@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
     if parser.shows_help(rest):
         return 0
     values = parser.read(rest)
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.experts.run import list_experts, refit, remove_expert
 
     calls: dict[str, Callable[..., None]] = {"list": list_experts, "remove": remove_expert, "refit": refit}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dylo_moe.parsing.plain import PlainParser
-from dylo_moe.utils.quick_imports import quick_imports
+from dylo_moe.utils.garbage import no_garbage_collection
 
 
 def main(words: list[str]) -> int:
@@ -12,7 +12,7 @@ def main(words: list[str]) -> int:
     if parser.shows_help(words or ["--help"]):
         return 0
     values = parser.read(words)
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.generate.run import generate
 
     generate(**values)

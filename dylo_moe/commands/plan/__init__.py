@@ -6,7 +6,7 @@ import argparse
 
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import show_help
-from dylo_moe.utils.quick_imports import quick_imports
+from dylo_moe.utils.garbage import no_garbage_collection
 
 
 def main(words: list[str]) -> int:
@@ -16,16 +16,18 @@ def main(words: list[str]) -> int:
 
         show_help(PLAN_LINE, words, _build_parser)
         return 0
-    with quick_imports():
+    with no_garbage_collection():
         from transformers.utils import logging as transformers_logging
 
         from dylo_moe.commands.plan.request import parse_plan
         from dylo_moe.commands.plan.run import make_plan
         from dylo_moe.commands.plan.screen import show_plan
-    request = parse_plan(words)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    show_plan(request, make_plan(request))
+
+        request = parse_plan(words)
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        plan = make_plan(request)
+    show_plan(request, plan)
     return 0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ from dylo_moe.commands.plan.memory_account import MemoryAccount, Settings, setti
 from dylo_moe.commands.plan.outline import outline
 from dylo_moe.commands.plan.workload import Workload
 from dylo_moe.training.trainer_arguments import TrainArguments
+from dylo_moe.utils.host_memory import host_bytes
 
 CARDS_GB = (16.0, 24.0, 40.0, 80.0)
 """The memory of usual GPUs."""
@@ -62,17 +61,6 @@ def memories(device: str, asked_gb: float | None) -> list[Memory]:
     size = host_bytes() if device == CPU else torch.cuda.get_device_properties(0).total_memory
     whose = "this machine" if device == CPU else "the GPU of this machine"
     return [Memory(size / GB, f"the {size / GB:,.1f} GB of {whose}")] if size else []
-
-
-def host_bytes() -> int:
-    """The memory of this machine, or the part of it that its container may use; 0 where the system does not say."""
-    try:
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(size, int(text)) if text.isdigit() else size
 
 
 def changes(account: MemoryAccount, load: Workload, *, room: float) -> list[Change]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dylo_moe.parsing.ending import asks_for_help
 from dylo_moe.parsing.help import show_help
-from dylo_moe.utils.quick_imports import quick_imports
+from dylo_moe.utils.garbage import no_garbage_collection
 
 
 def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(words: list[str], constants: Mapping[str, Any] | None = None) -> int:
 
         show_help(SUBMIT_LINE, words, _build_parser)
         return 0
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.submit.request import parse_submit
         from dylo_moe.commands.submit.run import submit
 

@@ -6,7 +6,7 @@ import argparse
 
 from dylo_moe.parsing.ending import asks_for_help, until_stopped
 from dylo_moe.parsing.help import show_help
-from dylo_moe.utils.quick_imports import quick_imports
+from dylo_moe.utils.garbage import no_garbage_collection
 
 
 def main(words: list[str]) -> int:
@@ -16,7 +16,7 @@ def main(words: list[str]) -> int:
 
         show_help(TRAIN_LINE, words, _build_parser)
         return 0
-    with quick_imports():
+    with no_garbage_collection():
         from dylo_moe.commands.train.request import parse_train
         from dylo_moe.commands.train.run import train
 
