@@ -13,6 +13,14 @@ from dylo_moe.utils.table import Table
 PATH = "/" + "/".join(["a_long_folder"] * 9)
 
 
+@pytest.fixture(autouse=True)
+def _known_surroundings(monkeypatch):
+    """Whether there are colours is decided here alone, whatever the shell or an earlier test of this process says."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: False)
+
+
 def say_all(screen):
     table = Table("losses", ["dataset", "loss"])
     table.add_row("python", "1.234")
