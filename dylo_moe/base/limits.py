@@ -60,10 +60,14 @@ class BaseLimits(NamedTuple):
         )
 
 
+def context_of(base: PreTrainedModel) -> int | None:
+    """The longest text that a base was trained to read, in tokens; None where its config does not say."""
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+
 def limits_of(base: PreTrainedModel) -> BaseLimits:
     """The limits of a base, which may be without weights."""
-    config = base.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(base)
     is_learned = any(
         isinstance(module, nn.Embedding) and ("position" in name or name.rpartition(".")[2] == "wpe")
         for name, module in base.named_modules()

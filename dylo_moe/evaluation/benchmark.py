@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from dylo_moe.base.limits import context_of
 from dylo_moe.evaluation.answers import Answer, Decoding, answer_batch, batch_seed
 from dylo_moe.evaluation.continuation import end_ids
 from dylo_moe.evaluation.pass_at_k import PassRate, pass_rate
@@ -142,7 +143,7 @@ class Benchmark:
         Raises:
             ValueError: if it leaves none.
         """
-        context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(model.base)
         if context is None:
             return None
         if self._longest_prompt is None:

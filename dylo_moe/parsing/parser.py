@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -14,6 +14,7 @@ from dylo_moe.parsing.command_line import SHOWN_FLAGS, CommandLine, Refusal, ref
 from dylo_moe.parsing.flags import config_from, flags_class, flags_of
 from dylo_moe.parsing.help_format import sort_into_sections
 from dylo_moe.parsing.other_names import OTHER_VALUES, meant_by
+from dylo_moe.parsing.plain import KINDS
 from dylo_moe.parsing.trainer_texts import TRAINER_TEXTS
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import listed, nearest
@@ -141,8 +142,10 @@ def value_problem(action: argparse.Action, text: str) -> str | None:
     try:
         value = action.type(text) if callable(action.type) else text
     except (ValueError, TypeError, argparse.ArgumentTypeError):
-        kinds: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
-        return f"{name} is {text!r}; it must be {kinds.get(action.type, 'of another form')}"
+        kind = (
+            "true or false" if action.type is string_to_bool else KINDS.get(cast(Any, action.type), "of another form")
+        )
+        return f"{name} is {text!r}; it must be {kind}"
     if action.choices is None or value in action.choices:
         return None
     choices = [str(getattr(choice, "value", choice)) for choice in action.choices]

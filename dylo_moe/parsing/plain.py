@@ -14,6 +14,7 @@ from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import nearest
 
 KINDS = {int: "a whole number", float: "a number"}
+"""What a value of each type is called in messages."""
 
 
 class PlainParser(argparse.ArgumentParser):

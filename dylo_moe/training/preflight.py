@@ -40,7 +40,6 @@ OTHER_PACKAGES = {
 }
 """Trackers that are not called as their modules and their packages are: the name of each."""
 
-
 TRAINED_BYTES = 16
 """Bytes of a trained parameter: itself, its gradient and AdamW's two states, in fp32."""
 
@@ -184,11 +183,11 @@ def _limits(
             f"lora_r is {experts.lora_r:,}: one expert of that rank does not fit into this machine's memory"
         ) from error
     if growth is None:
-        needed = experts.num_experts * outline.experts[0].parameters * TRAINED_BYTES
-        if 0 < memory_bytes() < needed:
+        needed, memory = experts.num_experts * outline.experts[0].parameters * TRAINED_BYTES, memory_bytes()
+        if 0 < memory < needed:
             raise UsageError(
                 f"num_experts is {experts.num_experts:,} and lora_r {experts.lora_r:,}: they take "
-                f"{needed / 1e9:,.0f} GB while they train, and this machine has {memory_bytes() / 1e9:,.0f} GB"
+                f"{needed / 1e9:,.0f} GB while they train, and this machine has {memory / 1e9:,.0f} GB"
             )
     return limits_of(outline.base)
 

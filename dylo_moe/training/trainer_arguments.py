@@ -18,7 +18,7 @@ from transformers.utils import is_liger_kernel_available
 
 from dylo_moe.base.loading import NEEDS_BITSANDBYTES
 from dylo_moe.training.arguments import ModelArguments, TrainerOptions
-from dylo_moe.utils.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, Range, range_problems
+from dylo_moe.utils.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE, Range, range_problems
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import nearest
 
@@ -47,8 +47,8 @@ RANGES = {
     "early_stopping_threshold": NOT_NEGATIVE,
     "eval_benchmark_steps": COUNT,
     "dataloader_num_workers": Range(0, is_whole=True),
-    "seed": Range(0, below=2**32, is_whole=True),
-    "data_seed": Range(0, below=2**32, is_whole=True),
+    "seed": SEED,
+    "data_seed": SEED,
 }
 """The numbers that the Trainer's flags may have."""
 
