@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
+from dylo_moe.commands.compare.arguments import COMPARE_LINE
 from dylo_moe.commands.compare.request import parse_compare
+from dylo_moe.commands.eval.arguments import EVAL_LINE
 from dylo_moe.commands.eval.request import parse_eval
+from dylo_moe.commands.export.arguments import EXPORT_LINE
 from dylo_moe.commands.export.request import parse_export
+from dylo_moe.commands.plan.arguments import PLAN_LINE
+from dylo_moe.commands.plan.request import parse_plan
+from dylo_moe.commands.stream.arguments import STREAM_LINE
 from dylo_moe.commands.stream.request import build_stream_parser, parse_stream
+from dylo_moe.commands.submit.arguments import SUBMIT_LINE
+from dylo_moe.commands.submit.request import parse_submit
 from dylo_moe.commands.train.arguments import TRAIN_LINE
 from dylo_moe.commands.train.request import build_train_parser, parse_train
 from dylo_moe.parsing.other_names import NO_FLAGS, OTHER_NAMES, OTHER_VALUES
@@ -195,6 +205,22 @@ def test_every_shipped_recipe_is_read():
     for name in shipped_recipes():
         read = {"stream": parse_stream, "compare": parse_compare}.get(name, parse_train)
         assert read(["--config", name, "--output_dir", "out"]), name
+
+
+def test_every_example_of_a_help_is_read(tmp_path, monkeypatch):
+    """As it stands, from the folder of somebody who has trained runs/code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "code").mkdir(parents=True)
+    (tmp_path / "runs" / "code" / CONFIG_FILE).write_text("{}")
+    readers = {
+        TRAIN_LINE: parse_train, STREAM_LINE: parse_stream, COMPARE_LINE: parse_compare, PLAN_LINE: parse_plan,
+        EVAL_LINE: parse_eval, EXPORT_LINE: parse_export, SUBMIT_LINE: parse_submit,
+    }  # fmt: skip
+    for line, read in readers.items():
+        assert line.examples
+        for example in line.examples:
+            assert example.startswith(f"{line.prog} ")
+            read(shlex.split(example)[2:])
 
 
 def test_dashes_are_no_second_spelling():

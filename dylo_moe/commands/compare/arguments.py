@@ -107,7 +107,7 @@ COMPARE_LINE = CommandLine(
     refusal=compare_refusal,
     trainer=TrainerOptions,
     examples=(
-        "dylora compare --config quickstart --seeds 1 2 3",
-        "dylora compare --config quickstart --arms lora_total ours --output_dir runs/compare",
+        "dylora compare --config compare --output_dir runs/compare",
+        "dylora compare --config compare --seeds 1 2 3 --arms lora_total ours --output_dir runs/seeds",
     ),
 )

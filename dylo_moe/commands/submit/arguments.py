@@ -257,6 +257,7 @@ SUBMIT_LINE = CommandLine(
     refusal=submit_refusal,
     trainer=TrainerOptions,
     examples=(
-        "dylora submit --gcp_project PROJECT --bucket gs://BUCKET --image IMAGE:TAG --display_name NAME --dry_run",
+        "dylora submit --gcp_project my-project --region us-central1 --bucket gs://my-bucket "
+        "--image us-central1-docker.pkg.dev/my-project/images/dylora:latest --display_name code --dry_run",
     ),
 )
