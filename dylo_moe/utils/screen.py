@@ -186,9 +186,14 @@ class Screen:
 
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """A console of rich; with NO_COLOR it prints plain text, also where FORCE_COLOR or a terminal asks for more."""
+    """A console of rich; with NO_COLOR it prints plain text, also where FORCE_COLOR or a terminal asks for more.
+
+    It reads the environment of now: rich keeps the object that `os.environ` was when rich was imported, and datasets
+    puts a copy in its place when it has worked in several processes.
+    """
     plain, file = bool(os.environ.get("NO_COLOR")), cast(IO[str], _Stderr()) if stderr else None
-    return Console(quiet=quiet, file=file, force_terminal=False if plain else None, highlight=False)
+    terminal = False if plain else None
+    return Console(quiet=quiet, file=file, force_terminal=terminal, highlight=False, _environ=os.environ)
 
 
 class _Stderr:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 
 import pytest
 from rich.console import Console
@@ -15,10 +16,9 @@ PATH = "/" + "/".join(["a_long_folder"] * 9)
 
 @pytest.fixture(autouse=True)
 def _known_surroundings(monkeypatch):
-    """Whether there are colours is decided here alone, whatever the shell or an earlier test of this process says."""
+    """Whether there are colours is decided here alone, whatever the shell says."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: False)
 
 
 def say_all(screen):
@@ -80,6 +80,16 @@ def test_no_color_wins_over_what_forces_colours(capsys, monkeypatch, forced):
     monkeypatch.setenv("NO_COLOR", "x")
     say_all(Screen("here"))
     assert "\x1b" not in "".join(capsys.readouterr())
+
+
+def test_the_environment_is_that_of_now(capsys, monkeypatch):
+    """After work in several processes datasets leaves another object as os.environ."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "31")
+    screen = Screen("here")
+    assert screen.has_colours and screen.console.width == 31
 
 
 def test_a_terminal_wraps_sentences_between_words_and_leaves_paths_whole():
