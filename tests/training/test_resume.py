@@ -207,7 +207,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_its_beginning(whole,
         (["--resume_from_checkpoint", "a", "--wandb_checkpoint_artifact", "b/c/d:e"], "cannot both be given"),
     ],
 )  # fmt: skip
-def test_what_cannot_go_on_is_refused_before_anything_is_loaded(words, message, whole, tmp_path):
+def test_what_cannot_go_on_is_refused_before_anything_is_loaded(words, message, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     with pytest.raises((UsageError, CheckpointError)) as raised:
         parse_train([word.format(tmp=tmp_path, whole=whole) for word in words])
     assert message in str(raised.value)
