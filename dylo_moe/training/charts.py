@@ -55,8 +55,8 @@ SETTINGS = {
 """Matplotlib's settings for a chart, on top of its defaults."""
 
 
-TINIEST, LARGEST = 1e-300, 1e300
-"""An axis takes a number below the first for 0, and ends at the second."""
+TINIEST, LARGEST = 1e-280, 1e300
+"""An axis takes a number below the first for 0, as matplotlib does from about 1e-287 on, and ends at the second."""
 
 SMALLEST_RANGE = 1e-5
 """The smallest range of an axis, relative to its largest number."""

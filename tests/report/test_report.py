@@ -287,6 +287,8 @@ VALUES = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40)
 
 @settings(deadline=None)
 @given(VALUES)
+@example([0.0, 1e-300])
+@example([0.0, 3e-280])
 def test_a_point_lies_where_its_value_says(values):
     """Heights are an affine map of the values, and steps go to the right."""
     svg = line_chart("x", [Series("a", list(enumerate(values)), 0)], unit="nats").svg
