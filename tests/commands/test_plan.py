@@ -171,7 +171,7 @@ def test_a_step_takes_what_a_real_one_takes(family, shape, more, tmp_path):
     words = ["--model", str(tmp_path), "--num_experts", "3", "--lora_r", "4", "--use_cpu", "true", *more]
     arguments = parse_train(words)
     account = MemoryAccount(outline(arguments), device="cpu")
-    found = account.training(Batch(4, 48), checkpointing=settings_of_flags(account.of).checkpointing)
+    found = account.training(Batch(4, 48), checkpointing=settings_of_flags(account.outline).checkpointing)
     evaluated = account.evaluation(Batch(4, 48))
     real = build_model(arguments.model, arguments.experts, arguments.router, bf16=False, load=lambda *_, **__: base)
     chunk_loss(real, arguments.model.loss_chunk_size)
@@ -301,7 +301,7 @@ def test_a_followed_loss_takes_what_the_real_one_takes(size, tmp_path):
     real = tiny_moe(base)
     chunk_loss(real, size)
     found = max(account.training(Batch(4, 32), checkpointing=False))
-    assert real.loss_chunk_size == account.of.few[0].loss_chunk_size == (size or None)
+    assert real.loss_chunk_size == account.outline.few[0].loss_chunk_size == (size or None)
     assert found == pytest.approx(max(step_activations(real, tokens(4, 32))), rel=0.03)
     logits = 4 * 4 * 32 * 3000
     assert found < logits if size else found > 2 * logits

@@ -128,18 +128,18 @@ class MemoryAccount:
     """The memory of one process that trains a model, for any batch.
 
     Args:
-        of: the model.
+        outline: the model.
         device: "cpu" or "cuda". On a GPU the router's start is no moment of the run, for the model is not there yet.
         processes: that train together.
         like: an account of the same run in another precision, which knows what many experts add.
     """
 
     def __init__(
-        self, of: Outline, *, device: str, processes: Processes = ALONE, like: MemoryAccount | None = None
+        self, outline: Outline, *, device: str, processes: Processes = ALONE, like: MemoryAccount | None = None
     ) -> None:
-        self.of, self.device, self.processes = of, device, processes
-        self.held = weights(of)
-        self.one = one_process(of.whole.base, processes, trained=self.held.trained, device=device)
+        self.outline, self.device, self.processes = outline, device, processes
+        self.held = weights(outline)
+        self.one = one_process(outline.whole.base, processes, trained=self.held.trained, device=device)
         self._steps: dict[int, FakeStep] = {}
         self._followed: dict[tuple[Batch, bool], StepActivations] = {}
         self._evaluated: dict[Batch, int] = {}
@@ -151,13 +151,13 @@ class MemoryAccount:
         Args:
             settings: None: those of the run's flags.
         """
-        settings = settings_of_flags(self.of) if settings is None else settings
+        settings = settings_of_flags(self.outline) if settings is None else settings
         stages = self._stages_of_steps(load, settings)
         held = self.held
         always = {BASE: held.base, EXPERTS: held.experts}
         if self.device == "cpu":
             # The features of the texts, fp32, once text by text and once concatenated. The base is not shared yet.
-            features = 2 * 4 * self.of.whole.router.hidden_size * load.start_tokens
+            features = 2 * 4 * self.outline.whole.router.hidden_size * load.start_tokens
             stages.append(Peak("the start of the router", {**always, FEATURES: features}))
         if self.processes.sharding is not None:  # when the backward is over
             states = ADAM_STATES * held.trained
@@ -192,16 +192,16 @@ class MemoryAccount:
         key = batch, checkpointing
         if key in self._followed:
             return self._followed[key]
-        few = self.of.few
-        if len(few) == 1 or self.of.is_dense:
+        few = self.outline.few
+        if len(few) == 1 or self.outline.is_dense:
             traces = [self._step(model).traces(batch, checkpointing=checkpointing) for model in few]
-            self._followed[key] = activations(self.of, traces)
+            self._followed[key] = activations(self.outline, traces)
             return self._followed[key]
         traces = [self._step(few[0]).traces(batch, checkpointing=checkpointing)]
         if self._added is None:
             pairs = [traces[0][:1], self._step(few[1]).traces(batch, checkpointing=checkpointing, num_arrangements=1)]
-            self._added = activations(self.of, pairs).plus(activations(self.of, pairs[:1]), -1)
-        self._followed[key] = activations(self.of, traces).plus(self._added, 1)
+            self._added = activations(self.outline, pairs).plus(activations(self.outline, pairs[:1]), -1)
+        self._followed[key] = activations(self.outline, traces).plus(self._added, 1)
         return self._followed[key]
 
     def assume(self, batch: Batch, between: tuple[Batch, Batch], rows: float, *, checkpointing: bool) -> None:
@@ -224,21 +224,21 @@ class MemoryAccount:
         batch = self._like_that_of_many(batch)
         if batch not in self._evaluated:
             self._evaluated[batch] = most_of_all_experts(
-                self.of, [self._step(model).evaluation(batch) for model in self.of.few]
+                self.outline, [self._step(model).evaluation(batch) for model in self.outline.few]
             )
         return self._evaluated[batch]
 
     def _step(self, model: DyLoRAMoE) -> FakeStep:
         """The steps of one of the outline's models of few layers, made when they are first followed."""
         if id(model) not in self._steps:
-            self._steps[id(model)] = FakeStep(self.of, model)
+            self._steps[id(model)] = FakeStep(self.outline, model)
         return self._steps[id(model)]
 
     def _like_that_of_many(self, batch: Batch) -> Batch:
         """The batch, or one of some more tokens, with which a few experts are computed as many are: only for the tokens
         that selected them. With few experts and tokens it is quicker to compute all for all."""
-        if len(self.of.few) > 1 and not self.of.is_dense:
-            model = self.of.few[0]
+        if len(self.outline.few) > 1 and not self.outline.is_dense:
+            model = self.outline.few[0]
             pool: dict[str, int] = {"num_experts": len(model.experts), "top_k": model.router_config.top_k}
             while dense_is_quicker(num_tokens=batch.rows * batch.seq, **pool):
                 batch = batch._replace(seq=batch.seq + 1)

@@ -72,11 +72,14 @@ def changes(account: MemoryAccount, load: Workload, *, room: float) -> list[Chan
         load: with its batches.
         room: bytes that the peak may take.
     """
-    train, settings, found = account.of.arguments.train, settings_of_flags(account.of), []
+    train, settings, found = account.outline.arguments.train, settings_of_flags(account.outline), []
     half = account
-    if account.of.autocast is None:
+    if account.outline.autocast is None:
         half = MemoryAccount(
-            outline(account.of.arguments, bf16=True), device=account.device, processes=account.processes, like=account
+            outline(account.outline.arguments, bf16=True),
+            device=account.device,
+            processes=account.processes,
+            like=account,
         )
         found.append(Change(("--bf16",), half.peak(load).total))
     if not settings.checkpointing:
@@ -109,7 +112,7 @@ def smaller_batches(account: MemoryAccount, load: Workload, settings: Settings, 
         account.assume(fewer, ends, count, checkpointing=settings.checkpointing)
         sizes[count] = account.peak(load._replace(batch=fewer), accumulated).total
     count = max((count for count, size in sizes.items() if size <= room), default=1)
-    found = [Change(_rows_flags(account.of.arguments.train, count, rows), sizes[count])]
+    found = [Change(_rows_flags(account.outline.arguments.train, count, rows), sizes[count])]
     if seq > SHORTEST:
         shorter = _halved(load)
         # Half as many tokens compute what half the rows do, and their masks are smaller.
