@@ -40,6 +40,9 @@ OTHER_PACKAGES = {
 }
 """Trackers that are not called as their modules and their packages are: the name of each."""
 
+Configs = tuple[ModelArguments, ExpertConfig, RouterConfig, DataConfig, TrainArguments]
+"""The configs of a training, as its flags are read into them."""
+
 TRAINED_BYTES = 16
 """Bytes of a trained parameter: itself, its gradient and AdamW's two states, in fp32."""
 

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylo_moe.commands.compare.arguments import COMPARE_LINE, OF_CODE, CompareArguments, compare_refusal
-from dylo_moe.data.config import DataConfig
-from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.parsing.parser import Parser, build_parser, parse, typed_flags
 from dylo_moe.parsing.recipe import plain_settings, with_recipe
-from dylo_moe.routing.config import LEARNED, RANDOM, UNIFORM, RouterConfig
-from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.routing.config import LEARNED, RANDOM, UNIFORM
+from dylo_moe.training.preflight import Configs
 from dylo_moe.training.run_folder import NEW_RUN
 from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import UsageError
@@ -35,7 +33,7 @@ class CompareRequest(NamedTuple):
     """Flags of `dylora eval`; empty where no task runs code."""
     batch_size: int
     """The number of rows in one forward where losses are measured."""
-    configs: tuple[ModelArguments, ExpertConfig, RouterConfig, DataConfig, TrainArguments]
+    configs: Configs
     """The configs of our arm's training."""
 
 

@@ -29,24 +29,19 @@ from dylo_moe.commands.stream.state import (
     write_view,
 )
 from dylo_moe.data.collator import Collator
-from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.data.packing import check_texts_kept_apart
 from dylo_moe.evaluation.loss_matrix import Matrix
-from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.terminal import show_device, show_loss
-from dylo_moe.routing.config import RouterConfig
-from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.build import base_options, build_model
 from dylo_moe.training.fit import removed_unless_trained
-from dylo_moe.training.preflight import check_before_reading, check_rows
+from dylo_moe.training.preflight import Configs, check_before_reading, check_rows
 from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import CONFIG_FILE, new_output_dir, save_config
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.training.stopping import StopRequest
-from dylo_moe.training.trainer_arguments import TrainArguments
 from dylo_moe.utils.errors import Stopped
 from dylo_moe.utils.file_names import RESULT
 from dylo_moe.utils.screen import Screen
@@ -109,9 +104,7 @@ def run_stages(context: StreamContext, model: DyLoRAMoE, state: StreamState, che
 # The beginning.
 
 
-def configs_of(
-    request: StreamRequest,
-) -> tuple[ModelArguments, ExpertConfig, RouterConfig, DataConfig, TrainArguments]:
+def configs_of(request: StreamRequest) -> Configs:
     """The configs of the stream; where --checkpoint is given, its manifest names the base."""
     model = request.model
     if request.stream.checkpoint is not None:

@@ -14,6 +14,7 @@ from dylo_moe.parsing.parser import Parser, build_parser, parse
 from dylo_moe.parsing.recipe import as_words, in_full, last_value, plain_settings, with_recipe
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
+from dylo_moe.training.preflight import Configs
 from dylo_moe.training.resume import Resumption, changes, find, shared_out
 from dylo_moe.training.run_folder import CONFIG_FILE, NEW_RUN, fresh_folder
 from dylo_moe.training.tracking import download_checkpoint
@@ -37,7 +38,7 @@ class Arguments(NamedTuple):
     """Settings that differ from the checkpoint's and may do so, in words."""
 
     @property
-    def configs(self) -> tuple[ModelArguments, ExpertConfig, RouterConfig, DataConfig, TrainArguments]:
+    def configs(self) -> Configs:
         """The configs that were made from the flags."""
         return self.model, self.experts, self.router, self.data, self.train
 
