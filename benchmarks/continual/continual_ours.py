@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from continual_baselines import BATCH_ROWS, LOW_RATE, RANK, Setting, lora_config, loss_of, losses_of, train
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from skills import NUM_TOKENS, Rows
 from torch import Tensor
 
@@ -36,10 +38,11 @@ class Stream:
         setting: see `Setting`.
         seed: of every expert's start, of the batches, and of what the library draws.
         model: that grows.
+        folder: where the trained experts are kept; those that are there are not trained again.
     """
 
-    def __init__(self, setting: Setting, seed: int, model: DyLoRAMoE) -> None:
-        self.setting, self.seed, self.model = setting, seed, model
+    def __init__(self, setting: Setting, seed: int, model: DyLoRAMoE, folder: Path) -> None:
+        self.setting, self.seed, self.model, self.folder = setting, seed, model, folder
         self.learned: dict[str, float] = {}
         """Loss of each skill just after it was learned."""
         self.decisions: dict[str, dict[str, Any]] = {}
@@ -59,8 +62,14 @@ class Stream:
         self.decisions[name], self.owner[name] = decision._asdict(), decision.expert
         grown = time.perf_counter()
         rate = self.setting.high_rate if decision.action == GROWN else LOW_RATE * self.setting.high_rate
-        with model.route_to(decision.expert):
-            train(model, rows, high_rate=rate, seed=self.seed)
+        trained = self.folder / f"{len(self.learned)}-{name}.safetensors"
+        if trained.exists():  # what an expert learns does not depend on the gate, so another gate can be measured
+            set_peft_model_state_dict(model, load_file(trained), adapter_name=decision.expert)
+        else:
+            with model.route_to(decision.expert):
+                train(model, rows, high_rate=rate, seed=self.seed)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(model.experts.state(decision.expert), trained)
         model.mature(decision.expert)
         self.grow_seconds += grown - start
         self.train_seconds += time.perf_counter() - grown
@@ -126,7 +135,7 @@ def learned_stream(setting: Setting, order: Sequence[str], seed: int) -> Stream:
     """A new model after all skills of an order; it is also saved."""
     base = load_base(setting.model, dtype=torch.bfloat16)
     model = DyLoRAMoE.from_base(base, lora=lora_config(RANK), allow_expert_growth=True)
-    stream = Stream(setting, seed, model)
+    stream = Stream(setting, seed, model, setting.folder / "trained" / f"{'-'.join(order)}-{seed}")
     for name in order:
         stream.learn(name)
     model.save_pretrained(str(model_folder(setting, order, seed)))
@@ -149,7 +158,7 @@ def saved_ours(setting: Setting, order: Sequence[str], seed: int, *, top_k: int)
     base = load_base(setting.model, dtype=torch.bfloat16)
     model = DyLoRAMoE.from_pretrained(str(model_folder(setting, order, seed)), base=base)
     model.router_config = model.router.config = replace(model.router.config, top_k=top_k)
-    stream = Stream(setting, seed, model)
+    stream = Stream(setting, seed, model, setting.folder / "trained")
     return {"losses": losses_of(model, setting.held_out()), **stream.routing(), "after_switch": stream.after_switch()}
 
 
