@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from continual_baselines import BATCH_ROWS, LOW_RATE, RANK, Setting, lora_config, loss_of, losses_of, train
 from peft import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from skills import NUM_TOKENS, Rows
 from torch import Tensor
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GROWN
+from dylo_moe.model.saving import save_tensors
 from dylo_moe.routing.config import BASE
 
 SAMPLE_ROWS = 16
@@ -69,7 +70,7 @@ class Stream:
             with model.route_to(decision.expert):
                 train(model, rows, high_rate=rate, seed=self.seed)
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(model.experts.state(decision.expert), trained)
+            save_tensors(model.experts.state(decision.expert), trained)
         model.mature(decision.expert)
         self.grow_seconds += grown - start
         self.train_seconds += time.perf_counter() - grown
