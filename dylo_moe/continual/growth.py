@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dylo_moe.continual.base_texts import write_texts
 from dylo_moe.continual.config import CONSOLIDATED, GROW, GROWN, NEAREST, REPORTED, SKIP, SKIPPED, GrowthConfig
+from dylo_moe.continual.confusable import Confusable, confusable_skills
 from dylo_moe.continual.gate_fit import fit_row, refit_rows
 from dylo_moe.continual.novelty_detector import Novelty, judge
 from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.experts.expert import check_name
 from dylo_moe.routing.config import BASE
-from dylo_moe.utils.words import counted
+from dylo_moe.utils.words import counted, listed
 
 GateRows = dict[str, tuple[Tensor, Tensor]]
 """A gate row, fp32 [hidden], and its bias, fp32 scalar, of each expert."""
@@ -267,6 +268,32 @@ class Growth:
         """Fit one gate row against the library; all others stay bit for bit."""
         router = self._model.router
         router.set_row(expert, *fit_row(router, self.library, expert, seed=seed))
+
+    def confusable(self, *, of: str | None = None) -> list[Confusable]:
+        """The skills of different experts that the detector takes for each other; see `confusable_skills`."""
+        return confusable_skills(self.library, self.config, of=of)
+
+    def merge_weights(self, experts: Sequence[str]) -> list[float]:
+        """The share of each of these experts in the tokens that the library has seen of their skills; they sum to 1.
+
+        Raises:
+            ValueError: for an expert that has no skill in the library.
+        """
+        skills = [self.library[name] for name in self.library.skills]
+        counts = [sum(skill.num_tokens for skill in skills if skill.expert == expert) for expert in experts]
+        unknown = [expert for expert, count in zip(experts, counts, strict=True) if not count]
+        if unknown:
+            raise ValueError(
+                f"the library has no skill of {listed(unknown)}, so that nothing says what a merged expert is routed "
+                "to; know_skill() first"
+            )
+        return [count / sum(counts) for count in counts]
+
+    def merge(self, experts: Sequence[str], expert: str, *, seed: int) -> None:
+        """Let one expert know the skills of others, in whose place it has come, and compute all gate rows anew."""
+        self.library.reassign(experts, expert)
+        for name, (row, bias) in self.refit(seed=seed).items():
+            self._model.router.set_row(name, row, bias)
 
     def refit(self, *, seed: int) -> GateRows:
         """All gate rows as the library would have them now; nothing is set."""

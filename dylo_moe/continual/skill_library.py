@@ -190,6 +190,15 @@ class SkillLibrary:
         self[name]
         del self._skills[name]
 
+    def reassign(self, experts: Sequence[str], expert: str) -> None:
+        """Let one expert know all skills of some others, in whose place it has come; its shares are their sum."""
+        for name, skill in self._skills.items():
+            shares = {member: share for member, share in skill.shares.items() if member not in experts}
+            if len(shares) < len(skill.shares):
+                shares[expert] = sum(skill.shares[member] for member in experts if member in skill.shares)
+            owner = expert if skill.expert in experts else skill.expert
+            self._skills[name] = replace(skill, expert=owner, shares=shares)
+
     # Looking
 
     @property
@@ -229,16 +238,20 @@ class SkillLibrary:
         Args:
             texts: router features of each text, fp32 [tokens, hidden].
         """
-        vectors_ND = torch.stack([text.detach().cpu().double().mean(0) for text in texts])
         if self._whitening is None:
             return {}
-        whitening_DD = self._whitening.double()
-        whitened_ND = vectors_ND @ whitening_DD
-        means_SD = torch.stack([self[name].mean for name in self.skills]).double() @ whitening_DD
+        whitened_ND = self.whitened(torch.stack([text.detach().cpu().double().mean(0) for text in texts]))
+        means_SD = self.whitened(torch.stack([self[name].mean for name in self.skills]))
         return {
             name: float(spread_from_zero(whitened_ND - mean_D))
             for name, mean_D in zip(self.skills, means_SD, strict=True)
         }
+
+    def whitened(self, vectors_ND: Tensor) -> Tensor:
+        """Features in the coordinates in which `distances` measures: fp64 [vectors, hidden]."""
+        if self._whitening is None:
+            raise ValueError("the library has learned no skill yet, so it has no metric; learn() one first")
+        return vectors_ND.double() @ self._whitening.double()
 
     # Keeping
 

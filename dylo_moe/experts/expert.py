@@ -97,15 +97,21 @@ class ExpertPool:
         """Whether some expert is still learning, which makes routing dense."""
         return any(not expert.mature for expert in self)
 
-    def config_for(self, rank: int | None) -> LoraConfig:
-        """The pool's LoRA config at another rank; alpha follows, so that the scaling stays."""
-        config = copy.deepcopy(self.lora)
+    def config_for(self, rank: int | None, *, like: str | None = None) -> LoraConfig:
+        """The LoRA config of a new expert at a rank; alpha follows, so that the scaling stays.
+
+        Args:
+            rank: default that of the config it is made of.
+            like: the expert whose config it is made of; default the pool's own.
+        """
+        config = copy.deepcopy(self.lora if like is None else cast(LoraConfig, self._model.peft_config[like]))
         if rank is not None and rank != config.r:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
             if config.rank_pattern or config.alpha_pattern:
                 raise ValueError(
-                    f"rank {rank} cannot apply: the pool's rank_pattern or alpha_pattern sets them by layer"
+                    f"rank {rank} cannot apply: the {'pool' if like is None else f'expert {like}'}'s rank_pattern or "
+                    "alpha_pattern sets them by layer"
                 )
             ratio = (rank / config.r) ** (0.5 if config.use_rslora else 1.0)
             alpha = config.lora_alpha * ratio
@@ -197,6 +203,12 @@ class ExpertPool:
         with self.set_aside():
             names = [path for path, _ in cast(nn.Module, self._model.base_model.model).named_modules()]
         return [path for path in names if ".lora_" not in path]
+
+    def named_layers(self) -> list[tuple[str, RoutedLayer]]:
+        """The routed linears with their module names in the base, in the model's order."""
+        with self.set_aside():
+            found = [path for path, _ in routed_layers(self._model)]
+        return [(path.removeprefix("base_model.model."), layer) for path, layer in zip(found, self.layers, strict=True)]
 
     def set_aside(self) -> AbstractContextManager[None]:
         """Hide the adapters of all routed linears while the context lasts; see `adapters_set_aside`."""

@@ -96,7 +96,7 @@ def load_into(model: RoutedPeftModel, path: str | os.PathLike[str]) -> dict[str,
         raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(differences))
     states = {name: _load_tensors(folder / "experts" / name / ADAPTER_FILES[1]) for name in there}
     router_state = _load_tensors(folder / ROUTER_FILE)
-    library = _load_library(folder, manifest)
+    library = load_library(folder, manifest)
     for entry in manifest["experts"]:
         _load_expert(model, entry, states[entry["name"]], folder)
     model.experts.pack()
@@ -133,7 +133,7 @@ def _build(cls: type[Model], folder: Path, manifest: dict[str, Any], base: PreTr
         files = [folder / "experts" / entry["name"] / file for file in ADAPTER_FILES]
         configs[entry["name"]] = PeftConfig.from_pretrained(str(files[0].parent))
         states[entry["name"]] = _load_tensors(files[1])
-    router_state, library = _load_tensors(folder / ROUTER_FILE), _load_library(folder, manifest)
+    router_state, library = _load_tensors(folder / ROUTER_FILE), load_library(folder, manifest)
     first = entries[0]["name"]
     configs[first].inference_mode = False
     model = cls(
@@ -179,7 +179,8 @@ def _load_router(model: RoutedPeftModel, state: dict[str, Tensor], folder: Path)
     model.router.keep_counts_on_first()
 
 
-def _load_library(folder: Path, manifest: dict[str, Any]) -> SkillLibrary | None:
+def load_library(folder: Path, manifest: dict[str, Any]) -> SkillLibrary | None:
+    """The skill library of a checkpoint whose manifest was read; None for one that knows no skills."""
     if manifest.get("growth") is None:
         return None
     try:

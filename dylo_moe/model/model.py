@@ -19,6 +19,7 @@ from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.experts.adapter import lora_config, lora_problems, read_adapter, routed_lora_config
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.experts.expert import Expert, check_name
+from dylo_moe.experts.merging import Merge, merge_experts
 from dylo_moe.model.forward import RoutedForward
 from dylo_moe.model.loading import load_checkpoint
 from dylo_moe.model.pool_options import pool_problems
@@ -183,6 +184,43 @@ class DyLoRAMoE(RoutedForward):
         self.router.remove_row(name)
         self.apply_trainable()
         return [] if self.growth is None else self.growth.forget(name)
+
+    def merge_experts(
+        self, first: str, second: str, *, name: str | None = None, rank: int | None = None, seed: int = 0
+    ) -> Merge:
+        """Make one expert of two mature ones, which knows the skills of both; the others stay bit for bit.
+
+        Its delta is the best approximation of rank `rank` of the mean of both deltas, weighted by the tokens that the
+        library has seen of each; see `experts.merging`. The gate follows the library.
+
+        Args:
+            name: of the merged expert; default that of the first.
+            rank: default the larger of the two ranks.
+            seed: of the gate's fit.
+
+        Raises:
+            ValueError: where these two cannot be merged, or the library does not know their skills; nothing has
+                changed then.
+        """
+        self._check_learned("merge_experts")
+        if self.growth is None:
+            raise ValueError(
+                "this model has no skill library, so that nothing says what a merged expert is routed to; know_skill() "
+                "first"
+            )
+        old = [self._pool[expert].name for expert in (first, second)]
+        weights = self.growth.merge_weights(old)
+        with torch.random.fork_rng(devices=[]):  # what PEFT and the router draw is overwritten
+            merge = merge_experts(
+                self._pool, *old, weights=(weights[0], weights[1]), name=first if name is None else name, rank=rank
+            )
+            for expert in old:
+                self.router.remove_row(expert)
+            self.router.add_row(merge.expert)
+        self.growth.merge(old, merge.expert, seed=seed)
+        self.apply_trainable()
+        LOGGER.info("%s", merge.in_words(*old))
+        return merge
 
     def freeze(self, *names: str) -> None:
         """Stop training these experts and their gate rows, whose gradients are dropped. `unfreeze` undoes it."""
