@@ -139,6 +139,7 @@ def test_what_names_and_configs_decide_is_refused_before_weights_are_read(run, t
         ([*ask, "--max_new_tokens", "999999999999"], ("--max_new_tokens is 999,999,999,999, but ",)),
         (["experts", "remove", run, "nope", "--output", run], ("expert is 'nope'", f"output {run} exists")),
         (["experts", "refit", run, "--output", new], ("has no skill library",)),
+        (["experts", "merge", run, "expert_0", "expert_1", "--output", new], ("has no skill library",)),
         (["eval", run, "--eval_subset", "0", "--seed", "-1", "--expert", "nope"], ("eval_sub", "seed", "is 'nope'")),
     ):
         assert main(words) == 2

@@ -37,7 +37,7 @@ LINES = {
     **{prog: (look_line(prog), None) for prog in ("dylora data show", "dylora data check")},
 }
 SUBCOMMANDS = [["data", name] for name in ("list", "show", "check")]
-SUBCOMMANDS += [["experts", name] for name in ("list", "remove", "refit")]
+SUBCOMMANDS += [["experts", name] for name in ("list", "remove", "merge", "refit")]
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "huggingface_hub", "matplotlib", "rich")
 IS_RECORDED = json.loads(quick.RECORD.read_text())["transformers"] == transformers.__version__
 NEEDS_RECORDED = pytest.mark.skipif(not IS_RECORDED, reason="the record is of another version of Transformers")
@@ -97,7 +97,10 @@ def test_every_flag_of_the_trainer_that_a_help_shows_has_a_text():
     ("words", "message"),
     [
         (["data", "shw"], "dylora data: there is no command 'data shw'; did you mean show?"),
-        (["experts", "purge"], "dylora experts: there is no command 'experts purge'; there are list, remove, refit"),
+        (
+            ["experts", "purge"],
+            "dylora experts: there is no command 'experts purge'; there are list, remove, merge, refit",
+        ),
         (
             ["report", "--output", "x"],
             "dylora report: FOLDER must be given (usage: dylora report FOLDER [--output FILE])",

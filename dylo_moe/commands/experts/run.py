@@ -10,10 +10,14 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.continual.confusable import confusable_skills
 from dylo_moe.continual.growth import GateRows
-from dylo_moe.model.checkpoint import manifest_or_problem, read_manifest
+from dylo_moe.model.checkpoint import checkpoint_in, manifest_or_problem, read_manifest
+from dylo_moe.model.loading import load_library
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
+from dylo_moe.report.skill_pairs import show_confusable
 from dylo_moe.routing.config import BASE
 from dylo_moe.utils.checks import SEED, range_problems
 from dylo_moe.utils.screen import Screen
@@ -42,6 +46,11 @@ def list_experts(checkpoint: str) -> None:
         screen.say("It has no skill library: it was trained jointly, and its pool is fixed.")
     elif not growth["allow_expert_growth"]:
         screen.say("Its pool is fixed: new data is reported, and grows no expert.")
+    if growth is not None:
+        library = load_library(checkpoint_in(checkpoint), manifest)
+        assert library is not None
+        pairs = confusable_skills(library, GrowthConfig(**growth["config"]))
+        show_confusable(screen, pairs, checkpoint, most=len(pairs))
 
 
 def remove_expert(checkpoint: str, name: str, output: str) -> None:

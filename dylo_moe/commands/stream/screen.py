@@ -10,12 +10,17 @@ from dylo_moe.commands.stream.state import StreamState
 from dylo_moe.continual.config import REPORTED
 from dylo_moe.continual.growth import SkillDecision
 from dylo_moe.data.loading import LoadedData
+from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.pages import write_report
+from dylo_moe.report.skill_pairs import show_confusable
 from dylo_moe.report.terminal import show_rows
 from dylo_moe.training.fit import command
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
 from dylo_moe.utils.words import counted
+
+MAX_PAIRS = 3
+"""The most skills that a stage's skill is said to be like; `dylora experts list` shows all."""
 
 
 def show_stream_data(screen: Screen, data: LoadedData, roles: Roles) -> None:
@@ -64,6 +69,13 @@ def show_decision(context: StreamContext, stage: StageData, decision: SkillDecis
         text += " --learn_with EXPERT names the expert to train on it."
     say = context.screen.warn if decision.expert is None else context.screen.say
     say(text)
+
+
+def show_unseparated(context: StreamContext, model: DyLoRAMoE, decision: SkillDecision) -> None:
+    """Print which skills of other experts the skill of a stage cannot be told from, if it was learned."""
+    if decision.expert is not None and model.growth is not None:
+        pairs = model.growth.confusable(of=decision.skill)
+        show_confusable(context.screen, pairs, context.folder, most=MAX_PAIRS)
 
 
 def show_end(context: StreamContext, final: Path, seconds: float) -> None:

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, set_seed
 from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import StageData, rows_by_dataset, sample_of
 from dylo_moe.commands.stream.measure import measure_stage
-from dylo_moe.commands.stream.screen import show_decision, show_stage
+from dylo_moe.commands.stream.screen import show_decision, show_stage, show_unseparated
 from dylo_moe.commands.stream.stage_trainer import StageTrainer
 from dylo_moe.commands.stream.state import StreamState, save_stage, stage_folder
 from dylo_moe.continual.config import GROWN
@@ -58,6 +58,7 @@ def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, plac
     stage.seconds = round(time.time() - started, 1)
     save_stage(model, context.folder, folder, state, context.record, keep=stream.keep_stages)
     show_matrix(context.screen, state.matrix)
+    show_unseparated(context, model, decision)
 
 
 def free_name(model: DyLoRAMoE, wanted: str) -> str:
