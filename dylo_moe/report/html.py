@@ -51,6 +51,8 @@ class HtmlTable:
 
     titles: Sequence[str]
     rows: list[list[Cell]]
+    kind: str = ""
+    """The CSS class; `map` is a table of small cells without text, whose titles stand upright."""
 
     def __bool__(self) -> bool:
         return bool(self.rows)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylo_moe.evaluation.loss_matrix import FIGURES, OF_UNLEARNED, Matrix, shown
 from dylo_moe.report.html import Cell, HtmlTable, page_link, render, settings_table, tinted
-from dylo_moe.report.loss_matrix_table import figure_rows, stage_label
+from dylo_moe.report.loss_matrix_table import LISTED, figure_rows, is_large, stage_label
 from dylo_moe.report.run_record import finite
 from dylo_moe.report.stream_record import StreamRecord
 from dylo_moe.utils.redact import short_name, without_secrets
@@ -56,12 +56,15 @@ def stream_page(record: StreamRecord, home: Path) -> str:
         unmeasured=UNMEASURED,
         summary=_summary(record),
         figures=_figures(matrix),
-        each_skill=_each_skill(matrix),
+        is_large=is_large(matrix),
+        least=_least(matrix),
+        each_skill=_each_skill(matrix, matrix.skills),
         gains=_change_map(matrix, lambda place, column: _gain(matrix, place, column), lambda place, column: True),
         changes=_change_map(matrix, matrix.change, lambda place, column: _is_learned(matrix, place, column)),
         decisions=_decisions(record, home),
         has_pages=any(record.pages),
         losses=_losses(matrix),
+        routed=_share_map(matrix) if is_large(matrix) else None,
         alone=_expert_cells(matrix, "alone", "{:.4f}"),
         accuracy=_expert_cells(matrix, "accuracy", "{:.1%}"),
         configuration=settings_table(record.settings),
@@ -96,11 +99,20 @@ def _figures(matrix: Matrix) -> HtmlTable:
     return HtmlTable(["", "mean", "worst", "worst skill; skills counted", "meaning"], rows)
 
 
-def _each_skill(matrix: Matrix) -> HtmlTable:
+def _least(matrix: Matrix) -> HtmlTable | None:
+    """Of a matrix of many skills those that keep least of their experts' gain."""
+    if not is_large(matrix):
+        return None
+    kept = matrix.gain_kept().known
+    return _each_skill(matrix, sorted(kept, key=lambda skill: finite(kept[skill]) or -math.inf)[:LISTED])
+
+
+def _each_skill(matrix: Matrix, skills: Sequence[str]) -> HtmlTable:
+    """Make a table with a row for each of these skills, and a column for each figure that has a value for a skill."""
     names = [name for name in FIGURES if name not in (*OF_UNLEARNED, "backward_transfer")]
     figures = {name: FIGURES[name].of(matrix) for name in names}
     rows = []
-    for skill in matrix.skills:
+    for skill in skills:
         learned = matrix.learned_at(skill)
         cells = [Cell(skill, "stage"), Cell(shown(matrix.base.get(skill)), "n")]
         if learned is None:
@@ -127,7 +139,10 @@ def _is_learned(matrix: Matrix, place: int, column: str) -> bool:
 def _change_map(
     matrix: Matrix, change: Callable[[int, str], float | None], applies: Callable[[int, str], bool]
 ) -> ChangeMap | None:
-    """Make a table with a row for each stage and a column for each skill; each cell is a change of the loss, tinted."""
+    """Make a table with a row for each stage and a column for each skill; each cell is a change of the loss, tinted.
+
+    Of many skills the number is in the hover title only.
+    """
     if not matrix.stages:
         return None
     columns = [*matrix.skills, *matrix.unlearned]
@@ -140,13 +155,33 @@ def _change_map(
         for column in columns:
             value, loss = changes[place, column], stage.losses.get(column)
             if value is None:
-                cells.append(Cell("not measured" if applies(place, column) else "", "blank"))
+                missing = "not measured" if applies(place, column) and not is_large(matrix) else ""
+                cells.append(Cell(missing, "blank"))
                 continue
             hover = f"{column} after {stage.name}: loss {shown(loss)}, base {shown(matrix.base.get(column))}"
-            kind = "learned" if place == learned[column] else ""
-            cells.append(tinted(value, scale, shown(value, "{:+.3f}"), hover=hover, kind=kind))
+            kind, text = "learned" if place == learned[column] else "", shown(value, "{:+.3f}")
+            if is_large(matrix):
+                cells.append(tinted(value, scale, "", hover=f"{column} after {stage.name}: {text}", kind=kind))
+            else:
+                cells.append(tinted(value, scale, text, hover=hover, kind=kind))
         rows.append(cells)
-    return ChangeMap(HtmlTable(["after stage", *columns], rows), f"{scale:.3g}")
+    return ChangeMap(HtmlTable(["after stage", *columns], rows, "map" if is_large(matrix) else ""), f"{scale:.3g}")
+
+
+def _share_map(matrix: Matrix) -> HtmlTable:
+    """Make a map of the shares of tokens that are sent to the skill's own expert, a cell for each stage and skill."""
+    columns = [*matrix.skills, *matrix.unlearned]
+    rows = []
+    for place, stage in enumerate(matrix.stages):
+        cells = [Cell(stage_label(matrix, place), "stage")]
+        for name in columns:
+            known = finite(stage.accuracy.get(name))
+            hover = "" if known is None else f"{name} after {stage.name}: {known:.1%}"
+            cells.append(
+                Cell("", "" if known is None else "share", None if known is None else round(80 * known), hover)
+            )
+        rows.append(cells)
+    return HtmlTable(["after stage", *columns], rows if any(stage.accuracy for stage in matrix.stages) else [], "map")
 
 
 DECISION = {

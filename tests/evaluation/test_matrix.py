@@ -429,6 +429,24 @@ def test_every_number_is_whole_and_no_line_too_long(width, num_skills):
             assert kind.show(figure.mean) in text and kind.show(figure.worst[1]) in text
 
 
+@pytest.mark.parametrize(("width", "most_lines"), [(28, 140), (80, 40), (200, 40)])
+def test_of_64_skills_the_newest_and_those_that_lost_most_are_listed(width, most_lines):
+    """Eight rows, whatever the width: 64 columns of figures take hundreds of lines after each of 64 stages."""
+    skills = [f"skill_{place:02d}" for place in range(64)]
+    lost = {skill: (place * 37 % 64) / 100 for place, skill in enumerate(skills)}
+    stages = [Stage(skill, {name: 3.0 for name in skills}) for skill in skills]
+    stages[-1].losses = {name: 3.0 + lost[name] for name in skills} | {skills[-1]: 1.5}
+    text = shown_in(width, Matrix(skills, ["prose"], {name: 4.0 for name in (*skills, "prose")}, stages))
+    assert max(map(len, text.splitlines())) <= width and len(text.splitlines()) < most_lines
+    # At 28 columns the table is several blocks, each with all names.
+    names = re.findall(r"skill_\d\d|prose", text.split("figures of the matrix")[0])
+    most = sorted(skills[:-1], key=lambda name: -lost[name])[:7]
+    assert names[:9] == [skills[-1], *most, "prose"]
+    for name in most:
+        assert f"{3 + lost[name]:.3f}" in text and f"+{lost[name]:.3f}" in text
+    assert "1.500*" in text
+
+
 def test_no_line_is_too_long_for_any_terminal():
     """Bug this guards against: one column too many, whose numbers rich then cuts."""
     stages = [Stage(skill, {name: 1.5 for name in "abcdef"}) for skill in "abcdef"]

@@ -138,6 +138,34 @@ def test_a_cell_is_as_blue_as_it_is_better_and_as_orange_as_it_is_worse(stream):
         assert f"-{scale:.3g} <span class='two'>" in page
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    return write_stream(tmp_path_factory.mktemp("many") / "out", a_matrix([f"skill_{place}" for place in range(64)]))
+
+
+def test_64_skills_are_a_map_whose_cells_tell_their_numbers_and_details_that_are_closed(many):
+    page, matrix = read(write_report(str(many))), a_matrix([f"skill_{place}" for place in range(64)])
+    columns = [*matrix.skills, "english"]
+    hover = re.findall(r"<td class='tint (better|worse)[^>]*title='([^']*)'></td>", section(page, "gains"))
+    assert [text for _, text in hover] == [
+        f"{name} after {stage.name}: {stage.losses[name] - matrix.base[name]:+.3f}"
+        for stage in matrix.stages
+        for name in columns
+    ]
+    assert [tone for tone, _ in hover] == [
+        "better" if stage.losses[name] < matrix.base[name] else "worse" for stage in matrix.stages for name in columns
+    ]
+    shares = re.findall(r"<td class='share' style='--p:(\d+)%' title='([^']*)'></td>", section(page, "accuracy"))
+    assert len(shares) == 64 * 65 // 2 + 64
+    assert shares[0] == ("72", "skill_0 after skill_0: 90.0%")
+    outside = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+    assert outside.count("<table") == 6  # figures, the skills that keep least, three maps, and the configuration
+    assert all(f"{stage.losses[name]:.4f}" in section(page, "losses") for stage in matrix.stages for name in columns)
+    kept = matrix.gain_kept().known
+    behind = section(page, "figures").split("keep least")[1]
+    assert re.findall(r"<td class='stage'>([^<]*)</td>", behind)[:8] == sorted(kept, key=kept.__getitem__)[:8]
+
+
 def test_each_decision_is_shown_with_what_it_rests_on(stream):
     rows = table_of(read(write_report(str(stream))), "decisions")
     assert rows[1] == [
@@ -288,6 +316,23 @@ def test_a_real_browser_shows_it_whole_without_network_or_script(which, request,
         texts = [[text.rstrip("\n") for _, text in reader.of(tag)] for reader in (shown, written)]
         assert texts[0] == texts[1], tag
     assert len(shown.of("td")) > 60
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1440, 900])
+def test_a_map_of_64_skills_fits_the_screen_whole(width, tmp_path):
+    """The cells of the last column are as far from the edge as every section's text; nothing has to be scrolled."""
+    from PIL import Image
+
+    matrix = a_matrix([f"skill_{place}" for place in range(64)])
+    matrix.base["english"] += 30  # the strongest tint stands in the last column
+    picture = tmp_path / "page.png"
+    screenshot(BROWSER, write_report(str(write_stream(tmp_path / "out", matrix))), picture, width=width, height=3000)
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    half = (np.array([0x00, 0x72, 0xB2]) + 255) / 2  # half blue, half white
+    _, places = np.nonzero(np.abs(pixels - half).sum(-1) < 6)
+    right = (width + min(width - 32, 1088)) / 2  # of the section
+    assert len(places) > 64 * 12 * 8 and right - 40 < places.max() < right - 17
 
 
 @needs_browser
