@@ -15,6 +15,7 @@ asking for more rows gives the earlier ones first.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import re
 import sys
@@ -80,15 +81,27 @@ class Document(NamedTuple):
     content: str | list[Example]
 
 
-def read_skill(name: str, tokenizer: PreTrainedTokenizerBase, *, num_train: int, num_held_out: int) -> Skill:
+def read_skill(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_train: int,
+    num_held_out: int,
+    transform: Callable[[str], str] = str,
+) -> Skill:
     """A skill's first `num_train` training rows and `num_held_out` held-out rows.
+
+    Args:
+        transform: rewrites a document's text before it is cut into rows; only of skills that are plain text.
 
     Raises:
         ValueError: naming what this machine lacks.
     """
     if name not in READ:
         raise ValueError(f"there is no skill {name!r}; there are {', '.join(READ)}")
-    documents = sorted(READ[name](), key=lambda document: _number(document.name))
+    documents = sorted(documents_of(name), key=lambda document: _number(document.name))
+    if transform is not str:
+        documents = [document._replace(content=transform(_plain(document))) for document in documents]
     groups: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
         groups[_number(document.name) % HELD_OUT_SHARE == 0].append(document)
@@ -98,6 +111,18 @@ def read_skill(name: str, tokenizer: PreTrainedTokenizerBase, *, num_train: int,
         for group, count in zip(groups[::-1], (num_held_out, num_train), strict=True)
     ]  # the held-out rows first: what they hold is not trained, under whatever name it lies there again
     return Skill(name, train=rows[1], held_out=rows[0])
+
+
+@functools.cache
+def documents_of(name: str) -> list[Document]:
+    """All documents of a skill, read once."""
+    return READ[name]()
+
+
+def _plain(document: Document) -> str:
+    if not isinstance(document.content, str):
+        raise ValueError(f"{document.name} is exchanges and no plain text, which alone can be transformed")
+    return document.content
 
 
 def _first(found: Iterator[Rows], count: int, name: str) -> Rows:
@@ -278,7 +303,7 @@ def main() -> None:
             continue
         counts = [int((rows.labels != IGNORED).sum()) for rows in (skill.train, skill.held_out)]
         first = str(tokenizer.decode(skill.held_out.input_ids[0][:40])).strip().split("\n")[0][:60].replace("|", "\\|")
-        print(f"| {name} | {len(READ[name]())} | {counts[0]:,} | {counts[1]:,} | `{first}` |", flush=True)
+        print(f"| {name} | {len(documents_of(name))} | {counts[0]:,} | {counts[1]:,} | `{first}` |", flush=True)
 
 
 if __name__ == "__main__":
