@@ -100,14 +100,12 @@ def read_skill(
     if name not in READ:
         raise ValueError(f"there is no skill {name!r}; there are {', '.join(READ)}")
     documents = sorted(documents_of(name), key=lambda document: _number(document.name))
-    if transform is not str:
-        documents = [document._replace(content=transform(_plain(document))) for document in documents]
     groups: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
         groups[_number(document.name) % HELD_OUT_SHARE == 0].append(document)
     seen: set[str] = set()
     rows = [
-        _first(_rows(group, tokenizer, seen), count, name)
+        _first(_rows(group, tokenizer, seen, transform), count, name)
         for group, count in zip(groups[::-1], (num_held_out, num_train), strict=True)
     ]  # the held-out rows first: what they hold is not trained, under whatever name it lies there again
     return Skill(name, train=rows[1], held_out=rows[0])
@@ -132,10 +130,14 @@ def _first(found: Iterator[Rows], count: int, name: str) -> Rows:
     return Rows(*(torch.stack(tensors) for tensors in zip(*rows, strict=True)))
 
 
-def _rows(documents: list[Document], tokenizer: PreTrainedTokenizerBase, seen: set[str]) -> Iterator[Rows]:
+def _rows(
+    documents: list[Document], tokenizer: PreTrainedTokenizerBase, seen: set[str], transform: Callable[[str], str]
+) -> Iterator[Rows]:
     """Rows in turn from the documents; each has its own order, which follows from its name."""
     waiting = []
     for document in documents:
+        if transform is not str:
+            document = document._replace(content=transform(_plain(document)))
         rows = _cut(document, tokenizer, seen)
         yield from rows[:ROWS_AT_A_TIME]
         waiting.append(rows[ROWS_AT_A_TIME:])
