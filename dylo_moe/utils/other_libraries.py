@@ -57,6 +57,7 @@ def only_our_lines(show: Callable[[str], None]) -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # PEFT adapts GPT-2's linears
         theirs = warnings.showwarning
 
         def show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

@@ -5,6 +5,8 @@ import os
 import warnings
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from reference.tiny import tiny_base
 
 import dylo_moe  # noqa: F401 (it installs the filter)
 from dylo_moe.utils.errors import DyLoRAWarning
@@ -28,6 +30,16 @@ def test_in_a_command_deprecations_are_dropped_and_warnings_stay():
         warnings.warn("dropout differs", DyLoRAWarning, stacklevel=1)
     assert told == ["dropout differs"]
     assert others == []
+
+
+def test_a_command_on_gpt2_says_nothing_of_how_its_linears_are_stored():
+    """Regression: `dylora train` on a GPT-2 base began with a warning of PEFT that no flag could answer."""
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        get_peft_model(tiny_base("gpt2"), lora)
+    with warnings.catch_warnings(record=True) as seen, only_our_lines(print):
+        get_peft_model(tiny_base("gpt2"), lora)
+    assert [str(item.message) for item in seen] == []
 
 
 def test_a_command_leaves_the_environment_as_it_was(monkeypatch):
