@@ -137,6 +137,13 @@ class RoutedPeftModel(PeftModelForCausalLM):
         """Refused: use `remove_expert`, which drops the gate row too."""
         raise ValueError(f"delete_adapter({adapter_name!r}) would leave its gate row behind; use remove_expert")
 
+    def add_weighted_adapter(self, adapters: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT's merge has no gate row. Use `merge_experts`."""
+        raise ValueError(
+            f"add_weighted_adapter of {', '.join(adapters)} would make an adapter that no token can reach; use "
+            "merge_experts"
+        )
+
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: which experts are active is decided per token. Use `route_to`."""
         raise ValueError("set_adapter has no meaning for a routed model; use `with model.route_to(name):`")

@@ -301,9 +301,10 @@ def test_what_cannot_be_a_base_is_refused():
         lambda model: model.delete_adapter("expert_0"),
         lambda model: model.set_adapter("expert_0"),
         lambda model: model.load_adapter("somewhere", "x"),
+        lambda model: model.add_weighted_adapter(["expert_0", "expert_1"], [0.5, 0.5], "x"),
         lambda model: model(input_ids=tokens(1, 3), adapter_names=["expert_0"]),
     ],
-    ids=["add_adapter", "delete_adapter", "set_adapter", "load_adapter", "adapter_names"],
+    ids=["add_adapter", "delete_adapter", "set_adapter", "load_adapter", "add_weighted_adapter", "adapter_names"],
 )
 def test_what_peft_would_do_past_the_router_is_refused(call):
     model, ids = tiny_moe("llama"), tokens(2, 8)
