@@ -22,6 +22,7 @@ from dylo_moe.experts.memory_layout import pack
 from dylo_moe.routing.dispatch import ExpertShape, Layout
 from dylo_moe.routing.forward_context import ContextSlot
 from dylo_moe.utils.errors import DyLoRAWarning
+from dylo_moe.utils.other_libraries import without_peft_active_adapter
 from dylo_moe.utils.words import listed
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -225,7 +226,8 @@ class ExpertPool:
         if len(self) == 1:
             raise ValueError(f"{self[name].name!r} is the only expert; a pool needs at least one")
         del self._experts[self[name].name]
-        PeftModel.delete_adapter(self._model, name)
+        with without_peft_active_adapter():
+            PeftModel.delete_adapter(self._model, name)
         self.refresh()
         self.pack()
 

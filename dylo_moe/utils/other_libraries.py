@@ -37,6 +37,14 @@ def without_peft_deprecation() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_peft_active_adapter() -> Iterator[None]:
+    """Drop a warning in the `with` block: PEFT says which adapter is active now, which a routed model does not use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted", UserWarning)
+        yield
+
+
 def _is_of_use(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 

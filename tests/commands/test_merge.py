@@ -57,7 +57,9 @@ def test_two_experts_become_one_and_a_stream_goes_on(grown, tmp_path, capsys):
     run = grown / "run" / "checkpoint"
     lake, pond, sky = (named(run, name) for name in ("lake", "pond", "sky"))
     assert main(["experts", "merge", str(run), lake, pond, "--name", "water", "--output", str(tmp_path / "one")]) == 0
-    told = words_of(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    told = words_of(out)
+    assert not [line for line in err.splitlines() if not line.startswith("Note: ")]
     assert f"{lake} and {pond} became water, of rank 4: their mean with weights 0.5" in told
     before, after = files_of(run), files_of(tmp_path / "one")
     assert {name for name in after if name.startswith("experts/")} == {
