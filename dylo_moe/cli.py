@@ -16,6 +16,9 @@ from dylo_moe.utils.failures import REPORT, explained
 from dylo_moe.utils.other_libraries import only_our_lines
 from dylo_moe.utils.quiet import quiet
 
+SEVERAL_PROCESSES = ("train", "stream")
+"""The commands that a launcher may start in several processes."""
+
 QUIET = "--quiet"
 """The flag of every command, wherever it stands: only warnings, errors, and the answer or the result's path."""
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None, **options: Any) -> int:
     if name not in COMMANDS:
         print_error("", no_such_command(name, COMMANDS))
         return 2
-    if os.environ.get("WORLD_SIZE", "1") != "1" and name != "train":
+    if os.environ.get("WORLD_SIZE", "1") != "1" and name not in SEVERAL_PROCESSES:
         print_error(name, "this command runs in one process; start it without torchrun or accelerate launch")
         return 2
     with quiet(QUIET in typed), only_our_lines(functools.partial(_show_note, name)):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from dylo_moe.utils.screen import Screen
 
@@ -73,6 +73,46 @@ def from_first(make: Callable[[], str]) -> str:
     if "error" in told:
         raise ValueError(told["error"])
     return told["made"]
+
+
+def first_does(work: Callable[[], object]) -> None:
+    """Have the first rank alone do some work, while the others wait for it.
+
+    Raises:
+        ValueError, OSError: as `from_first`.
+    """
+
+    def done() -> str:
+        work()
+        return ""
+
+    from_first(done)
+
+
+def value_of_first(value: Any) -> Any:
+    """The first rank's value, on every rank; it is pickled on the way."""
+    if not are_joined():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give tensors the bits that they have on the first rank; those that have them already are not written to.
+
+    Args:
+        tensors: on every rank as many, of the same shapes and in the same order.
+    """
+    if not are_joined():
+        return
+    for tensor in tensors:
+        sent = tensor.detach().to(_device(), copy=True)
+        distributed.broadcast(sent, src=0)
+        sent = sent.to(tensor.device)
+        if not torch.equal(sent, tensor):
+            tensor.copy_(sent)
 
 
 def largest(number: int) -> int:

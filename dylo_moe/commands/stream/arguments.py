@@ -38,6 +38,7 @@ NOT_OFFERED = {
     "greater_is_better": "a stage ends with its last step",
     "early_stopping_patience": "a stage ends with its last step",
     "early_stopping_threshold": "a stage ends with its last step",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "each process of a stream holds all of the base, to add experts to it"),
     "report_to": "the matrix is written to matrix.json and to the page; only dylora train logs to trackers",
     "run_name": "no tracker is written to",
     "project": "no tracker is written to",

@@ -41,7 +41,8 @@ class StageData(NamedTuple):
 
 def read_data(request: StreamRequest, tokenizer: PreTrainedTokenizerBase) -> LoadedData:
     """Read all datasets together, in the order of `Roles`, so that rows which several of them share are found."""
-    return load_data(all_data(request), tokenizer, seed=request.train.seed)
+    with request.train.main_process_first(desc="tokenising"):  # the others take it from the cache
+        return load_data(all_data(request), tokenizer, seed=request.train.seed)
 
 
 def all_data(request: StreamRequest) -> DataConfig:

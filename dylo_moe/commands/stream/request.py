@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from dylo_moe.parsing.parser import Parser, build_parser, parse, typed_flags
 from dylo_moe.parsing.recipe import as_words, in_full, last_value, plain_settings, with_recipe
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
-from dylo_moe.training.resume import LOCATIONS, named_run
+from dylo_moe.training.resume import LOCATIONS, Resumption, named_run, shared_out
 from dylo_moe.training.run_folder import CONFIG_FILE, STREAM_FILE
 from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
+from dylo_moe.utils import distributed
 from dylo_moe.utils.differences import differences, in_words
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import counted
@@ -58,6 +60,8 @@ class StreamRequest(NamedTuple):
     train: StageArguments
     resumed: Path | None = None
     """The folder of the stream that is resumed; None: the stream is new."""
+    processes: int = 1
+    """The number of processes that the stream was begun with, which config.yaml holds the rows of a step for."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -83,12 +87,15 @@ def parse_stream(argv: Sequence[str]) -> StreamRequest:
     wanted = last_value(words, "--resume_from_checkpoint")
     resumed = named_run(wanted, last_value(words, "--output_dir"), is_resumable_stream) if wanted else None
     saved: dict[str, Any] = {}
+    processes = distributed.num_ranks()
     if resumed is not None:
-        saved = _settings_in(resumed)
+        saved, processes = _settings_in(resumed)
+        begun = Resumption(resumed, resumed, saved, {"world_size": processes})
+        saved = shared_out(begun, distributed.num_ranks())
         words = [*as_words(saved), f"--output_dir={resumed}", *words]
     model, experts, router, stream, growth, data, train = parse(parser, words, stream_refusal)
     check_four_bit(model, train)
-    request = StreamRequest(model, experts, router, stream, growth, data, train, resumed)
+    request = StreamRequest(model, experts, router, stream, growth, data, train, resumed, processes)
     _check(request, given=typed_flags(words))
     if resumed is not None:
         if train.output_dir != str(resumed):
@@ -136,10 +143,16 @@ def is_resumable_stream(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and (folder / STREAM_FILE).is_file()
 
 
-def _settings_in(run: Path) -> dict[str, Any]:
+def _settings_in(run: Path) -> tuple[dict[str, Any], int]:
+    """Read the settings of a stream, and the number of processes that it was begun with."""
     if not is_resumable_stream(run):
         raise UsageError(f"{run} is not a stream that can be resumed: it needs {CONFIG_FILE} and {STREAM_FILE}")
-    return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        view = json.loads((run / STREAM_FILE).read_text(encoding="utf-8"))
+    except ValueError:  # resuming writes it again
+        view = {}
+    return settings, view.get("processes", 1)
 
 
 def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

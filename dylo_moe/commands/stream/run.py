@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,11 +14,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_tokenizer
+from dylo_moe.commands.stream.agreement import share_knowledge
+from dylo_moe.commands.stream.arguments import NOT_OFFERED
 from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import Roles, all_data, read_data, roles_of, rows_of, sample_of, stages_of
 from dylo_moe.commands.stream.measure import measure_base
 from dylo_moe.commands.stream.request import StreamRequest
-from dylo_moe.commands.stream.screen import how_to_resume, show_begin, show_end, show_stream_data
+from dylo_moe.commands.stream.screen import how_to_resume, lost_process, show_begin, show_end, show_stream_data
 from dylo_moe.commands.stream.stage import run_stage
 from dylo_moe.commands.stream.state import (
     StreamState,
@@ -41,8 +44,10 @@ from dylo_moe.training.preflight import Configs, check_before_reading, check_row
 from dylo_moe.training.resume import data_changes
 from dylo_moe.training.run_folder import CONFIG_FILE, new_output_dir, save_config
 from dylo_moe.training.run_info import run_facts
+from dylo_moe.training.sharding import ACCELERATE_SWITCH
 from dylo_moe.training.stopping import StopRequest
-from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils import distributed
+from dylo_moe.utils.errors import RankLost, Stopped, UsageError
 from dylo_moe.utils.file_names import RESULT
 from dylo_moe.utils.screen import Screen
 
@@ -52,37 +57,53 @@ def stream(request: StreamRequest) -> Path:
 
     Raises:
         Stopped: when SIGTERM or SIGINT ended it; the message says how to resume.
+        RankLost: when another process of the stream has gone.
     """
-    started = time.time()
     transformers_logging.disable_progress_bar()
-    screen = Screen("stream")
+    screen = distributed.screen("stream")
     if request.resumed is not None and is_finished(request.resumed):
         screen.say(f"{request.resumed} is finished: nothing is left to learn, and nothing was written.")
         final = request.resumed / RESULT
         screen.result("checkpoint", final)
+        distributed.leave()
         return final
     with StopRequest() as stop:
-        limits = check_before_reading(*configs_of(request), is_new=request.resumed is None, growth=request.growth)
-        show_device(screen, request.train)
-        set_seed(request.train.seed)
-        tokenizer = tokenizer_of(request)
-        data = read_data(request, tokenizer)
-        check_rows(limits, data, tokenizer, screen, max_seq_length=request.data.max_seq_length)
-        show_stream_data(screen, data, roles_of(request, data))
-        folder, checkpoint = open_folder(request)
         try:
-            with removed_unless_trained(folder, is_new=request.resumed is None):
-                collator = Collator(tokenizer)
-                state, model = start_state(request, data, collator, checkpoint)
-                show_loss(screen, model, request.model.loss_chunk_size)
-                record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
-                context = StreamContext(request, data, collator, folder, screen, stop, record)
-                final = run_stages(context, model, state, checkpoint)
-        except Stopped as stopped:
-            if not folder.exists():
-                raise
-            raise Stopped(stopped.signal, how_to_resume(folder)) from stopped
+            return _stream(request, screen, stop)
+        except (RuntimeError, ValueError, OSError) as error:
+            if distributed.num_ranks() > 1:
+                stop.leave()
+            if distributed.is_lost_peer(error):
+                raise RankLost(lost_process(Path(request.train.output_dir))) from error
+            raise
+
+
+def _stream(request: StreamRequest, screen: Screen, stop: StopRequest) -> Path:
+    """Run a stream from its flags to its final checkpoint."""
+    started = time.time()
+    check_not_sharded()
+    limits = check_before_reading(*configs_of(request), is_new=request.resumed is None, growth=request.growth)
+    show_device(screen, request.train)
+    set_seed(request.train.seed)
+    tokenizer = tokenizer_of(request)
+    data = read_data(request, tokenizer)
+    check_rows(limits, data, tokenizer, screen, max_seq_length=request.data.max_seq_length)
+    show_stream_data(screen, data, roles_of(request, data))
+    folder, checkpoint = open_folder(request)
+    try:
+        with removed_unless_trained(folder, is_new=request.resumed is None):
+            collator = Collator(tokenizer)
+            state, model = start_state(request, data, collator, checkpoint)
+            show_loss(screen, model, request.model.loss_chunk_size)
+            record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
+            context = StreamContext(request, data, collator, folder, screen, stop, record)
+            final = run_stages(context, model, state, checkpoint)
+    except Stopped as stopped:
+        if not folder.exists():
+            raise
+        raise Stopped(stopped.signal, how_to_resume(folder)) from stopped
     show_end(context, final, time.time() - started)
+    distributed.leave()
     return final
 
 
@@ -94,14 +115,20 @@ def run_stages(context: StreamContext, model: DyLoRAMoE, state: StreamState, che
     show_begin(context, state, checkpoint, num_stages=len(stages))
     if not state.matrix.base:
         measure_base(context, model, state)
-    write_view(context.folder, state, is_over=False)
+    distributed.first_does(lambda: write_view(context.folder, state, is_over=False))
     for place, data in enumerate(stages):
         if place >= state.num_done:
             run_stage(context, model, state, place, data)
-    return finish_stream(context.folder, state)
+    return Path(distributed.from_first(lambda: str(finish_stream(context.folder, state))))
 
 
 # The beginning.
+
+
+def check_not_sharded() -> None:
+    """Raise UsageError where the launcher asks for a sharded base."""
+    if os.environ.get(ACCELERATE_SWITCH, "false").lower() == "true":
+        raise UsageError(f"accelerate launch asks for FSDP, and {NOT_OFFERED['fsdp']}; launch it with DDP")
 
 
 def configs_of(request: StreamRequest) -> Configs:
@@ -121,14 +148,26 @@ def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:
 
 
 def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
-    """Open the folder of the stream, new or resumed; returns it and the checkpoint of the last stage that is done."""
+    """Open the folder of the stream, new or resumed; one process does it for all.
+
+    Returns:
+        The folder, and the checkpoint of the last stage that is done.
+    """
     if request.resumed is not None:
-        clear_leftovers(request.resumed)
-        return request.resumed, last_checkpoint(request.resumed)
-    folder = new_output_dir(request.train.output_dir)
-    write_view(folder, StreamState(Matrix([])), is_over=False)  # a stream killed from here on can be resumed
-    save_config(request.settings, folder / CONFIG_FILE)
+        resumed = request.resumed
+        distributed.first_does(lambda: clear_leftovers(resumed))
+        return resumed, last_checkpoint(resumed)
+    folder = Path(distributed.from_first(lambda: str(_new_folder(request))))
+    request.train.output_dir = str(folder)
     return folder, None
+
+
+def _new_folder(request: StreamRequest) -> Path:
+    folder = new_output_dir(request.train.output_dir)
+    state = StreamState(Matrix([]), processes=request.processes)
+    write_view(folder, state, is_over=False)  # a stream killed from here on can be resumed
+    save_config(request.settings, folder / CONFIG_FILE)
+    return folder
 
 
 def start_state(
@@ -147,13 +186,16 @@ def start_state(
         differences = data_changes(record, data.fingerprint, data.names)
         if differences:
             raise ValueError(f"cannot resume from {checkpoint} with other data: {'; '.join(differences)}")
+        state.processes = request.processes
         options = base_options(request.model, bf16=request.train.bf16)
         return state, DyLoRAMoE.from_pretrained(str(checkpoint), **options)
     roles = roles_of(request, data)
     model = start_pool(request, data, collator, roles)
+    share_knowledge(model)
     known = [name for name in roles.measured if model.knows(name)]
     matrix = Matrix([*roles.learned, *known], [name for name in roles.measured if name not in known])
-    return StreamState(matrix, {name: {model.library[name].expert: 0} for name in known}), model
+    trained = {name: {model.library[name].expert: 0} for name in known}
+    return StreamState(matrix, trained, request.processes), model
 
 
 def start_pool(request: StreamRequest, data: LoadedData, collator: Collator, roles: Roles) -> DyLoRAMoE:

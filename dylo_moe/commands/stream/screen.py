@@ -15,6 +15,8 @@ from dylo_moe.report.pages import write_report
 from dylo_moe.report.skill_pairs import show_confusable
 from dylo_moe.report.terminal import show_rows
 from dylo_moe.training.fit import command
+from dylo_moe.training.run_folder import shows_training
+from dylo_moe.utils import distributed
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
 from dylo_moe.utils.words import counted
@@ -80,6 +82,8 @@ def show_unseparated(context: StreamContext, model: DyLoRAMoE, decision: SkillDe
 
 def show_end(context: StreamContext, final: Path, seconds: float) -> None:
     """Write the report, and print the files of the stream and what to type next."""
+    if not distributed.is_first():
+        return
     page = write_report(str(context.folder))
     screen = context.screen
     screen.rule()
@@ -92,4 +96,13 @@ def show_end(context: StreamContext, final: Path, seconds: float) -> None:
 
 def how_to_resume(folder: Path) -> str:
     """Say what to type to resume an interrupted stream."""
+    if distributed.num_ranks() > 1:
+        return f"resume with the same launcher and: -m dylo_moe.cli stream --resume_from_checkpoint {folder}"
     return f"resume with: {command()} stream --resume_from_checkpoint {folder}"
+
+
+def lost_process(folder: Path) -> str:
+    """The message of a stream that ends because one of its processes is gone: how to resume it."""
+    if not shows_training(folder):
+        return "another process of this stream has gone; nothing was trained yet: start it again"
+    return f"another process of this stream has gone; {how_to_resume(folder)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback, set_seed
 
+from dylo_moe.commands.stream.agreement import agreed
 from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import StageData, rows_by_dataset, sample_of
 from dylo_moe.commands.stream.measure import measure_stage
@@ -25,6 +26,7 @@ from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.fit import resume_log, train_to_end
 from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in, save_config
 from dylo_moe.training.run_info import run_facts
+from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
 
 
@@ -41,7 +43,7 @@ def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, plac
     seed = context.request.train.seed + place
     set_seed(seed)
     folder = stage_folder(context.folder, place, data.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    distributed.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
     show_stage(context, place + 1, data)
     decision = model.add_skill(
         free_name(model, data.name if stream.chunk_examples is None else f"skill_{len(model.experts) + 1}"),
@@ -50,13 +52,17 @@ def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, plac
         expert=stream.learn_with,
         seed=seed,
     )
+    decision = agreed(model, data.name, decision)
     show_decision(context, data, decision)
     num_tokens = learn(context, model, state, folder, data, decision, seed=seed)
     stage = Stage(data.name, {}, tokens=num_tokens, decision=decision._asdict())
     state.matrix.stages.append(stage)
     measure_stage(context, model, state, stage, decision)
     stage.seconds = round(time.time() - started, 1)
-    save_stage(model, context.folder, folder, state, context.record, keep=stream.keep_stages)
+    model.router.collect_counts()
+    distributed.first_does(
+        lambda: save_stage(model, context.folder, folder, state, context.record, keep=stream.keep_stages)
+    )
     show_matrix(context.screen, state.matrix)
     show_unseparated(context, model, decision)
 
@@ -123,12 +129,13 @@ def train_expert(
     if checkpoint is not None:
         context.screen.say(f"resuming from {checkpoint}")
     trainer_state = resume_log(context.screen, metrics, checkpoint)
-    write_run_files(context, model, folder, data)
+    if distributed.is_first():
+        write_run_files(context, model, folder, data)
     train_to_end(trainer, context.stop, checkpoint, trainer_state)
-    write_json(
-        folder / "samples.json", []
-    )  # an ended run has this file, which its report looks for; a stage generates no samples
-    write_report(str(folder))
+    if distributed.is_first():
+        # An ended run has this file, which its report looks for; a stage generates no samples.
+        write_json(folder / "samples.json", [])
+        write_report(str(folder))
     model.eval()
     return trainer.num_tokens
 

@@ -30,6 +30,8 @@ class StreamState:
     matrix: Matrix
     trained: dict[str, dict[str, int]] = field(default_factory=dict)
     """The number of rows that each expert was trained on, for each dataset."""
+    processes: int = 1
+    """The number of processes that share the rows of a step as config.yaml says."""
 
     @property
     def num_done(self) -> int:
@@ -98,7 +100,8 @@ def save_stage(
 ) -> None:
     """Save the checkpoint of a stage, by which the stage is done, and delete the checkpoint of the stage before.
 
-    The files for people are written after the checkpoint, because a stream is resumed from the checkpoint alone.
+    The files for people are written after the checkpoint, because a stream is resumed from the checkpoint alone. Of
+    several processes one does it all.
 
     Args:
         folder: the folder of the stage.
@@ -158,6 +161,7 @@ def write_view(run: Path, state: StreamState, *, is_over: bool) -> None:
         {
             "version": 1,
             "state": FINISHED if is_over else "running",
+            "processes": state.processes,
             "skills": state.matrix.skills,
             "stages": stages,
         },
