@@ -240,6 +240,8 @@ def command(words: list[str], program: str) -> Iterator[list[str]]:
     """The words behind `dylora` of one line, if it is a command of ours."""
     if "train.py" in words:
         yield ["train", *words[words.index("train.py") + 1 :]]
+    elif "dylo_moe.cli" in words:
+        yield words[words.index("dylo_moe.cli") + 1 :]
     elif "submit_full_training.py" in words:
         yield ["submit", *words[words.index("submit_full_training.py") + 1 :]]
     elif program == "dylora":
