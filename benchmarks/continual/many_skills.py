@@ -4,8 +4,8 @@
 
 The skills are made: eight real kinds of text (skills.py), each in eight spellings that can be undone (SPELLINGS), in
 an order of chance. Each is learned as `dylora stream --known_skill grow` would: `model.add_skill`, then a few rows for
-the new expert alone. After 4, 16 and 64 skills the script measures the seconds of a growth, what experts, library and
-gate take in memory, the share of held-out tokens that are routed to their own expert, and the gain that is kept: the
+the new expert alone. After 4, 16 and 64 skills the script measures the CPU seconds of a growth, the memory of experts,
+library and gate, the share of held-out tokens that are routed to their own expert, and the gain that is kept: the
 base's loss less the routed one, as a share of the base's loss less that of the skill's own expert.
 
 The trained experts and their losses are kept in the folder, for they do not depend on the gate. So the command can be
@@ -111,11 +111,12 @@ def names_of(count: int) -> list[str]:
 
 
 def learn(model: DyLoRAMoE, skill: Skill, folder: Folder, *, num_rows: int) -> dict[str, Any]:
-    """Add a skill to the model and train its expert, or take the trained one; returns what was decided, and seconds."""
+    """Add a skill to the model and train its expert, or take the trained one; returns what was decided, and the
+    growth's seconds of CPU time."""
     sample = [{"input_ids": ids} for ids in skill.train.input_ids.split(BATCH_ROWS)]
-    start = time.perf_counter()
+    start = time.process_time()
     decision = model.add_skill(skill.name, sample, seed=SEED)
-    seconds, path = time.perf_counter() - start, folder.expert(skill.name)
+    seconds, path = time.process_time() - start, folder.expert(skill.name)
     if path.exists():
         set_peft_model_state_dict(model, load_file(path), adapter_name=skill.name)
     else:
@@ -166,15 +167,14 @@ def measure(model: DyLoRAMoE, skills: Sequence[Skill], folder: Folder) -> dict[s
             "gate": num_bytes(list(model.router.state_dict().values())),
         },
         "rss": psutil.Process().memory_info().rss,
+        "confusable": [pair._asdict() for pair in model.growth.confusable()],
         "skills": {},
     }
-    start = time.perf_counter()
     for skill in skills:
         base, own = alone(model, skill, folder)
         routed = loss_of(model, skill.held_out)
         right = share_right(model, skill.held_out, skill.name)
         record["skills"][skill.name] = {"base": base, "own": own, "routed": routed, "right": right}
-    record["seconds"] = time.perf_counter() - start
     return record
 
 
@@ -208,8 +208,8 @@ def run(arguments: argparse.Namespace, folder: Folder) -> None:
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
     print(
-        "| skills | seconds a growth | experts, library, gate, MB | RSS, MB | routed right, mean / worst | gain kept, "
-        "mean / worst |\n|---|---|---|---|---|---|"
+        "| skills | CPU seconds a growth | experts / library / gate, MB | RSS, MB | routed right, mean / worst | gain "
+        "kept, mean / worst |\n|---|---|---|---|---|---|"
     )
     growth = list(result["growth"].values())
     for count, record in result["at"].items():
@@ -225,6 +225,9 @@ def show(result: dict[str, Any]) -> None:
             worst = min(found, key=found.__getitem__)
             cells.append(f"{sum(found.values()) / len(found):.3f} / {found[worst]:.3f} ({worst})")
         print("| " + " | ".join(cells) + " |")
+    for count, record in result["at"].items():
+        pairs = ", ".join(f"{pair['first']} and {pair['second']}" for pair in record["confusable"])
+        print(f"\nAfter {count} skills the library cannot tell apart: {pairs or 'none'}.")
     known = [name for name, item in result["growth"].items() if not item["novel"]]
     print(f"\nNot new to the detector: {', '.join(known) or 'none'}.")
 

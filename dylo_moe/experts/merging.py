@@ -16,9 +16,6 @@ from dylo_moe.utils.words import listed
 LITTLE_KEPT = 0.9
 """The share of the mean's energy below which a merge is warned of."""
 
-UNLIKE = 0.5
-"""The cosine between two experts' deltas below which a merge is warned of."""
-
 
 class Merge(NamedTuple):
     """What a merge of two experts kept of them."""
@@ -35,7 +32,8 @@ class Merge(NamedTuple):
     worst_linear: str
     """The linear of that share."""
     alike: float
-    """The cosine between both experts' deltas over all linears: 1 the same direction, 0 nothing in common."""
+    """The cosine between both experts' deltas over all linears: 1 the same direction, 0 nothing in common. It says more
+    of how the two began than of their skills: fresh experts of one skill are nearly orthogonal."""
 
     def in_words(self, first: str, second: str) -> str:
         """Say what became of two experts, and what was kept of them."""

@@ -81,6 +81,15 @@ def test_two_experts_become_one_and_a_stream_goes_on(grown, tmp_path, capsys):
     assert DyLoRAMoE.from_pretrained(str(tmp_path / "more")).experts.names[:2] == (sky, "water")
 
 
+def test_a_merge_of_unlike_skills_and_a_rank_that_is_too_small_are_warned_of(grown, tmp_path, capsys):
+    lake, sky = (named(grown / "run", name) for name in ("lake", "sky"))
+    words = ["experts", "merge", str(grown / "run"), lake, sky, "--rank", "1", "--output", str(tmp_path / "odd")]
+    assert main(words) == 0
+    err = words_of(capsys.readouterr().err)
+    assert f"The detector tells the skills of {lake} from those of {sky}, and" in err
+    assert "The rank 1 keeps only " in err and read_manifest(tmp_path / "odd")["experts"][-1]["rank"] == 1
+
+
 def test_what_cannot_be_merged_is_refused_before_weights_are_read(grown, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(DyLoRAMoE, "from_pretrained", lambda *args, **options: pytest.fail("weights are read"))
     run, new = str(grown / "run"), str(tmp_path / "new")

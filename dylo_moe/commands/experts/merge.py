@@ -6,7 +6,7 @@ from typing import Any
 
 from dylo_moe.commands.experts.run import output_problems
 from dylo_moe.experts.expert import check_name
-from dylo_moe.experts.merging import LITTLE_KEPT, UNLIKE, Merge
+from dylo_moe.experts.merging import LITTLE_KEPT, Merge
 from dylo_moe.model.checkpoint import expert_problem, manifest_or_problem
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
@@ -30,11 +30,13 @@ def merge(checkpoint: str, first: str, second: str, output: str, *, name: str | 
     if problems:
         raise ValueError("; ".join(problems))
     model = DyLoRAMoE.from_pretrained(checkpoint)
+    assert model.growth is not None
+    is_reported = any({first, second} == set(pair.experts) for pair in model.growth.confusable())
     made = model.merge_experts(first, second, name=name, rank=rank)
     save_checkpoint(model, output)
     screen = Screen("experts")
     screen.say(made.in_words(first, second))
-    for sentence in warnings_of(made, first, second):
+    for sentence in warnings_of(made, first, second, is_reported=is_reported):
         screen.warn(sentence)
     screen.result("checkpoint", output)
 
@@ -54,17 +56,21 @@ def pool_problems(manifest: dict[str, Any], checkpoint: str, experts: list[str],
     return problems
 
 
-def warnings_of(made: Merge, first: str, second: str) -> list[str]:
-    """What a user should know of a merge that lost much, in sentences."""
+def warnings_of(made: Merge, first: str, second: str, *, is_reported: bool) -> list[str]:
+    """What a user should know of a merge that may have lost much, in sentences.
+
+    Args:
+        is_reported: whether the detector takes skills of the two for each other.
+    """
     found = []
     if made.kept < LITTLE_KEPT:
         found.append(
             f"The rank {made.rank} keeps only {made.kept:.0%} of the mean of {first} and {second}; --rank takes a "
             "larger one."
         )
-    if made.alike < UNLIKE:
+    if not is_reported:
         found.append(
-            f"{first} and {second} have little in common (cosine {made.alike:.2f}), and their mean holds but a part of "
-            "what each has learned: measure the merged checkpoint before you use it."
+            f"The detector tells the skills of {first} from those of {second}, and in the mean of unlike experts each "
+            "has but a part of what it learned: measure the merged checkpoint before you use it."
         )
     return found
