@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from reference.tiny import LORA, tiny_base, tokens
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.continual.config import GrowthConfig
-from dylo_moe.experts.merging import Factors, approximate
+from dylo_moe.experts.merging import Factors, approximate, check_merge
 from dylo_moe.routing.config import BASE
 
 WORDS = {"ant": 3, "bee": 25, "cat": 47}
@@ -189,6 +189,16 @@ def test_what_cannot_be_merged_is_refused_and_nothing_changes():
         model.merge_experts("ant", "bee")
     assert model.library.record() == before[1]
     assert all(torch.equal(before[0][name], value) for name, value in model.state_dict().items())
+
+
+def test_experts_of_different_linears_are_refused(tmp_path):
+    model = grown()
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj"]})
+    get_peft_model(tiny_base(), config).save_pretrained(str(tmp_path))
+    model.import_expert("narrow", str(tmp_path))
+    model.mature("narrow")
+    with pytest.raises(ValueError, match=r"adapt different linears: model\.layers\.0\.mlp\.down_proj"):
+        check_merge(model.experts, "ant", "narrow", "ant")
 
 
 def test_a_pool_that_was_trained_jointly_has_nothing_to_follow():
