@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,14 @@ def trimmed(rows: Rows) -> Rows:
     return Rows(*(tensor[:, :longest] for tensor in rows))
 
 
-def train(model: nn.Module, rows: Rows, *, high_rate: float, seed: int) -> None:
-    """One pass over the rows with what is trainable in `model`; a new optimizer, gradients cut at norm 1."""
+def train(
+    model: nn.Module, rows: Rows, *, high_rate: float, seed: int, penalty: Callable[[], Tensor] | None = None
+) -> None:
+    """One pass over the rows with what is trainable in `model`; a new optimizer, gradients cut at norm 1.
+
+    Args:
+        penalty: is added to the loss of every step.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=high_rate, weight_decay=0.0)
     parts = batches(rows, seed)
@@ -77,7 +83,8 @@ def train(model: nn.Module, rows: Rows, *, high_rate: float, seed: int) -> None:
     for step, batch in enumerate(parts):
         for group in optimizer.param_groups:
             group["lr"] = high_rate * two_phase(step, len(parts))
-        model(**batch._asdict(), use_cache=False).loss.backward()
+        loss = model(**batch._asdict(), use_cache=False).loss
+        (loss if penalty is None else loss + penalty()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
