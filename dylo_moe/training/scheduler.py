@@ -31,10 +31,21 @@ class TwoPhaseLR(LambdaLR):
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
 
+        self.switch_step = switch_step
+        """The first step of consolidation; a part of the scheduler's state."""
+
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-            if switch_step == 0:
+            if self.switch_step == 0:
                 return low_ratio * warm
-            return warm if step < switch_step else low_ratio
+            return warm if step < self.switch_step else low_ratio
 
         super().__init__(optimizer, factor)
+
+    def switch_now(self) -> None:
+        """Begin consolidation with the next step."""
+        self.switch_step = self.last_epoch
+        rates = [high * factor(self.last_epoch) for high, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates

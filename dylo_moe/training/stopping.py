@@ -26,9 +26,14 @@ class StopRequest(TrainerCallback):
 
     Raises:
         Stopped: where the run ends.
+
+    Args:
+        finishes_evaluations: whether an evaluation during training is finished after a signal, because its result
+            decides how the training goes on; the signal then takes effect at the end of the next step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, finishes_evaluations: bool = False) -> None:
+        self.finishes_evaluations = finishes_evaluations
         self.number: int | None = None
         """The signal that all ranks act on; None: there is none."""
         self.is_training = False
@@ -88,6 +93,8 @@ class StopRequest(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the evaluation after a signal."""
+        if self.is_training and self.finishes_evaluations:
+            return
         self.agree()
         if self.number is not None:
             raise Stopped(self.number)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
 import signal
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
+from reference.forks import forked, signal_when
 from reference.laws import Laws
 from reference.runs import files_of
 from safetensors.torch import load_file
@@ -26,40 +20,6 @@ from dylo_moe.evaluation.loss_matrix import read_matrix
 
 PLAIN = ("--lora_dropout", "0", "--optim", "sgd", "--keep_stages", "true")
 """No dropout, whose masks depend on who draws them, and plain gradient descent, whose steps go with the gradients."""
-
-
-def rank(number: int, count: int, port: int, words: list[str], log: Path) -> None:
-    """One process of a stream, as a launcher would start it."""
-    torch.set_num_threads(1)  # a fork has no more of the parent's threads, which it would wait for
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1), os.dup2(said, 2)
-    sys.stdout = sys.stderr = os.fdopen(said, "a", buffering=1)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ.update(address, RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os._exit(main(words))
-
-
-def ranks(words: list[str], log: Path, *, interrupt: Callable[[list[int]], None] = len) -> list[int]:
-    """Run a stream in two processes that are forked from this one, which has imported everything already.
-
-    Args:
-        interrupt: is given the processes' ids once they run.
-
-    Returns:
-        Their exit codes.
-    """
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank, args=(number, 2, store.port, words, log)) for number in range(2)]
-    for process in processes:
-        process.start()
-    interrupt([process.pid for process in processes])
-    for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-    return [process.exitcode for process in processes]
 
 
 def told(log: Path) -> list[str]:
@@ -80,7 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(folder):
     log = folder / "pair.log"
-    assert ranks(of(folder, "pair", 8), log) == [0, 0], log.read_text()
+    assert forked(of(folder, "pair", 8), log, count=2) == [0, 0], log.read_text()
     return folder / "pair"
 
 
@@ -111,29 +71,18 @@ def test_two_processes_learn_what_one_learns(folder, pair, laws):
 def test_a_stream_goes_on_after_a_lost_process_and_a_signal(folder, pair, laws):
     """With as many processes bit-equal, with another number within rounding; each end is told once."""
     cut = folder / "cut"
-
-    def once(there: Callable[[], bool], number: int, which: slice) -> Callable[[list[int]], None]:
-        def interrupt(ids: list[int]) -> None:
-            limit = time.monotonic() + 100
-            while not there() and time.monotonic() < limit:
-                time.sleep(0.01)
-            for process in ids[which]:
-                os.kill(process, number)
-
-        return interrupt
-
     saved = lambda: any(cut.glob("stages/02_*/checkpoint-3/dylora.json"))  # noqa: E731
-    lost = once(saved, signal.SIGKILL, slice(1, 2))
-    assert ranks(of(folder, "cut", 8), folder / "1.log", interrupt=lost) == [1, -signal.SIGKILL]
+    lost = signal_when(saved, signal.SIGKILL, which=slice(1, 2))
+    assert forked(of(folder, "cut", 8), folder / "1.log", count=2, interrupt=lost) == [1, -signal.SIGKILL]
     how = f"with the same launcher and: -m dylo_moe.cli stream --resume_from_checkpoint {cut}"
     assert told(folder / "1.log") == [f"dylora stream: another process of this stream has gone; resume {how}"]
     shutil.copytree(cut, folder / "one")
     again = ["stream", "--resume_from_checkpoint", str(cut)]
     resumed = lambda: (folder / "2.log").exists() and "stage 2" in (folder / "2.log").read_text()  # noqa: E731
-    stopped = once(resumed, signal.SIGTERM, slice(2))
-    assert ranks(again, folder / "2.log", interrupt=stopped) == [128 + signal.SIGTERM] * 2
+    stopped = signal_when(resumed, signal.SIGTERM)
+    assert forked(again, folder / "2.log", count=2, interrupt=stopped) == [128 + signal.SIGTERM] * 2
     assert told(folder / "2.log") == [f"dylora stream: stopped by SIGTERM; resume {how}"]
-    assert ranks(again, folder / "3.log") == [0, 0], (folder / "3.log").read_text()
+    assert forked(again, folder / "3.log", count=2) == [0, 0], (folder / "3.log").read_text()
     for one, other in zip(stage_checkpoints(cut), stage_checkpoints(pair), strict=True):
         assert files_of(one) == files_of(other)
     assert main(["stream", "--resume_from_checkpoint", str(folder / "one")]) == 0

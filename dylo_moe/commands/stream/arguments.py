@@ -31,13 +31,11 @@ NOT_OFFERED = {
     "lr_scheduler_type": "the rate has two phases: see --seeding_learning_rate",
     "lr_scheduler_kwargs": "the rate has two phases: see --seeding_learning_rate",
     "eval_strategy": "every skill is evaluated after every stage",
-    "eval_steps": "every skill is evaluated after every stage",
     "eval_delay": "every skill is evaluated after every stage",
-    "load_best_model_at_end": "a stage ends with its last step",
-    "metric_for_best_model": "a stage ends with its last step",
-    "greater_is_better": "a stage ends with its last step",
-    "early_stopping_patience": "a stage ends with its last step",
-    "early_stopping_threshold": "a stage ends with its last step",
+    **dict.fromkeys(
+        ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "a stage ends with its last step, or with --early_stopping_patience at the lowest loss of rows kept back",
+    ),
     **dict.fromkeys(("fsdp", "fsdp_config"), "each process of a stream holds all of the base, to add experts to it"),
     "report_to": "the matrix is written to matrix.json and to the page; only dylora train logs to trackers",
     "run_name": "no tracker is written to",
@@ -161,6 +159,24 @@ class StageOptions(TrainerOptions):
         default=3.0, metadata={"help": "Passes over the training rows of each dataset or chunk."}
     )
     eval_strategy: str = field(default="no", metadata={"help": "Not offered."})
+    eval_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "With early_stopping_patience: optimizer steps of a stage between two evaluations; default: "
+            "logging_steps."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End a stage after so many evaluations in a row whose loss did not fall, and keep its best "
+            "weights; a new expert then first goes on at the low rate. For that a tenth of the stage's training rows "
+            "is kept back; the held-out rows that are reported decide nothing. Default: all steps are trained."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much that loss must fall to count, in nats per token."}
+    )
     save_strategy: str = field(default="steps", metadata={"help": "When to save within a stage: no, steps, epoch."})
     save_steps: float = field(default=100, metadata={"help": "Number of optimizer steps of a stage between two saves."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Number of checkpoints kept within a stage."})

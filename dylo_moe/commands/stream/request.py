@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,14 @@ MAY_CHANGE_PREFIXES = ("logging_", "log_")
 @dataclass
 class StageArguments(StageOptions, TrainArguments):  # type: ignore[misc]
     """The Trainer's arguments for each stage of a stream, with our defaults where they differ from `dylora train`'s."""
+
+    @classmethod
+    def problems_of(cls, values: Mapping[str, Any]) -> list[str]:
+        """The problems as of `TrainArguments`; within a stage there are evaluations for early stopping alone."""
+        is_asked = values.get("early_stopping_patience") is not None
+        problems = super().problems_of({**values, "eval_strategy": "steps" if is_asked else "no"})
+        needless = [name for name in ("eval_steps", "early_stopping_threshold") if values.get(name) and not is_asked]
+        return problems + [f"{name} is given without early_stopping_patience, which it is for" for name in needless]
 
 
 class StreamRequest(NamedTuple):

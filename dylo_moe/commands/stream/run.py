@@ -67,7 +67,7 @@ def stream(request: StreamRequest) -> Path:
         screen.result("checkpoint", final)
         distributed.leave()
         return final
-    with StopRequest() as stop:
+    with StopRequest(finishes_evaluations=True) as stop:
         try:
             return _stream(request, screen, stop)
         except (RuntimeError, ValueError, OSError) as error:

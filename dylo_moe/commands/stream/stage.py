@@ -6,12 +6,16 @@ import copy
 import time
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import PrinterCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from dylo_moe.commands.stream.agreement import agreed
 from dylo_moe.commands.stream.context import StreamContext
 from dylo_moe.commands.stream.data import StageData, rows_by_dataset, sample_of
+from dylo_moe.commands.stream.early_stop import StageStopping, split_rows
 from dylo_moe.commands.stream.measure import measure_stage
+from dylo_moe.commands.stream.request import StageArguments
 from dylo_moe.commands.stream.screen import show_decision, show_stage, show_unseparated
 from dylo_moe.commands.stream.stage_trainer import StageTrainer
 from dylo_moe.commands.stream.state import StreamState, save_stage, stage_folder
@@ -28,6 +32,7 @@ from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in, save_confi
 from dylo_moe.training.run_info import run_facts
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
+from dylo_moe.utils.words import counted
 
 
 def run_stage(context: StreamContext, model: DyLoRAMoE, state: StreamState, place: int, data: StageData) -> None:
@@ -111,19 +116,23 @@ def train_expert(
     arguments.output_dir, arguments.seed = str(folder), seed
     arguments.learning_rate = request.stream.seeding_learning_rate
     metrics = MetricsFile(folder / "metrics.jsonl")
+    stopping, rows, kept_back = early_stopping(context, arguments, data)
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=epoch_of(data.rows, request.data),
+        train_dataset=epoch_of(rows, request.data),
+        eval_dataset=kept_back,
         data_collator=context.collator,
         domains=context.data.names,
         training=dict(context.record),
-        callbacks=[metrics, ProgressBar(context.screen), context.stop],
+        callbacks=[metrics, ProgressBar(context.screen), context.stop, *stopping],
         expert=expert,
         stream=request.stream,
         is_new=is_new,
     )
     trainer.remove_callback(PrinterCallback)
+    for item in stopping:
+        item.trainer = trainer
     found = checkpoints_in(folder)
     checkpoint = found[-1][1] if found else None
     if checkpoint is not None:
@@ -132,12 +141,39 @@ def train_expert(
     if distributed.is_first():
         write_run_files(context, model, folder, data)
     train_to_end(trainer, context.stop, checkpoint, trainer_state)
+    trainer.end_with_best()
+    for item in stopping:
+        item.say_end()
     if distributed.is_first():
         # An ended run has this file, which its report looks for; a stage generates no samples.
         write_json(folder / "samples.json", [])
         write_report(str(folder))
     model.eval()
     return trainer.num_tokens
+
+
+def early_stopping(
+    context: StreamContext, arguments: StageArguments, data: StageData
+) -> tuple[list[StageStopping], Dataset, Dataset | None]:
+    """Prepare a stage for early stopping, if it was asked for.
+
+    Args:
+        arguments: those of the stage's Trainer, which are changed.
+
+    Returns:
+        The callback, the rows to train, and those that are kept back.
+    """
+    patience = arguments.early_stopping_patience
+    if patience is None:
+        return [], data.rows, None
+    trained, kept_back = split_rows(data.rows, data.name)
+    arguments.eval_strategy = IntervalStrategy.STEPS
+    arguments.eval_steps = arguments.eval_steps or arguments.logging_steps
+    context.screen.say(
+        f"{len(kept_back):,} of {counted(len(data.rows), 'row')} are kept back from training: when their loss has not "
+        f"fallen for {counted(patience, 'evaluation')}, one every {arguments.eval_steps:g} steps, the stage ends early"
+    )
+    return [StageStopping(patience, arguments.early_stopping_threshold, screen=context.screen)], trained, kept_back
 
 
 def write_run_files(context: StreamContext, model: DyLoRAMoE, folder: Path, data: StageData) -> None:
