@@ -57,7 +57,7 @@ class StageTrainer(DyLoRATrainer):
     @property
     def switch_step(self) -> int:
         """The first step of consolidation; it is known once training has begun."""
-        return 0 if self.lr_scheduler is None else self.lr_scheduler.switch_step
+        return 0 if self.lr_scheduler is None else cast(TwoPhaseLR, self.lr_scheduler).switch_step
 
     def planned_switch(self, num_training_steps: int) -> int:
         """The first step of consolidation, unless it begins early."""
@@ -109,7 +109,9 @@ class StageTrainer(DyLoRATrainer):
     @property
     def best(self) -> Evaluation | None:
         """The evaluation with the lowest loss, the first of equals; None where there is no finite one."""
-        found = [Evaluation(line["step"], line["eval_loss"]) for line in self.state.log_history if "eval_loss" in line]
+        found = [
+            Evaluation(int(line["step"]), line["eval_loss"]) for line in self.state.log_history if "eval_loss" in line
+        ]
         return min((item for item in found if math.isfinite(item.loss)), key=lambda item: item.loss, default=None)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
