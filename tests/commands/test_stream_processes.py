@@ -59,13 +59,14 @@ def near(laws: Laws, law: str, ours: Path, theirs: Path) -> None:
         assert one.decision["expert"] == other.decision["expert"]
 
 
-def test_two_processes_learn_what_one_learns(folder, pair, laws):
+def test_two_processes_learn_what_one_learns(folder, pair, laws, caplog):
     """The last batch of every pass, of 54 rows, is not shared evenly."""
     assert main(of(folder, "alone", 16)) == 0
     near(laws, "a stream of two processes = one, weights", pair, folder / "alone")
     said = pair.with_suffix(".log").read_text()
     assert said.count("The whole stream took") == said.count("stage 2: sky") == 1
     assert len(stage_checkpoints(pair)) == 2
+    assert "is dead" not in caplog.text  # a bug once: a stage warned of all experts but its own
 
 
 def test_a_stream_goes_on_after_a_lost_process_and_a_signal(folder, pair, laws):

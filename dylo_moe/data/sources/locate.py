@@ -95,6 +95,7 @@ def locate_all(config: DataConfig, *, named: Collection[str] = CATALOG) -> list[
             places.append(locate(argument, named=named))
         except ValueError as error:
             problems.append(str(error))
+    places = _told_apart(places)
     names = [place.name for place in places]
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
@@ -111,6 +112,21 @@ def locate_all(config: DataConfig, *, named: Collection[str] = CATALOG) -> list[
     if problems:
         raise ValueError("; ".join(problems))
     return places
+
+
+def _told_apart(places: Sequence[DatasetSource]) -> list[DatasetSource]:
+    """Name paths that would have the same name by their folders too.
+
+    A/train.jsonl and B/train.jsonl become A and B; A/notes.txt and B/notes.txt become A-notes and B-notes.
+    """
+    names = [place.name for place in places if place.path is not None]
+    told = []
+    for place in places:
+        folder = "" if place.path is None else Path(os.path.abspath(place.path)).parent.name
+        if folder and names.count(place.name) > 1:
+            place = place._replace(name=folder if place.name == "train" else f"{folder}-{place.name}")
+        told.append(place)
+    return told
 
 
 def locate_for_training(config: DataConfig) -> list[DatasetSource]:

@@ -39,7 +39,7 @@ _SPLIT = re.compile(
 
 _SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?([-_.][0-9a-f]{8,})?$")
 
-_SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}
+_SPLIT_NAMES = {"valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "eval": VALIDATION}
 
 _DOCUMENTATION = re.compile(r"(readme|licen[cs]e|changelog|citation)(\..*)?|.*\.(md|rst)", re.IGNORECASE)
 
@@ -260,6 +260,8 @@ def split_of(name: str) -> str:
     stem = _SHARD.sub("", own.rpartition(".")[0])
     if found := _SPLIT.fullmatch(stem):
         split = found[1] or found[2]
+    elif stem in _SPLIT_NAMES:  # as a part of a longer name "eval" says what is evaluated
+        split = stem
     else:
         known = [folder for folder in folders if folder in (TRAIN, VALIDATION, TEST, *_SPLIT_NAMES)]
         split = known[-1] if known else TRAIN
