@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +55,10 @@ OF_A_RUN = ("model", "rows", "test_rows", "matrix_rows", "max_length", "learning
 """The arguments that a run is refused for, where they are not those that it was begun with."""
 
 
-def runs_of(method: str, orders: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The (place of the order, seed) that a method is run with; only what can make a difference."""
-    for seed in seeds[:1] if method == "base" else seeds:
-        yield from ((place, seed) for place in range(len(orders) if method in ORDER_MATTERS else 1))
-
-
 def run(method: str, place: int, order: tuple[str, ...], seed: int, setting: Setting, settings: dict[str, Any]) -> None:
     """All stages of a run that are not there yet."""
     folder = setting.folder / "runs" / f"{method}-order{place}-seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"method": method, "order": list(order), "seed": seed, "settings": settings}
-    if (folder / "run.json").exists():
-        if json.loads((folder / "run.json").read_text()) != about:
-            raise SystemExit(f"{folder} was begun with other settings; choose another --output or delete it")
-    else:
-        write_whole(folder / "run.json", json.dumps(about, indent=1).encode())
+    begin(folder / "run.json", {"method": method, "order": list(order), "seed": seed, "settings": settings})
     num_stages = len(order) if method in ORDER_MATTERS else 1
     done = len(list(folder.glob("stage-*.json")))
     if done == num_stages:
@@ -84,6 +71,15 @@ def run(method: str, place: int, order: tuple[str, ...], seed: int, setting: Set
         write_whole(folder / f"stage-{index}.json", text.encode())
         print(f"{folder.name}: stage {index + 1} of {num_stages}, {stage['seconds']} s", flush=True)
         start = time.perf_counter()
+
+
+def begin(path: Path, about: dict[str, Any]) -> None:
+    """Note what is begun, or end the program where the file says that it was begun otherwise."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(about, indent=1).encode())
+    elif json.loads(path.read_text()) != about:
+        raise SystemExit(f"{path} says that this was begun with other settings; choose another --output or delete it")
 
 
 def read_tasks(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, Task]:
@@ -133,18 +129,19 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Every run of the arguments, the first seed before the others."""
+    """Every run of the arguments that can differ from one before, the first seed and order before the others."""
     tokenizer = load_tokenizer(arguments.model)
     tasks = read_tasks(arguments, tokenizer)
     judge = Judge(tasks, tokenizer, num_matrix_rows=arguments.matrix_rows)
     setting = Setting(arguments.model, tasks, judge, arguments.learning_rate, arguments.output)
     settings = {name: getattr(arguments, name) for name in OF_A_RUN}
+    begin(arguments.output / "settings.json", settings)  # which the experts there were trained with
     orders = (TASKS, OTHER_ORDER)[: arguments.orders]
     for seed in arguments.seeds:
         for place in range(len(orders)):
             for method in arguments.only:
-                seeds = arguments.seeds[:1] if method == "base" else [seed]
-                if (place, seed) in runs_of(method, orders, seeds):
+                is_first_seed = seed == arguments.seeds[0]
+                if (place == 0 or method in ORDER_MATTERS) and (is_first_seed or method != "base"):
                     run(method, place, orders[place], seed, setting, settings)
 
 

@@ -14,8 +14,6 @@ from dylo_moe.evaluation.loss_matrix import Matrix, Stage
 Record = dict[str, Any]
 Values = dict[str, float] | None
 
-NUM_DIGITS = {"points": 1, "nats": 3, "share": 3}
-
 
 def is_stream(record: Record) -> bool:
     """Whether the run learns task after task."""
