@@ -12,7 +12,7 @@ All methods see the same rows for the same number of tokens, and are judged by t
   arrow      PEFT's Arrow over the oracle's experts, with its own default of three experts a token
   arrow_top1 the same with one expert a token
   ours       `model.add_skill`, then each new expert trained on its own tokens, as `dylora stream` does
-  ours_top2  the same models with the two best members of the pool for each token
+  ours_top1  the same models with one member of the pool for each token
   pair       two skills alike in words and different in meaning, through ours: what confusing them costs
 
 Each run (method, order, seed) leaves a file in the output folder and is not done again, so the command can be
@@ -49,10 +49,10 @@ METHODS: dict[str, Method] = {
     "arrow": functools.partial(baselines.arrow, top_k=3),
     "arrow_top1": functools.partial(baselines.arrow, top_k=1),
     "ours": ours,
-    "ours_top2": functools.partial(saved_ours, top_k=2),
+    "ours_top1": functools.partial(saved_ours, top_k=1),
     "pair": pair,
 }
-ORDER_MATTERS = {"in_turn", "ours", "ours_top2"}
+ORDER_MATTERS = {"in_turn", "ours", "ours_top1"}
 
 
 def orders_of(skills: Sequence[str], count: int) -> list[tuple[str, ...]]:

@@ -101,7 +101,7 @@ def print_routing(
         for order in (skills, skills[::-1]):
             router, library = grown(order, train, base)
             print(f"| {name} | in turn, {order[0]} first | {routing_row(router, held_out, switched)} |", flush=True)
-        for expert, row in refit_rows(router, library, seed=0).items():
+        for expert, row in refit_rows(router, library).items():
             router.set_row(expert, *row)
         print(f"| {name} | refitted | {routing_row(router, held_out, switched)} |", flush=True)
 

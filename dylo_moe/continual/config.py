@@ -16,6 +16,10 @@ SKIP = "skip"
 
 GROW = "grow"
 
+LIBRARY = "library"
+
+FROZEN = "frozen"
+
 FRESH = "fresh"
 
 NEAREST = "nearest"
@@ -73,6 +77,25 @@ class GrowthConfig:
     )
     """How a new expert begins: with zero delta ("fresh"), or as a copy of the nearest skill's expert ("nearest")."""
 
+    gate_rows: str = field(
+        default=LIBRARY,
+        metadata={
+            "help": "After each growth the gate rows of all experts are computed anew from the skill library "
+            "(library), or the new expert's row is fitted and the others stay as they are for ever (frozen).",
+            "choices": [LIBRARY, FROZEN],
+        },
+    )
+    """What becomes of the gate after each growth. "library": the rows of all experts are computed anew, in closed form,
+    from what the library keeps. "frozen": the new expert's row is fitted against the others, which stay bit for bit;
+    skills that differ in kind then lose their tokens, because a row has the covariance of its day."""
+
+    max_lost_share: float = field(
+        default=0.05,
+        metadata={"help": "A growth that costs a known skill more than this share of its tokens warns."},
+    )
+    """The share of a known skill's tokens, as estimated from the library, that a growth may take from its expert
+    without a warning."""
+
     def __post_init__(self) -> None:
         problems = choice_problems(self)
         rate, similarity = self.false_alarm_rate, self.similarity_threshold
@@ -80,5 +103,7 @@ class GrowthConfig:
             problems.append(f"false_alarm_rate is {rate!r}; it must be a number above 0 and below 1")
         if not is_number(similarity) or not -1 < similarity < 1:
             problems.append(f"similarity_threshold is {similarity!r}; it must be a number above -1 and below 1")
+        if not is_number(self.max_lost_share) or not 0 <= self.max_lost_share <= 1:
+            problems.append(f"max_lost_share is {self.max_lost_share!r}; it must be a number from 0 to 1")
         if problems:
             raise ValueError("GrowthConfig: " + "; ".join(problems))

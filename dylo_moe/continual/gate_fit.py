@@ -78,13 +78,12 @@ def fit_row(router: Router, library: SkillLibrary, expert: str, *, seed: int) ->
     return _to_router(router, row_D, bias, root_DD, origin_D)
 
 
-def refit_rows(router: Router, library: SkillLibrary, *, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The rows of all experts that have skills, as one linear discriminant against the base's row of zeros.
+def refit_rows(router: Router, library: SkillLibrary) -> dict[str, tuple[Tensor, Tensor]]:
+    """The rows of all experts that have skills, as linear discriminants against the base's row: a closed form.
 
-    In closed form; an expert of several skills has the row of their mean.
-
-    Args:
-        seed: not needed by the closed form; given so that the caller need not know.
+    They are a function of the library: skills that were learned in another order give the same rows, bit for bit. An
+    expert of several skills has the row of their mean. Where the base's own row is not zeros, as in a pool that was
+    trained jointly, all rows stand that much higher.
 
     Returns:
         As `fit_row`, for each expert.
@@ -92,17 +91,17 @@ def refit_rows(router: Router, library: SkillLibrary, *, seed: int) -> dict[str,
     Raises:
         ValueError: if the library knows no skill.
     """
-    root_DD = library.root
-    origin_D = _background(router, library)
-    base_row_D, base_bias = torch.zeros_like(origin_D), torch.zeros((), dtype=torch.float64)
+    owners = {library[name].expert for name in library.skills}
+    experts = [name for name in router.names if name in owners]
+    if not experts:
+        raise ValueError("the library has learned no skill yet, so there is no gate row to fit; learn() one first")
+    rows_ED, bias_E = library.discriminants(experts, origin=_background(router, library))
+    mean_D, scale_D = router.feature_mean.cpu().double(), router.feature_scale.cpu().double()
+    gates_ED, gate_bias_E = rows_ED / scale_D, bias_E + rows_ED @ mean_D
     if router.has_base:
-        base_row_D, base_bias = _row(router, BASE, root_DD, origin_D)
-    rows = {}
-    for expert in dict.fromkeys(library[name].expert for name in library.skills):
-        mean_D = torch.stack(_own_means(library, expert, root_DD, origin_D)).mean(0)
-        row_D, bias = base_row_D + mean_D, base_bias - 0.5 * mean_D @ mean_D
-        rows[expert] = _to_router(router, row_D, bias, root_DD, origin_D)
-    return rows
+        gates_ED = gates_ED + router.gate[BASE].detach().cpu().double()
+        gate_bias_E = gate_bias_E + router.gate_bias[BASE].detach().cpu().double()
+    return {name: (gates_ED[index].float(), gate_bias_E[index].float()) for index, name in enumerate(experts)}
 
 
 def _start(mean_D: Tensor, others: list[_Other]) -> tuple[Tensor, Tensor]:
@@ -161,7 +160,7 @@ def _draw(means: list[Tensor], generator: torch.Generator) -> Tensor:
 def _own_means(library: SkillLibrary, expert: str, root_DD: Tensor, origin_D: Tensor) -> list[Tensor]:
     if expert == BASE:
         return [torch.zeros_like(origin_D)]
-    names = [name for name in library.skills if library[name].expert == expert]
+    names = sorted(name for name in library.skills if library[name].expert == expert)
     if not names:
         raise ValueError(f"expert {expert!r} has no skill in the library to fit its gate row to; learn() one first")
     return [_whitened(library[name].mean.double() - origin_D, root_DD) for name in names]

@@ -9,13 +9,26 @@ import torch
 from torch import Tensor
 
 from dylo_moe.continual.base_texts import write_texts
-from dylo_moe.continual.config import CONSOLIDATED, GROW, GROWN, NEAREST, REPORTED, SKIP, SKIPPED, GrowthConfig
+from dylo_moe.continual.calibration import held_out_nats, place_temperatures
+from dylo_moe.continual.config import (
+    CONSOLIDATED,
+    GROW,
+    GROWN,
+    LIBRARY,
+    NEAREST,
+    REPORTED,
+    SKIP,
+    SKIPPED,
+    GrowthConfig,
+)
 from dylo_moe.continual.confusable import Confusable, confusable_skills
+from dylo_moe.continual.gate_change import GateChange, GateProbe
 from dylo_moe.continual.gate_fit import fit_row, refit_rows
 from dylo_moe.continual.novelty_detector import Novelty, judge
 from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.experts.expert import check_name
 from dylo_moe.routing.config import BASE
+from dylo_moe.routing.features import RouterState, places_of
 from dylo_moe.utils.words import counted, listed
 
 GateRows = dict[str, tuple[Tensor, Tensor]]
@@ -41,6 +54,15 @@ class SkillDecision(NamedTuple):
     known, and nothing is trained. "reported": it is new, but the pool is fixed, and nothing is trained."""
     expert: str | None
     """The expert that is to learn it; None: none."""
+    changed: dict[str, float] | None = None
+    """Of each skill that was known before, the share of its tokens that the new gate sends elsewhere than the old one;
+    estimated from the library. None where nothing is learned."""
+    lost: dict[str, float] | None = None
+    """Of each of them, the share by which its own expert has fewer of its tokens; None where nothing is learned."""
+
+    def lost_too_much(self, config: GrowthConfig) -> list[str]:
+        """The known skills of whose tokens the growth has cost more than `GrowthConfig.max_lost_share`."""
+        return [skill for skill, share in (self.lost or {}).items() if share > config.max_lost_share]
 
     def in_words(self, data: str) -> str:
         """Say whether data is new or known, why, and what follows from that.
@@ -58,7 +80,14 @@ class SkillDecision(NamedTuple):
             REPORTED: "The pool is fixed, so nothing is trained.",
         }[self.action]
         what = "new" if self.novel else "known"
-        return f"{data} is {what}: {why}, router entropy {self.entropy:.2f} nats. {follows}"
+        text = f"{data} is {what}: {why}, router entropy {self.entropy:.2f} nats. {follows}"
+        if self.changed:
+            most = max(self.changed, key=self.changed.__getitem__)
+            text += (
+                f" Of the tokens of known skills at most {self.changed[most]:.1%} ({most}) change their expert, as "
+                "estimated from the skill library."
+            )
+        return text
 
 
 class Growth:
@@ -109,7 +138,7 @@ class Growth:
             router.add_base()
             if len(pool):
                 self._write_base(seed)
-                self.fit(BASE, seed=seed)
+                router.set_row(BASE, *fit_row(router, self.library, BASE, seed=seed))
         self.enabled = True
 
     def fix(self, config: GrowthConfig | None) -> None:
@@ -175,7 +204,8 @@ class Growth:
         """
         if expert is not None:
             self._model.experts[expert]  # raises for an unknown name
-        texts = self._features(name, batches)
+        states = self._states(name, batches)
+        texts = [text.mean for text in states]
         if self.enabled:
             self._write_base(seed)
         novelty, entropy = self.judge(texts), self.entropy(texts)
@@ -184,14 +214,18 @@ class Growth:
             nearest = novelty.nearest if self.config.start_from == NEAREST else None
             source = None if nearest is None else self.library[nearest].expert
             self._add_expert(name, source=source, rank=rank, seed=seed)
-        if learner is not None:
-            self.library.learn(skill, texts, expert=learner, seed=seed)
-        if action == GROWN:
-            self.fit(name, seed=seed)
-        if learner is not None:
-            self.library.note_shares(skill, self.shares(texts))
         score, threshold = (None, None) if novelty.nearest is None else (novelty.score, novelty.threshold)
-        return SkillDecision(skill, novelty.novel, score, threshold, novelty.nearest, entropy, action, learner)
+        decision = SkillDecision(skill, novelty.novel, score, threshold, novelty.nearest, entropy, action, learner)
+        if learner is None:
+            return decision
+        known = self.library.skills
+        self._learn(skill, states, expert=learner, seed=seed)
+        changes = self.fit(learner, known=known, seed=seed)
+        self.library.note_shares(skill, self.shares(texts))
+        return decision._replace(
+            changed={name: change.changed for name, change in changes.items()},
+            lost={name: change.lost for name, change in changes.items()},
+        )
 
     def _action(self, name: str, novelty: Novelty, expert: str | None) -> tuple[str, str, str | None]:
         """Decide what is done with data, under which skill's name, and which expert learns it."""
@@ -225,7 +259,7 @@ class Growth:
             batches: as for `add_skill`.
             seed: of the batches that are scored for calibration.
         """
-        texts = self._features(BASE, batches)
+        texts = [text.mean for text in self._states(BASE, batches)]
         if BASE in self.library:
             self.library.forget(BASE)
         self.library.learn(BASE, texts, expert=BASE, seed=seed)
@@ -247,15 +281,22 @@ class Growth:
         Returns:
             The expert that most of its tokens choose, whose skill it counts as.
         """
-        texts = self._features(name, batches)
-        shares = self.shares(texts)
+        states = self._states(name, batches)
+        shares = self.shares([text.mean for text in states])
         expert = max(shares.keys() - {BASE}, key=shares.__getitem__)
-        self.library.learn(name, texts, expert=expert, seed=seed)
+        self._learn(name, states, expert=expert, seed=seed)
         self.library.note_shares(name, shares)
         return expert
 
-    def _features(self, skill: str, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
-        texts = self._model.text_features(batches)
+    def _learn(self, skill: str, states: Sequence[RouterState], *, expert: str, seed: int) -> None:
+        """Let the library learn texts of a skill, and how sure a gate may be of their tokens at each place."""
+        texts, half_life = [text.mean for text in states], self._model.router_config.router_half_life
+        self.library.learn(skill, texts, expert=expert, seed=seed)
+        places = [places_of(text.mass[:, 0], half_life=half_life) for text in states]
+        self.library.note_calibration(skill, held_out_nats(self.library, skill, texts, places))
+
+    def _states(self, skill: str, batches: Iterable[dict[str, Tensor]]) -> list[RouterState]:
+        texts = self._model.text_states(batches)
         if len(texts) < 2:
             raise ValueError(
                 f"skill {skill!r} was given {counted(len(texts), 'text')}; give at least two, better a hundred"
@@ -264,10 +305,38 @@ class Growth:
 
     # Gate rows.
 
-    def fit(self, expert: str, *, seed: int) -> None:
-        """Fit one gate row against the library; all others stay bit for bit."""
+    @property
+    def rows_follow_library(self) -> bool:
+        """Whether all gate rows are computed from the library: as the config says, and if it knows a skill of every
+        expert. The rows of a jointly trained pool whose skills it does not know stay as they were trained."""
+        owners = {self.library[name].expert for name in self.library.skills}
+        return self.config.gate_rows == LIBRARY and owners.issuperset(self._model.experts.names)
+
+    def fit(self, expert: str, *, known: Sequence[str] = (), seed: int) -> dict[str, GateChange]:
+        """Let the gate follow what the library has learned of an expert: all rows anew, or only that expert's.
+
+        Args:
+            known: the skills for which the change is estimated.
+            seed: of the draws.
+
+        Returns:
+            What changes for each of the known skills.
+        """
         router = self._model.router
-        router.set_row(expert, *fit_row(router, self.library, expert, seed=seed))
+        probe = GateProbe(self.library, seed=seed) if known else None
+        before = {} if probe is None else probe.choices(router)
+        if self.rows_follow_library:
+            self.set_rows(self.refit())
+        else:
+            router.set_row(expert, *fit_row(router, self.library, expert, seed=seed))
+        after = {} if probe is None else probe.choices(router)
+        return {} if probe is None else {k: v for k, v in probe.changes(before, after).items() if k in known}
+
+    def set_rows(self, rows: GateRows) -> None:
+        """Set gate rows, and the temperatures that follow from the library."""
+        for name, (row, bias) in rows.items():
+            self._model.router.set_row(name, row, bias)
+        self._model.router.set_place_temperatures(place_temperatures(self.library))
 
     def confusable(self, *, of: str | None = None) -> list[Confusable]:
         """The skills of different experts that the detector takes for each other; see `confusable_skills`."""
@@ -290,14 +359,13 @@ class Growth:
         return [count / sum(counts) for count in counts]
 
     def merge(self, experts: Sequence[str], expert: str, *, seed: int) -> None:
-        """Let one expert know the skills of others, in whose place it has come, and compute all gate rows anew."""
+        """Let one expert know the skills of others, in whose place it has come, and let the gate follow."""
         self.library.reassign(experts, expert)
-        for name, (row, bias) in self.refit(seed=seed).items():
-            self._model.router.set_row(name, row, bias)
+        self.fit(expert, seed=seed)
 
-    def refit(self, *, seed: int) -> GateRows:
+    def refit(self) -> GateRows:
         """All gate rows as the library would have them now; nothing is set."""
-        return refit_rows(self._model.router, self.library, seed=seed)
+        return refit_rows(self._model.router, self.library)
 
     def forget(self, expert: str) -> list[str]:
         """Drop the skills of a removed expert; returns their names."""

@@ -31,6 +31,11 @@ SCORES_PER_SIZE = 256
 """Calibration scores kept of one skill for each size: in the first half of a sample as in the second."""
 
 
+SCATTER_STEP = 2.0**-16
+"""The pooled scatter is kept in fp64, in multiples of this. Sums of such numbers are exact up to 2^37, so that the
+order in which skills are learned changes no bit of a gate."""
+
+
 @dataclass(frozen=True)
 class Skill:
     """The statistics of one skill."""
@@ -47,6 +52,9 @@ class Skill:
     they had no part in. NaN for sizes that the sample was too small for."""
     shares: dict[str, float]
     """Which members of the pool its tokens chose when it was last learned, as fractions."""
+    calibration: Tensor
+    """fp64 [places, temperatures + 1]: the losses from which the gate's temperatures follow, see `calibration.py`;
+    empty where none was measured."""
 
 
 class SkillLibrary:
@@ -65,7 +73,7 @@ class SkillLibrary:
     def __init__(self, hidden_size: int) -> None:
         self.hidden_size = hidden_size
         self._skills: dict[str, Skill] = {}
-        self._scatter = torch.zeros(hidden_size, hidden_size)
+        self._scatter = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
         self._num_pooled = 0
         self._whitening: Tensor | None = None
         self._root: Tensor | None = None
@@ -133,11 +141,17 @@ class SkillLibrary:
             num_tokens=count,
             scores=scores,
             shares={} if old is None else old.shares,
+            calibration=torch.zeros(0, dtype=torch.float64) if old is None else old.calibration,
         )
 
     def note_shares(self, name: str, shares: dict[str, float]) -> None:
         """Which members of the pool the tokens of a skill chose, as fractions; known once its gate row is fitted."""
         self._skills[name] = replace(self[name], shares=dict(shares))
+
+    def note_calibration(self, name: str, nats: Tensor) -> None:
+        """Keep the losses of some held-out texts of a skill beside those of earlier ones; fp64 [places, ...]."""
+        old = self[name].calibration
+        self._skills[name] = replace(self[name], calibration=nats if not len(old) else old + nats)
 
     def _check(self, name: str, texts: Sequence[Tensor]) -> None:
         problems = []
@@ -156,12 +170,13 @@ class SkillLibrary:
 
     def _pool(self, texts: Sequence[Tensor], new_mean_D: Tensor, old: Skill | None) -> None:
         """Add the scatter of a sample around its skill's mean (the merge of Chan et al. 1979 for a known skill)."""
-        self._scatter = self._scatter + _scatter(texts, new_mean_D)
+        scatter_DD = scatter_around(torch.cat(list(texts)), new_mean_D)
         count = sum(len(text) for text in texts)
         if old is not None:
             weight = old.num_tokens * count / (old.num_tokens + count)
-            shift_D = new_mean_D.float() - old.mean
-            self._scatter = self._scatter + weight * torch.outer(shift_D, shift_D)
+            shift_D = new_mean_D - old.mean.double()
+            scatter_DD = scatter_DD + weight * torch.outer(shift_D, shift_D)
+        self._scatter = self._scatter + (scatter_DD / SCATTER_STEP).round() * SCATTER_STEP
         self._num_pooled += count
         self._root = None
 
@@ -179,7 +194,7 @@ class SkillLibrary:
             whitening_DD = self._whitening
             if whitening_DD is None:
                 others = [text for text, is_chosen in zip(texts, chosen, strict=True) if not is_chosen]
-                whitening_DD = _whitening(_scatter(others, mean_D), count)
+                whitening_DD = _whitening(scatter_around(torch.cat(others), mean_D), count)
             vectors_ND = sums_ND[chosen] / counts_N[chosen, None]
             whitened_ND = (vectors_ND - mean_D) @ whitening_DD.double()
             scores[:, half::2] = _batch_scores(whitened_ND, SCORES_PER_SIZE // 2, seed)
@@ -211,6 +226,51 @@ class SkillLibrary:
         if not self._num_pooled:
             raise ValueError("the library has learned no skill yet, so it has no covariance; learn() one first")
         return _shrunk(self._scatter, self._num_pooled, SHRINKAGE)
+
+    @property
+    def pooled(self) -> tuple[Tensor, int]:
+        """The sum over all skills' tokens of the outer products of their differences from their skill's mean, fp64
+        [hidden, hidden], and the number of these tokens."""
+        return self._scatter, self._num_pooled
+
+    def discriminants(
+        self,
+        experts: Sequence[str],
+        *,
+        origin: Tensor | None = None,
+        covariance: tuple[Tensor, int] | None = None,
+        means: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The linear discriminant of each member of the pool against the base (Fisher 1936), with one covariance.
+
+        With m the mean of a member's skills and m_0 that of the entry `base` (or `origin`), its logit of
+        features f is (f - m_0) . C^-1 (m - m_0) - |m - m_0|^2 / 2, lengths being measured by C^-1. It depends on no
+        other member's mean, and on no order.
+
+        Args:
+            experts: members with a skill in the library; `base` too.
+            origin: fp64 [hidden], the mean of the text that the base should handle; default the entry `base`, or zeros
+                where there is none.
+            covariance: a scatter and the number of its tokens, instead of `pooled`.
+            means: of skills, instead of those that are kept.
+
+        Returns:
+            Rows, fp64 [experts, hidden], and biases, fp64 [experts].
+        """
+        root_DD = self.root if covariance is None else torch.linalg.cholesky(_shrunk(*covariance, SHRINKAGE))
+        origin_D = origin
+        if origin_D is None:
+            origin_D = self[BASE].mean.double() if BASE in self else torch.zeros(self.hidden_size, dtype=torch.float64)
+        differences = []
+        for expert in experts:
+            names = sorted(name for name in self.names if self[name].expert == expert)
+            own = [(means or {}).get(name, self[name].mean).double() for name in names]
+            differences.append(torch.stack(own).mean(0) - origin_D)
+        difference_ED = torch.stack(differences)
+        rows_ED = torch.stack(
+            [torch.cholesky_solve(difference_D[:, None], root_DD)[:, 0] for difference_D in differences]
+        )
+        return rows_ED, -rows_ED @ origin_D - 0.5 * (rows_ED * difference_ED).sum(1)
 
     @property
     def root(self) -> Tensor:
@@ -263,6 +323,8 @@ class SkillLibrary:
         for name, skill in self._skills.items():
             tensors[f"mean.{name}"] = skill.mean
             tensors[f"scores.{name}"] = skill.scores
+            if len(skill.calibration):
+                tensors[f"calibration.{name}"] = skill.calibration
         return tensors
 
     def record(self) -> dict[str, Any]:
@@ -293,18 +355,24 @@ class SkillLibrary:
         names = [entry["name"] for entry in record["skills"]]
         expected = {"scatter", *(f"{part}.{name}" for name in names for part in ("mean", "scores"))}
         expected |= {"whitening"} if record["num_pooled"] else set()
-        if expected != set(tensors):
+        calibrated = {f"calibration.{name}" for name in names} & set(tensors)
+        if expected | calibrated != set(tensors):
             raise ValueError(
                 f"the skill library's tensors are not those of its record: missing {sorted(expected - set(tensors))}, "
-                f"unexpected {sorted(set(tensors) - expected)}"
+                f"unexpected {sorted(set(tensors) - expected - calibrated)}"
             )
         # Tensors read from a file have any alignment in memory, which can change the order of sums over them.
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        library._scatter, library._whitening = tensors["scatter"], tensors.get("whitening")
+        library._scatter, library._whitening = tensors["scatter"].double(), tensors.get("whitening")
         library._num_pooled = record["num_pooled"]
         for entry in record["skills"]:
             name = entry["name"]
-            library._skills[name] = Skill(**entry, mean=tensors[f"mean.{name}"], scores=tensors[f"scores.{name}"])
+            library._skills[name] = Skill(
+                **entry,
+                mean=tensors[f"mean.{name}"],
+                scores=tensors[f"scores.{name}"],
+                calibration=tensors.get(f"calibration.{name}", torch.zeros(0, dtype=torch.float64)),
+            )
         return library
 
 
@@ -320,10 +388,10 @@ def _batch_scores(whitened_ND: Tensor, count: int, seed: int) -> Tensor:
     return scores
 
 
-def _scatter(texts: Sequence[Tensor], mean_D: Tensor) -> Tensor:
-    """Sum of the outer products of all tokens' differences from a mean, fp32."""
-    centred_ND = torch.cat(list(texts)) - mean_D.float()
-    return centred_ND.T @ centred_ND
+def scatter_around(tokens_ND: Tensor, mean_D: Tensor) -> Tensor:
+    """Sum of the outer products of tokens' differences from a mean: multiplied in fp32, returned as fp64 [D, D]."""
+    centred_ND = tokens_ND.float() - mean_D.float()
+    return (centred_ND.T @ centred_ND).double()
 
 
 def _whitening(scatter_DD: Tensor, count: int) -> Tensor:

@@ -89,7 +89,7 @@ class RoutedForward(RoutedPeftModel):
             return_dict=True,
             **kwargs,
         )
-        context.features = context.states = None  # as large as hidden states, and nothing reads them any more
+        context.states = None  # as large as hidden states, and nothing reads them any more
         result = out  # of TRL's or Liger's fused head: log-probabilities of the labels, or their loss, and no logits
         if "logits" in out:
             result = DyLoRAMoEOutput(

@@ -13,6 +13,7 @@ from transformers import Cache, GenerationConfig
 from dylo_moe.base.limits import limits_of
 from dylo_moe.model.routing_hooks import NotForced, Prompt, RoutingHooks, one_per_row
 from dylo_moe.routing.cache import find_router_layer
+from dylo_moe.routing.features import RouterState
 from dylo_moe.routing.router import Routing
 from dylo_moe.routing.token_masks import as_list, finished_mask, prompt_mask
 
@@ -76,17 +77,16 @@ class GenerateCall:
         drafts = self.value("is_assistant") or self.value("assistant_early_exit") is not None
         return Prompt(self.mask, decided, drafts=bool(drafts))
 
-    def _decide(self, hooks: RoutingHooks, mask: Tensor) -> Tensor:
-        """The features by which each prompt's row is routed, fp32 [prompts, hidden]: from its cache, or from all its
-        tokens."""
+    def _decide(self, hooks: RoutingHooks, mask: Tensor) -> RouterState:
+        """What each prompt's row is routed by, total [prompts, hidden]: from its cache, or from all its tokens."""
         memory = None if self.cache is None else find_router_layer(self.cache)
         if memory is not None and memory.decided is not None:
             return memory.decided
         text = {"input_ids": self.input_ids} if self.inputs_embeds is None else {"inputs_embeds": self.inputs_embeds}
         with hooks.forcing(NotForced):
-            features = hooks.read(**text, **self._positioned(mask, hooks), prompt_lengths=mask.sum(1)).features
-        assert features is not None
-        return features[:, -1]
+            states = hooks.read(**text, **self._positioned(mask, hooks), prompt_lengths=mask.sum(1)).states
+        assert states is not None
+        return states.last
 
     def finish(self, hooks: RoutingHooks, output: Any) -> None:
         """Add the routing of every token to the output, and put right what the cache remembers of ended rows.
@@ -108,7 +108,7 @@ class GenerateCall:
         read = hooks.read(input_ids=sequences[:, :end], **self._positioned(real[:, :end], hooks))
         if not bare:
             output.routing = _padded(read.routing, length=sequences.shape[1])
-        if memory is not None and read.states is not None:
+        if memory is not None and read.states is not None and not hooks.router.config.per_sequence:
             memory.replace(read.states)
 
     def _positioned(self, mask: Tensor, hooks: RoutingHooks) -> dict[str, Tensor]:

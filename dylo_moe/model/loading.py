@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -35,6 +36,7 @@ from dylo_moe.model.checkpoint import (
 )
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.routing.config import RouterConfig
+from dylo_moe.routing.features import NUM_PLACES
 from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.words import counted
 
@@ -172,6 +174,8 @@ def _load_expert(model: RoutedPeftModel, entry: dict[str, Any], state: dict[str,
 
 
 def _load_router(model: RoutedPeftModel, state: dict[str, Tensor], folder: Path) -> None:
+    if "place_temperatures" in state:  # a gate that was trained has none
+        model.router.place_temperatures = torch.ones(NUM_PLACES, device=model.device)
     problems = state_problems(model.router.state_dict(), state)
     if problems:
         raise CheckpointError(f"{folder / ROUTER_FILE}: " + "; ".join(problems[:5]))

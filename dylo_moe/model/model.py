@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from dylo_moe.model.loading import load_checkpoint
 from dylo_moe.model.pool_options import pool_problems
 from dylo_moe.model.routing_hooks import NotForced
 from dylo_moe.model.saving import save_checkpoint
-from dylo_moe.routing.config import BALANCE_COEFFICIENT, RouterConfig
+from dylo_moe.routing.config import BALANCE_COEFFICIENT, GrowingRouterConfig, RouterConfig
+from dylo_moe.routing.features import RouterState
 from dylo_moe.routing.router import Routing
 from dylo_moe.utils.words import counted
 
@@ -77,7 +79,7 @@ class DyLoRAMoE(RoutedForward):
             base: a hub id, a folder, "smollm2-135m", or a loaded causal language model.
             num_experts: how many, by default 4; all mature and trainable, routing is sparse top-k from the first step.
             lora: default r=16, alpha=32, dropout 0.05, all linears of the routed layers.
-            router: default `RouterConfig()`.
+            router: default `RouterConfig()`, or `GrowingRouterConfig()` for a pool that grows.
             names: the experts' names; default expert_0, expert_1, ...
             allow_expert_growth: the pool begins without experts, and `add_skill` grows one for each new kind of data.
                 `base` is a member: tokens of no known skill go to the unchanged base. Gate rows are fitted, never
@@ -90,7 +92,9 @@ class DyLoRAMoE(RoutedForward):
                 no decoder-only causal language model.
             BaseUnavailableError: when the base cannot be loaded.
         """
-        router = RouterConfig() if router is None else router
+        if router is None:
+            router = GrowingRouterConfig() if allow_expert_growth else RouterConfig()
+        router = RouterConfig(**asdict(router))  # the defaults have been taken
         if not allow_expert_growth and num_experts is None:
             num_experts = ExpertConfig.num_experts
         problems = pool_problems(
@@ -196,7 +200,7 @@ class DyLoRAMoE(RoutedForward):
         Args:
             name: of the merged expert; default that of the first.
             rank: default the larger of the two ranks.
-            seed: of the gate's fit.
+            seed: of the draws, where gate rows are frozen and the merged expert's is fitted.
 
         Raises:
             ValueError: where these two cannot be merged, or the library does not know their skills; nothing has
@@ -251,33 +255,50 @@ class DyLoRAMoE(RoutedForward):
         """
         return self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).routing
 
-    @torch.no_grad()
     def router_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """What the gate reads of these tokens, whatever `route_to` asks for: fp32 [batch, seq, hidden].
 
         Args:
             inputs: as in `route`.
         """
+        return self._router_states(input_ids, attention_mask, **inputs).mean
+
+    @torch.no_grad()
+    def _router_states(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> RouterState:
         with self._hooks.forcing(NotForced):
-            features = self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).features
-        if features is None:
+            states = self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).states
+        if states is None:
             raise ValueError("an expert is merged into the base, so that the base alone cannot be read; unmerge it")
-        return features
+        return states
 
     def text_features(self, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
         """What the gate reads of each text, padding left out: fp32 [tokens, hidden] each, on the model's device.
 
+        `text_states` also tells how many tokens each of these means stands on.
+
         Args:
             batches: each with input_ids [batch, seq] and, where padded, attention_mask; also position_ids, labels or
                 prompt_lengths, as in `forward`.
+        """
+        return [states.mean for states in self.text_states(batches)]
+
+    def text_states(self, batches: Iterable[dict[str, Tensor]]) -> list[RouterState]:
+        """The router's memory after each token of each text: total [tokens, hidden], mass [tokens, 1].
+
+        Args:
+            batches: as for `text_features`.
         """
         texts = []
         for batch in batches:
             ids = batch["input_ids"].to(self.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
             given = {name: batch[name].to(self.device) for name in ROUTER_INPUTS if name in batch}
-            features = self.router_features(ids, mask, **given)
-            texts += [row[real] for row, real in zip(features, mask, strict=True) if real.any()]
+            states = self._router_states(ids, mask, **given)
+            texts += [
+                RouterState(total[real], mass[real])
+                for total, mass, real in zip(*states, mask, strict=True)
+                if real.any()
+            ]
         return texts
 
     @torch.no_grad()

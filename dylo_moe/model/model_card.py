@@ -65,7 +65,8 @@ def _whom(router: dict[str, Any]) -> str:
     if router.get("policy") == UNIFORM:
         return "all of them alike, whatever the text"
     drawn = ", drawn at random" if router.get("policy") == RANDOM else ""
-    return f"{router['top_k']} of them{drawn}"
+    most = "at most " if router.get("top_p", 1.0) < 1 and router["top_k"] > 1 else ""
+    return f"{most}{router['top_k']} of them{drawn}"
 
 
 def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) -> str:

@@ -15,7 +15,7 @@ from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
 from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, router_cache_layer
-from dylo_moe.routing.features import causal_exponential_mean
+from dylo_moe.routing.features import RouterState, causal_exponential_mean
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
 from dylo_moe.routing.router import Router, force_routing, make_dispatch
 from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
@@ -35,8 +35,8 @@ class Prompt(NamedTuple):
 
     mask: Tensor
     """[prompts, prompt tokens], 0 on padding."""
-    decided: Tensor | None
-    """fp32 [prompts, hidden]: with sequence granularity, what the rows are decided on."""
+    decided: RouterState | None
+    """With sequence granularity, what the rows are decided on: total [prompts, hidden], mass [prompts, 1]."""
     drafts: bool = False
     """Whether tokens are drafted one by one and may all be taken back."""
 
@@ -109,7 +109,7 @@ class RoutingHooks:
             inputs: of the base.
 
         Returns:
-            The forward's context: its `routing`, and its `features` (fp32 [batch, seq, hidden]).
+            The forward's context: its `routing`, and the `states` that were routed by.
         """
         context = ForwardContext(labels=labels, prompt_lengths=prompt_lengths, ends_at_router=True)
         try:
@@ -208,10 +208,11 @@ class RoutingHooks:
         forced, dtype = context.forced, self.pool.compute_dtype()
         decides = forced is NotForced or context.ends_at_router
         if decides or cache is not None:
-            context.features = self._features(context, hidden.detach(), mask, cache)
+            context.states = self._states(context, hidden.detach(), mask, cache)
         if forced is NotForced:
-            assert context.features is not None
-            context.routing, selected = self.router(context.features, mask=mask, dense=context.dense)
+            assert context.states is not None
+            features, mass = context.states.mean, context.states.mass[..., 0]
+            context.routing, selected = self.router(features, mass=mass, mask=mask, dense=context.dense)
             context.dispatch = make_dispatch(context.routing, selected, layouts=self.pool.layouts, dtype=dtype)
         else:
             experts = one_per_row(forced, mask.shape[0], expandable=self.prompt is not None)
@@ -234,52 +235,51 @@ class RoutingHooks:
         return token_mask(mask, batch=batch, seq=seq, device=hidden.device)
 
     @torch.no_grad()
-    def _features(self, context: ForwardContext, hidden: Tensor, mask: Tensor, cache: Cache | None) -> Tensor | None:
+    def _states(self, context: ForwardContext, hidden: Tensor, mask: Tensor, cache: Cache | None) -> RouterState | None:
         memory = None if cache is None else router_cache_layer(cache, num_layers=self._num_layers)
         if cache is not None and memory is not None:
             memory.check_continues(int(cache.get_seq_length(self._first_layer)))
         if self.router.config.reads_final:
             hidden = context.last_hidden  # type: ignore[assignment]
         if self.router.config.per_sequence:
-            return self._sequence_features(context, hidden, mask, memory)
+            return self._sequence_states(context, hidden, mask, memory)
         if hidden is None:  # forced, so that the base was not run alone
             if memory is not None:
                 memory.hold(None, num_tokens=mask.shape[1])
             return None
         starts = text_starts(context.position_ids, mask=mask)
         state = None if memory is None else memory.state
-        features, states = causal_exponential_mean(
+        _, states = causal_exponential_mean(
             hidden, mask=mask, half_life=self.router.config.router_half_life, state=state, starts=starts
         )
-        context.states = states
         if memory is not None:
             memory.store(states, all_of_them=self.prompt is not None and self.prompt.drafts)
-        return features
+        return states
 
-    def _sequence_features(
+    def _sequence_states(
         self, context: ForwardContext, hidden: Tensor | None, mask: Tensor, memory: RouterCacheLayer | None
-    ) -> Tensor | None:
-        """The features of each text's last prompt token, at all of its tokens."""
+    ) -> RouterState | None:
+        """The state after each text's last prompt token, at all of its tokens."""
         batch, seq = mask.shape
         decided = None if memory is None else memory.decided
         if decided is None and self.prompt is not None and self.prompt.decided is not None:
-            decided = _expand_rows(self.prompt.decided, batch)
-        features = None
+            decided = self.prompt.decided.each(lambda part: _expand_rows(part, batch))
+        states = None
         if decided is not None:
             if context.prompt_lengths is not None:
                 raise ValueError("prompt_lengths came too late: the rows of this cache are decided; leave it out")
-            features = decided[:, None].expand(batch, seq, -1)
+            states = decided.each(lambda part: part[:, None].expand(batch, seq, -1))
         elif hidden is not None:
             starts = text_starts(context.position_ids, mask=mask)
-            features, _ = causal_exponential_mean(
+            _, states = causal_exponential_mean(
                 hidden, mask=mask, half_life=self.router.config.router_half_life, starts=starts
             )
             ends = prompt_ends(mask, starts=starts, prompt_lengths=context.prompt_lengths, labels=context.labels)
-            features = features.gather(1, ends[..., None].expand_as(features))
-            decided = features[:, -1]
+            states = states.each(lambda part: part.gather(1, ends[..., None].expand_as(part)))
+            decided = states.last
         if memory is not None:
             memory.hold(decided, num_tokens=seq)
-        return features
+        return states
 
     # As the head begins, and after the base.
 

@@ -41,8 +41,8 @@ class RouterCacheLayer(DummyLayer):
         self.keys = self.values = None
         self.is_initialized = True
         self.num_tokens = 0
-        self.decided: Tensor | None = None
-        """fp32 [batch, hidden]: what the routing of the whole row was decided on."""
+        self.decided: RouterState | None = None
+        """What the routing of the whole row was decided on: total [batch, hidden], mass [batch, 1]."""
         self._history: list[RouterState] = []
 
     def check_continues(self, num_tokens: int) -> None:
@@ -80,7 +80,7 @@ class RouterCacheLayer(DummyLayer):
         """Remember other states than were stored, for the same tokens."""
         self._history = [states.span(0, self.num_tokens)]
 
-    def hold(self, decided: Tensor | None, *, num_tokens: int) -> None:
+    def hold(self, decided: RouterState | None, *, num_tokens: int) -> None:
         """Keep what the rows were decided on; `num_tokens` more tokens went by."""
         self.decided = decided
         self.num_tokens += num_tokens
@@ -128,7 +128,7 @@ class RouterCacheLayer(DummyLayer):
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._history = [states.each(change) for states in self._history]
-        self.decided = None if self.decided is None else change(self.decided)
+        self.decided = None if self.decided is None else self.decided.each(change)
 
     def get_max_length(self) -> int:
         """The most tokens that the layer can hold; -1 is unbounded."""

@@ -29,7 +29,7 @@ BALANCE_COEFFICIENT = 0.01
 
 OF_LEARNING = ("z_loss_coefficient", "entropy_coefficient", "temperature")
 
-OF_CHOOSING = ("top_k", "granularity", "router_half_life")
+OF_CHOOSING = ("top_k", "top_p", "granularity", "router_half_life")
 """The fields of `RouterConfig` that shape how a gate learns, and those that decide how a token's experts are chosen."""
 
 
@@ -53,6 +53,18 @@ class RouterConfig:
 
     top_k: int = field(default=1, metadata={"help": "Experts per token, 1 to num_experts."})
     """Experts per token in sparse delegation, from 1 to the number of experts."""
+
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "flag": "router_top_p",
+            "help": "Where the gate is sure, fewer than top_k experts: the fewest whose probabilities reach this sum. "
+            "1: always top_k.",
+        },
+    )
+    """A token goes to the fewest experts whose probabilities reach this sum, and to at most `top_k` (Huang et al. 2024,
+    arXiv:2403.07652). A token whose best expert reaches it alone goes to that one with weight exactly 1. With 1 every
+    token goes to `top_k` experts."""
 
     router_layer: str | int | float = field(
         default=EMBEDDINGS,
@@ -117,6 +129,8 @@ class RouterConfig:
                 f"router_layer is {self.router_layer!r}; it must be 'embeddings', a layer's index (0 or more), "
                 "a fraction of the depth between 0 and 1, or 'final'"
             )
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            problems.append(f"top_p is {self.top_p!r}; it must be a number above 0 and at most 1")
         problems += choice_problems(self)
         for name in ("router_half_life", "temperature"):
             if not is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
@@ -130,7 +144,9 @@ class RouterConfig:
 
     def _policy_problems(self) -> list[str]:
         """What cannot apply where nothing is learned, or, with "uniform", nothing is chosen."""
-        without_meaning = {LEARNED: (), RANDOM: OF_LEARNING, UNIFORM: (*OF_LEARNING, *OF_CHOOSING)}[self.policy]
+        without_meaning = {LEARNED: (), RANDOM: (*OF_LEARNING, "top_p"), UNIFORM: (*OF_LEARNING, *OF_CHOOSING)}[
+            self.policy
+        ]
         defaults = {item.name: item.default for item in fields(self)}
         problems = [
             f"{name} is {getattr(self, name)!r}, which has no meaning with policy {self.policy!r}; leave it out"
@@ -174,6 +190,27 @@ class RouterConfig:
                 "so that at least one layer is left to carry experts"
             )
         return index
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowingRouterConfig(RouterConfig):
+    """How tokens are sent to the experts of a pool that grows: with other defaults than those of `RouterConfig`.
+
+    A gate that follows from the skill library knows how sure it is at each place of a text. Where it is unsure, as in
+    the first tokens, a mixture of the likely experts costs less than one wrong expert (docs/continual.md has figures).
+    `top_k=1` gives each token to one expert, for engines that serve no mixtures.
+    """
+
+    top_k: int = field(default=4, metadata={"help": "The most experts of a token; 1: always one, never a mixture."})
+
+    top_p: float = field(
+        default=0.9,
+        metadata={
+            "flag": "router_top_p",
+            "help": "Where the gate is sure, fewer than top_k experts: the fewest whose probabilities reach this sum. "
+            "1: always top_k.",
+        },
+    )
 
 
 def _is_router_layer(value: object) -> bool:

@@ -16,6 +16,12 @@ from torch import Tensor
 CHUNK = 128
 """Tokens per chunk of the causal mean; bounds its working memory at B x CHUNK x CHUNK."""
 
+PLACE_ENDS = (1, 2, 4, 8, 16, 32, 64)
+"""The number of tokens with which each place of a text but the last one ends: token 1, token 2, tokens 3 and 4, 5 to 8,
+and so on, and all tokens from 65 on. A mean of few tokens says less about a text than one of many."""
+
+NUM_PLACES = len(PLACE_ENDS) + 1
+
 
 class RouterState(NamedTuple):
     """The causal mean's memory: what cached decoding carries from token to token."""
@@ -34,9 +40,26 @@ class RouterState(NamedTuple):
         """The states after some of the tokens, where there is a state after each."""
         return self.each(lambda part: part[:, start:stop])
 
+    @property
+    def mean(self) -> Tensor:
+        """The features: fp32 [..., hidden], zeros where nothing was seen yet."""
+        return self.total / self.mass.clamp_min(1e-12)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> RouterState:
         """Both parts, changed in the same way."""
         return RouterState(change(self.total), change(self.mass))
+
+
+def places_of(mass: Tensor, *, half_life: float) -> Tensor:
+    """The place of each token in its text (see `PLACE_ENDS`), from what its mean stands on: int64, of `mass`'s shape.
+
+    Args:
+        mass: fp32, `RouterState.mass`: of n tokens it is (1 - a^n) / (1 - a), with a = 2^(-1/half_life).
+        half_life: in tokens.
+    """
+    decay = 2.0 ** (-1.0 / half_life)
+    ends = [(1.0 - decay ** (end + 0.5)) / (1.0 - decay) for end in PLACE_ENDS]
+    return torch.bucketize(mass.float(), torch.tensor(ends, dtype=torch.float32, device=mass.device))
 
 
 def causal_exponential_mean(
@@ -64,7 +87,7 @@ def causal_exponential_mean(
     """
     with torch.autocast(hidden.device.type, enabled=False):
         states = _causal_sums(hidden, mask, half_life, state, starts)
-        return states.total / states.mass.clamp_min(1e-12), states
+        return states.mean, states
 
 
 def _causal_sums(

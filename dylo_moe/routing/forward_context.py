@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dylo_moe.routing.dispatch import Dispatch
+from dylo_moe.routing.features import RouterState
 
 
 class ForwardContext:
@@ -50,10 +51,8 @@ class ForwardContext:
         self.last_hidden: Tensor | None = None
         """[batch, seq, hidden] of a pass of the base alone, where the router reads those."""
         # The router's results.
-        self.features: Tensor | None = None
-        """fp32 [batch, seq, hidden]: what the gate reads."""
-        self.states: Any = None
-        """The router's memory after each token."""
+        self.states: RouterState | None = None
+        """What each token is routed by: the router's memory after it, or with sequence granularity after its prompt."""
         self.routing: Any = None
         """A `Routing`: which experts each token uses, with which weights."""
         self.dispatch: Dispatch | None = None

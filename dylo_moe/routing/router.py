@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dylo_moe.routing.config import BASE, UNIFORM, RouterConfig
 from dylo_moe.routing.dispatch import Dispatch, Layout, dispatch_to_all, dispatch_to_selected
+from dylo_moe.routing.features import places_of
 from dylo_moe.routing.initial_gate import START_MARGIN, kmeans
 from dylo_moe.utils.distributed import are_joined, is_first
 
@@ -89,6 +90,7 @@ class Router(nn.Module):
     shares: Tensor
     step_counts: Tensor
     seen_values: Tensor
+    place_temperatures: Tensor | None
 
     def __init__(self, config: RouterConfig, *, hidden_size: int, names: Sequence[str]) -> None:
         super().__init__()
@@ -103,6 +105,7 @@ class Router(nn.Module):
         self.register_buffer("shares", torch.zeros(0))
         self.register_buffer("step_counts", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("seen_values", torch.zeros(0), persistent=False)
+        self.register_buffer("place_temperatures", None)
         self._seen_version: int | None = None
         for name in names:
             self.add_row(name)
@@ -144,6 +147,11 @@ class Router(nn.Module):
         """Give a gate row its values, fp32 [hidden] and a scalar; the others stay bit for bit."""
         self.gate[name].copy_(row)
         self.gate_bias[name].copy_(bias)
+
+    def set_place_temperatures(self, temperatures: Tensor) -> None:
+        """Divide the logits of sparse delegation by a temperature for each place of a text, so that their softmax is as
+        sure as the mean of so few tokens can be; fp32 [places], see `dylo_moe.routing.features.PLACE_ENDS`."""
+        self.place_temperatures = temperatures.float().to(self.feature_mean.device)
 
     def remove_row(self, name: str) -> None:
         """Drop a gate row; the others stay bit for bit."""
@@ -204,29 +212,33 @@ class Router(nn.Module):
         rows = {name: torch.cat([self.gate[name], self.gate_bias[name][None]]) for name in self.names}
         return [name for name, row in rows.items() if not row.isfinite().all()]
 
-    def forward(self, features: Tensor, *, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
+    def forward(self, features: Tensor, *, mass: Tensor, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
         """Route the tokens of one forward.
 
         Args:
             features: fp32 [batch, seq, hidden].
+            mass: fp32 [batch, seq], what each token's features stand on: `RouterState.mass`.
             mask: bool [batch, seq], False on padding.
             dense: all experts for every token (some expert is nascent), else the top-k.
 
         Returns:
-            The routing, and the selected experts, int64 [batch, seq, top_k], as positions in its names
-            (None where all are).
+            The routing, and the selected experts, int64 [batch, seq, top_k], as positions in its names, -1 where a
+            token has fewer (None where all are selected).
         """
         if not self.config.is_learned:
             return self._fixed(features, mask=mask)
         logits_BSE = self.logits(features)
-        names, top_k = self.names, self.config.top_k
-        num_experts = len(names)
-        if dense or top_k >= num_experts:
-            temperature = self.temperature if dense else 1.0
-            weights_BSE = (logits_BSE / temperature).softmax(-1)
-            selected_BSK = None
+        names, top_k, top_p = self.names, self.config.top_k, self.config.top_p
+        if self.place_temperatures is not None and not dense:
+            places_BS = places_of(mass, half_life=self.config.router_half_life)
+            logits_BSE = logits_BSE / self.place_temperatures[places_BS][..., None]
+        selected_BSK = None
+        if dense:
+            weights_BSE = (logits_BSE / self.temperature).softmax(-1)
+        elif top_k >= len(names) and top_p == 1:
+            weights_BSE = logits_BSE.softmax(-1)
         else:
-            weights_BSE, selected_BSK = select_top_k(logits_BSE, top_k=top_k)
+            weights_BSE, selected_BSK = select_top_k(logits_BSE, top_k=min(top_k, len(names)), top_p=top_p)
         weights_BSE = weights_BSE * mask[..., None]
         return Routing(names, weights_BSE, mask, logits_BSE), selected_BSK
 
@@ -318,22 +330,37 @@ class Router(nn.Module):
         return RouterLosses(balance, z, entropy)
 
 
-def select_top_k(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
-    """Sparse delegation.
+def select_top_k(logits: Tensor, *, top_k: int, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Sparse delegation: a softmax over the logits of the selected experts.
+
+    Where only one is selected its weight is exactly 1, and the gradient reaches the gate straight through.
 
     Args:
         logits: fp32 [..., experts].
+        top_k: the most experts of a token.
+        top_p: of them, the fewest whose probabilities (softmax over all experts) reach this sum.
 
     Returns:
-        weights, fp32 [..., experts], zero where not selected; and the selected, int64 [..., top_k].
+        weights, fp32 [..., experts], zero where not selected; and the selected, int64 [..., top_k], -1 for fewer.
     """
     values, selected = logits.topk(top_k, dim=-1)
     if top_k == 1:
-        probability = logits.softmax(-1).gather(-1, selected)
-        weights = (probability - probability.detach()) + 1.0
-    else:
-        weights = values.softmax(-1)
-    return torch.zeros_like(logits).scatter(-1, selected, weights), selected
+        weights = _exactly_one(logits.softmax(-1).gather(-1, selected))
+        return torch.zeros_like(logits).scatter(-1, selected, weights), selected
+    if top_p == 1:
+        return torch.zeros_like(logits).scatter(-1, selected, values.softmax(-1)), selected
+    probabilities = logits.softmax(-1).gather(-1, selected)
+    needed = probabilities.detach().cumsum(-1) - probabilities.detach() < top_p
+    needed[..., 0] = True
+    is_alone = ~needed[..., 1:].any(-1, keepdim=True)
+    weights = values.masked_fill(~needed, -torch.inf).softmax(-1)
+    weights = torch.where(is_alone & needed, _exactly_one(probabilities), weights)
+    return torch.zeros_like(logits).scatter(-1, selected, weights), selected.masked_fill(~needed, -1)
+
+
+def _exactly_one(probability: Tensor) -> Tensor:
+    """1, with the gradient of the probability."""
+    return (probability - probability.detach()) + 1.0
 
 
 def make_dispatch(

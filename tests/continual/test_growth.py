@@ -66,6 +66,12 @@ def share(routing, name):
     return float(routing.weights[:, 8:, routing.names.index(name)].mean())
 
 
+def one_by_one(model, skill):
+    """The output for each row alone, so that no other row's tokens change the sizes of its products."""
+    ids = sample(skill, seed=1, rows=8)[0]["input_ids"]
+    return [model(input_ids=row[None]) for row in ids]
+
+
 # --- an empty pool
 
 
@@ -157,9 +163,32 @@ def test_a_new_expert_starts_as_the_nearest_one_or_with_zero_delta():
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_the_growth_law_holds_over_a_whole_stream(laws, monkeypatch, path):
-    """Old experts and gate rows bit for bit, and the logits of all rows whose tokens choose none of the new ones."""
+    """Old experts bit for bit, and the logits of all rows whose tokens keep their experts."""
     force_path(monkeypatch, path)
     model, seen = growing(), []
+    for skill in SKILLS:
+        old = {name: state(model, [name])[name][:-2] for name in model.experts.names}
+        learn(model, skill)
+        for name, values in old.items():
+            assert all(map(torch.equal, values, state(model, [name])[name])), name
+        seen.append((skill, [(row.logits, row.routing) for row in one_by_one(model, skill)]))
+    law = f"rows whose tokens keep their experts, after a whole stream, {path} path"
+    num_rows = 0
+    for skill, rows in seen:
+        for (before, routing), row in zip(rows, one_by_one(model, skill), strict=True):
+            was = torch.zeros_like(row.routing.weights)
+            was[..., [row.routing.names.index(name) for name in routing.names]] = routing.weights
+            if torch.equal(was, row.routing.weights):
+                laws.close(law, row.logits, before, atol=0.0 if path == "sparse" else 1e-5)
+                num_rows += 1
+    assert num_rows > 16
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_frozen_gate_rows_stay_and_so_do_all_rows_that_choose_nothing_new(laws, monkeypatch, path):
+    """Old experts and gate rows bit for bit, and the logits of all rows whose tokens choose none of the new ones."""
+    force_path(monkeypatch, path)
+    model, seen = growing(gate_rows="frozen"), []
     for skill in SKILLS:
         old = state(model, model.router.names)
         learn(model, skill)
@@ -176,6 +205,38 @@ def test_the_growth_law_holds_over_a_whole_stream(laws, monkeypatch, path):
         law = f"rows that choose none of the skills added later, after a whole stream, {path} path"
         laws.close(law, after[same], before[same], atol=0.0 if path == "sparse" else 1e-5)
     assert num_rows > 16
+
+
+def test_the_gate_is_a_function_of_the_library_whatever_the_order_of_the_skills():
+    one, other = grown("ant", "bee", "cat"), grown("cat", "ant", "bee")
+    for name in ("ant", "bee", "cat"):
+        assert torch.equal(one.router.gate[name], other.router.gate[name])
+        assert torch.equal(one.router.gate_bias[name], other.router.gate_bias[name])
+
+
+def test_a_growth_says_which_share_of_each_known_skill_changes_its_expert():
+    """A second expert for known text takes about half of it, which is said; a skill of its own takes nothing."""
+    model = grown("ant", "bee", known_skill="grow")
+    decision = learn(model, "cat")
+    assert set(decision.changed) == {"ant", "bee"} and max(decision.lost.values()) < 0.01
+    assert decision.lost_too_much(model.growth.config) == []
+    before = share(logits(model, "ant")[1], "ant")
+    decision = model.add_skill("again", sample("ant", seed=5))
+    model.mature("again")
+    lost = before - share(logits(model, "ant")[1], "ant")
+    assert decision.lost_too_much(model.growth.config) == ["ant"] and lost > 0.3
+    assert 0.2 < decision.lost["ant"] < 0.8 and decision.changed["ant"] >= decision.lost["ant"]
+    assert "ant" in decision.in_words("again") and decision.changed["bee"] < 0.1
+
+
+def test_the_gate_of_a_joint_pool_stays_as_it_was_trained_unless_the_library_knows_every_expert():
+    model = tiny_moe(num_experts=2)
+    model.know_skill("ant", sample("ant"))
+    model.enable_growth()
+    old = state(model, ["expert_0", "expert_1"])
+    learn(model, "cat")
+    assert all(map(torch.equal, old[name], state(model, [name])[name]) for name in old)
+    assert not model.growth.rows_follow_library and model.router.place_temperatures is None
 
 
 def test_each_skill_goes_to_its_own_expert_and_unknown_text_to_the_base(laws):

@@ -13,9 +13,12 @@ from torch import nn
 from dylo_moe import RouterConfig
 from dylo_moe.routing.features import CHUNK, causal_exponential_mean
 from dylo_moe.routing.initial_gate import START_MARGIN
-from dylo_moe.routing.router import Router
+from dylo_moe.routing.router import Router, select_top_k
 
 seeds = st.integers(0, 2**31 - 1)
+
+MASS = torch.tensor(1.0)
+"""What features stand on, for gates that are as sure of one token as of many."""
 
 
 def draw(seed, *shape):
@@ -183,7 +186,7 @@ def test_weights_are_a_distribution_over_the_selected(seed, num_experts, top_k, 
     top_k = min(top_k, num_experts)
     router = router_with(num_experts, top_k=top_k, temperature=2.0)
     mask = draw(seed + 1, 3, 5) > -0.7
-    routing, selected = router(draw(seed, 3, 5, 24) * scale, mask=mask, dense=dense)
+    routing, selected = router(draw(seed, 3, 5, 24) * scale, mass=MASS, mask=mask, dense=dense)
     weights = routing.weights.detach()
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(-1), mask.float())
@@ -224,15 +227,15 @@ def test_relabelling_experts_permutes_the_weights(seed, order, top_k, dense):
     other = Router(router.config, hidden_size=24, names=[f"e{index}" for index in order])
     other.load_state_dict(router.state_dict())
     features, mask = draw(seed, 2, 6, 24), torch.ones(2, 6, dtype=torch.bool)
-    ours, _ = router(features, mask=mask, dense=dense)
-    theirs, _ = other(features, mask=mask, dense=dense)
+    ours, _ = router(features, mass=MASS, mask=mask, dense=dense)
+    theirs, _ = other(features, mass=MASS, mask=mask, dense=dense)
     torch.testing.assert_close(theirs.weights, ours.weights[..., list(order)])
     torch.testing.assert_close(theirs.logits, ours.logits[..., list(order)])
 
 
 def test_a_new_gate_row_is_random_and_a_fresh_gate_sends_tokens_to_more_than_one_expert():
     router = Router(RouterConfig(), hidden_size=32, names=["a", "b", "c", "d"])
-    routing, _ = router(draw(0, 4, 50, 32), mask=torch.ones(4, 50, dtype=torch.bool), dense=False)
+    routing, _ = router(draw(0, 4, 50, 32), mass=MASS, mask=torch.ones(4, 50, dtype=torch.bool), dense=False)
     assert (routing.weights.sum((0, 1)) > 0).all()
 
 
@@ -240,9 +243,9 @@ def test_a_new_gate_row_is_random_and_a_fresh_gate_sends_tokens_to_more_than_one
 def test_temperature_divides_the_logits_of_dense_collaboration_only(temperature):
     router = router_with(4, top_k=2, temperature=temperature)
     features, mask = draw(0, 2, 6, 24), torch.ones(2, 6, dtype=torch.bool)
-    dense, _ = router(features, mask=mask, dense=True)
+    dense, _ = router(features, mass=MASS, mask=mask, dense=True)
     torch.testing.assert_close(dense.weights, (router.logits(features) / temperature).softmax(-1))
-    sparse, selected = router(features, mask=mask, dense=False)
+    sparse, selected = router(features, mass=MASS, mask=mask, dense=False)
     expected = router.logits(features).gather(-1, selected).softmax(-1)
     torch.testing.assert_close(sparse.weights.gather(-1, selected), expected)
 
@@ -256,3 +259,28 @@ def test_probabilities_are_over_all_experts_and_unknown_where_route_to_decided()
     assert forced.weights[..., 1].eq(1).all() and forced.weights.sum() == ids.numel()
     with pytest.raises(ValueError, match="forced"):
         forced.probabilities  # noqa: B018
+
+
+def test_the_fewest_experts_whose_probabilities_reach_top_p_are_selected(laws):
+    """Against the naive way, token by token; alone an expert has weight exactly 1, and the gate its gradient."""
+    logits = (3 * torch.randn(400, 6, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    weights, selected = select_top_k(logits, top_k=3, top_p=0.8)
+    num_alone = 0
+    for row, row_weights, chosen in zip(logits.detach(), weights.detach(), selected, strict=True):
+        probabilities, order = row.softmax(-1).sort(descending=True)
+        count = next((n for n in range(1, 4) if probabilities[:n].sum() >= 0.8), 3)
+        expected = torch.zeros(6).scatter(0, order[:count], row[order[:count]].softmax(-1))
+        laws.close("top-p weights equal the naive ones", row_weights, expected, atol=1e-6)
+        assert chosen.tolist() == [*order[:count].tolist(), *[-1] * (3 - count)]
+        if count == 1:
+            num_alone += 1
+            assert row_weights.max() == 1.0
+    assert 50 < num_alone < 350
+    weights.square().sum().backward()
+    assert (logits.grad.abs().sum(-1) > 0).all()
+
+
+def test_top_p_of_1_is_top_k_bit_for_bit():
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(select_top_k(logits, top_k=2, top_p=1.0), select_top_k(logits, top_k=2), strict=True):
+        assert torch.equal(one, other)

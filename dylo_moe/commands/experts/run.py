@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from rich.text import Text
-from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.continual.confusable import confusable_skills
+from dylo_moe.continual.gate_change import NUM_DRAWS, GateProbe
 from dylo_moe.continual.growth import GateRows
 from dylo_moe.model.checkpoint import checkpoint_in, manifest_or_problem, read_manifest
 from dylo_moe.model.loading import load_library
@@ -22,9 +21,6 @@ from dylo_moe.routing.config import BASE
 from dylo_moe.utils.checks import SEED, range_problems
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
-
-REHEARSED = 1000
-"""The number of draws from each skill's statistics that estimate where its tokens are routed."""
 
 
 def list_experts(checkpoint: str) -> None:
@@ -89,9 +85,8 @@ def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
         raise ValueError(f"{checkpoint} has no skill library to fit gate rows to; it was trained jointly")
     model = DyLoRAMoE.from_pretrained(checkpoint)
     assert model.growth is not None
-    rows = model.growth.refit(seed=seed)
-    changes = refit_changes(model, rows, seed=seed)
-    title = f"share of {REHEARSED:,} draws from each skill's statistics that are routed to its expert"
+    changes = refit_changes(model, model.growth.refit(), seed=seed)
+    title = f"share of {NUM_DRAWS:,} draws from each skill's statistics that are routed to its expert"
     table = Table(title, ["skill", "expert", "now", "after a refit", "row's cosine"], words=["expert"])
     for change in changes:
         shares = [f"{share:.1%}" for share in (change.before, change.after)]
@@ -101,47 +96,28 @@ def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
     if output is None:
         screen.say("Nothing was written. With --output FOLDER the refitted model is written there.")
         return
-    set_rows(model, rows)
     save_checkpoint(model, output)
     screen.file("refitted", output)
 
 
-def set_rows(model: DyLoRAMoE, rows: GateRows) -> None:
-    """Set the gate rows of the given experts to new values."""
-    for expert, (row, bias) in rows.items():
-        model.router.set_row(expert, row, bias)
-
-
-@torch.no_grad()
 def refit_changes(model: DyLoRAMoE, rows: GateRows, *, seed: int) -> list[Change]:
-    """Compare the model's gate rows with other ones, skill by skill; the model is unchanged afterwards."""
-    router, library = model.router, model.library
-    before = {name: (router.gate[name].clone(), router.gate_bias[name].clone()) for name in router.names}
-    skills = library.skills
-    draws = {
-        skill: library.draw(skill, REHEARSED, torch.Generator().manual_seed(seed)).to(model.device) for skill in skills
-    }
-    was = {skill: _share(model, draws[skill], library[skill].expert) for skill in skills}
-    set_rows(model, rows)
-    try:
-        now = {skill: _share(model, draws[skill], library[skill].expert) for skill in skills}
-    finally:
-        set_rows(model, before)
+    """Compare the model's gate rows with other ones, skill by skill, and set these."""
+    router, library, growth = model.router, model.library, model.growth
+    assert growth is not None
+    probe = GateProbe(library, seed=seed)
+    old_rows, old_choices = {name: router.gate[name].detach().clone() for name in rows}, probe.choices(router)
+    growth.set_rows(rows)
+    changes = probe.changes(old_choices, probe.choices(router))
     return [
         Change(
             skill,
             library[skill].expert,
-            was[skill],
-            now[skill],
-            float(cosine_similarity(before[library[skill].expert][0], rows[library[skill].expert][0], dim=0)),
+            change.before,
+            change.after,
+            float(cosine_similarity(old_rows[library[skill].expert], router.gate[library[skill].expert], dim=0)),
         )
-        for skill in skills
+        for skill, change in changes.items()
     ]
-
-
-def _share(model: DyLoRAMoE, features: Tensor, expert: str) -> float:
-    chosen = model.router.logits(features).argmax(-1)
-    return float((chosen == model.router.names.index(expert)).double().mean())
 
 
 def output_problems(output: str | None) -> list[str]:

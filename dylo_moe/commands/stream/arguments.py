@@ -8,7 +8,7 @@ from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.config import DataConfig
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.parsing.command_line import CommandLine, refusal_of
-from dylo_moe.routing.config import RouterConfig
+from dylo_moe.routing.config import GrowingRouterConfig
 from dylo_moe.training.arguments import ModelArguments, TrainerOptions
 
 OWN = "own"
@@ -187,7 +187,7 @@ def stream_refusal(name: str) -> str | None:
     return NOT_OFFERED.get(name) or refusal_of(name)
 
 
-STREAM_CONFIGS = (ModelArguments, ExpertConfig, RouterConfig, StreamArguments, GrowthConfig, DataConfig)
+STREAM_CONFIGS = (ModelArguments, ExpertConfig, GrowingRouterConfig, StreamArguments, GrowthConfig, DataConfig)
 """The classes of our own flags; the Trainer's are in `StageArguments`."""
 
 STREAM_LINE = CommandLine(

@@ -19,7 +19,7 @@ from dylo_moe.training.run_folder import shows_training
 from dylo_moe.utils import distributed
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
-from dylo_moe.utils.words import counted
+from dylo_moe.utils.words import counted, listed
 
 MAX_PAIRS = 3
 """The most skills that a stage's skill is said to be like; `dylora experts list` shows all."""
@@ -67,9 +67,16 @@ def show_decision(context: StreamContext, stage: StageData, decision: SkillDecis
     """Print why the data of a stage is new or known, and what follows from that."""
     seen = min(len(stage.rows), context.request.stream.skill_examples)
     text = f"{decision.in_words(stage.name)} This was decided from {seen:,} of {counted(len(stage.rows), 'row')}."
+    lost = decision.lost_too_much(context.request.growth)
+    if lost:
+        shares = listed([f"{name} {(decision.lost or {})[name]:.1%}" for name in lost])
+        text += (
+            f" This growth takes tokens of known skills from their experts, as estimated from the library: {shares}. "
+            "A deeper --router_layer tells skills with the same words apart; --max_lost_share is what warns."
+        )
     if decision.action == REPORTED:
         text += " --learn_with EXPERT names the expert to train on it."
-    say = context.screen.warn if decision.expert is None else context.screen.say
+    say = context.screen.warn if lost or decision.expert is None else context.screen.say
     say(text)
 
 

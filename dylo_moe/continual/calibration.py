@@ -1,0 +1,90 @@
+"""Measure how sure a gate may be of a token, by the number of tokens that its features stand on.
+
+A gate of linear discriminants believes that features of a skill scatter around its mean as one normal distribution.
+Real texts differ more from each other than that, and a mean of two tokens scatters far more than one of two hundred. So
+the logits of each place of a text are divided by a temperature (Guo et al. 2017, arXiv:1706.04599), the one at which
+texts that the gate was not made of had the least loss.
+
+Shapes: D hidden, E members, T tokens, P places, G temperatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dylo_moe.continual.skill_library import Skill, SkillLibrary, scatter_around
+from dylo_moe.routing.features import NUM_PLACES
+
+TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 33))
+"""The temperatures that are tried: from 0.5 to 256, four for each doubling."""
+
+FOLDS = 4
+"""Each quarter of a sample is judged by a gate that was made of the other three."""
+
+
+def held_out_nats(library: SkillLibrary, skill: str, texts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+    """The loss of choosing the right member of the pool for texts of a skill, at each place and temperature.
+
+    Each fold of the texts is taken out of the skill's mean and out of the covariance first. A comparison of many
+    members says more than one of two, so that the loss and the count are multiplied by the number of other members.
+
+    Args:
+        library: which has learned these texts.
+        texts: router features of each text, fp32 [tokens, hidden]; texts of one document stand together.
+        places: of each token, int64 [tokens], see `dylo_moe.routing.features.places_of`.
+
+    Returns:
+        fp64 [places, temperatures + 1]: nats, summed over the tokens, and in the last column their number.
+    """
+    nats_PG = torch.zeros(NUM_PLACES, len(TEMPERATURES) + 1, dtype=torch.float64)
+    members = sorted({library[name].expert for name in library.names} - {library[skill].expert})
+    if not members:
+        return nats_PG
+    own, (scatter_DD, count) = library[skill], library.pooled
+    texts = [text.detach().cpu().float() for text in texts]
+    for indices in torch.arange(len(texts)).tensor_split(min(FOLDS, len(texts))):
+        fold = [texts[index] for index in indices]
+        tokens_TD, place_T = torch.cat(fold), torch.cat([places[index] for index in indices]).cpu()
+        rest_D, rest_DD = _without(own, tokens_TD, scatter_DD)
+        row_ED, bias_E = library.discriminants(
+            [own.expert, *members],
+            covariance=(rest_DD, count - len(tokens_TD)),
+            means={skill: rest_D},
+        )
+        logits_TE = tokens_TD.double() @ row_ED.T + bias_E
+        for column, temperature in enumerate(TEMPERATURES):
+            loss_T = F.cross_entropy(logits_TE / temperature, place_T.new_zeros(len(place_T)), reduction="none")
+            nats_PG[:, column].index_add_(0, place_T, loss_T)
+        nats_PG[:, -1] += place_T.bincount(minlength=NUM_PLACES)
+    return nats_PG * len(members)
+
+
+def _without(skill: Skill, tokens_TD: Tensor, scatter_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """The skill's mean and the pooled scatter, as they would be without some of the skill's tokens."""
+    whole_D, num_tokens, num_taken = skill.mean.double(), skill.num_tokens, len(tokens_TD)
+    taken_D = tokens_TD.double().mean(0)
+    rest_D = (whole_D * num_tokens - taken_D * num_taken) / (num_tokens - num_taken)
+    weight = num_taken * (num_tokens - num_taken) / num_tokens
+    shift_D = taken_D - rest_D
+    return rest_D, scatter_DD - scatter_around(tokens_TD, taken_D) - weight * torch.outer(shift_D, shift_D)
+
+
+def place_temperatures(library: SkillLibrary) -> Tensor:
+    """The temperature of each place, fp32 [places]: the one with the least loss over the texts of all skills.
+
+    A place that no text reached takes its neighbour's.
+    """
+    total_PG = torch.zeros(NUM_PLACES, len(TEMPERATURES) + 1, dtype=torch.float64)
+    for name in sorted(library.skills):
+        if len(library[name].calibration):
+            total_PG += library[name].calibration
+    best_P = torch.tensor(TEMPERATURES)[total_PG[:, :-1].argmin(1)]
+    known = [place for place in range(NUM_PLACES) if total_PG[place, -1] > 0]
+    if not known:
+        return torch.ones(NUM_PLACES)
+    nearest = [min(known, key=lambda other: (abs(other - place), other)) for place in range(NUM_PLACES)]
+    return best_P[nearest]
