@@ -71,16 +71,20 @@ class SkillDecision(NamedTuple):
             data: the name of the data.
         """
         why = "nothing is known yet"
-        if self.nearest is not None:
-            why = f"score {self.score:.4g}, threshold {self.threshold:.4g}, nearest skill {self.nearest}"
+        if self.nearest is not None and self.score is not None and self.threshold is not None:
+            is_distance = self.novel == (self.score > self.threshold)  # else a similarity, of which new data has less
+            what, bound = ("distance from", "most") if is_distance else ("similarity to", "least")
+            why = (
+                f"its {what} the nearest known skill, {self.nearest}, is {self.score:.4g}, and {self.threshold:.4g} is "
+                f"the {bound} that data of that skill would have"
+            )
         follows = {
-            GROWN: f"The expert {self.expert} grows from it.",
-            CONSOLIDATED: f"The expert {self.expert} is consolidated with its data.",
+            GROWN: f"A new expert, {self.expert}, learns it.",
+            CONSOLIDATED: f"The expert {self.expert} learns on from it, at the low rate.",
             SKIPPED: "It is skipped: nothing is trained.",
             REPORTED: "The pool is fixed, so nothing is trained.",
         }[self.action]
-        what = "new" if self.novel else "known"
-        text = f"{data} is {what}: {why}, router entropy {self.entropy:.2f} nats. {follows}"
+        text = f"{data} is {'new' if self.novel else 'known'}: {why}. {follows}"
         if self.changed:
             most = max(self.changed, key=self.changed.__getitem__)
             text += (
