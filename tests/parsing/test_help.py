@@ -98,7 +98,7 @@ def test_every_flag_of_the_trainer_that_a_help_shows_has_a_text():
     [
         (["data", "shw"], "dylora data: there is no command 'data shw'; did you mean show?"),
         (
-            ["experts", "purge"],
+            ["experts", "burn"],
             "dylora experts: there is no command 'experts burn'; there are list, remove, merge, refit",
         ),
         (

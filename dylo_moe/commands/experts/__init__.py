@@ -53,7 +53,7 @@ def make_parser(command: str) -> PlainParser:
     more = {
         "list": "",
         "remove": " EXPERT --output FOLDER",
-        "merge": " EXPERT OTHER --output FOLDER [--FLAG VALUE ...]",
+        "merge": " EXPERT OTHER --output FOLDER [--FLAG ...]",
         "refit": " [--output FOLDER] [--seed VALUE]",
     }[command]
     example = {
