@@ -18,8 +18,10 @@ rows, by each task's own metric and in nats per answer token:
   any_ssr        our experts behind Any-SSR's closed-form router, decided on the prompt (arXiv:2503.13575)
   ours_sequence  `model.add_skill`, `granularity="sequence"`: the prompt decides
   ours_token     the same, each token on its own
+  top1_token     the same with one expert for each token, where the gate is unsure too
+  frozen_token, frozen_sequence   the same two with gate rows that stay as they were fitted, one expert for each token
 
-The last four share their experts, which are trained once a seed. Each stage of each run leaves a file and is not done
+The last seven share their experts, which are trained once a seed. Each stage of each run leaves a file and is not done
 again, so the command can be interrupted and run again. In the end it prints the tables of all runs in the output folder
 and writes summary.json. It needs the package `rapidfuzz`, which `make lint` adds to .venv.
 """
@@ -44,10 +46,11 @@ from dylo_moe.utils.atomic_files import write_whole
 
 METHODS: dict[str, Method] = {**OURS, **PLAIN}
 
-ORDER_MATTERS = {"in_turn", "replay_1", "replay_5", "o_lora", "ours_token", "ours_sequence", "any_ssr"}
+ORDER_MATTERS = {"in_turn", "replay_1", "replay_5", "o_lora", *OURS} - {"oracle"}
 
 RUN_FIRST = (
     "oracle", "ours_sequence", "any_ssr", "ours_token", "base", "in_turn", "replay_5", "joint", "o_lora", "replay_1",
+    "top1_token", "frozen_token", "frozen_sequence",
 )  # fmt: skip
 """What matters most comes first."""
 

@@ -6,6 +6,7 @@ trained once for each task and seed and kept in a file, and so is what each expe
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,11 @@ from trace_judging import Stage, answers, per_token, row_losses
 from trace_methods import Method, Run
 from trace_tasks import NEW_TOKENS, Task
 
-from dylo_moe import DyLoRAMoE, RouterConfig
+from dylo_moe import DyLoRAMoE
 from dylo_moe.base.loading import load_base
-from dylo_moe.continual.config import FRESH, GROW, GrowthConfig
+from dylo_moe.continual.config import FRESH, FROZEN, GROW, LIBRARY, GrowthConfig
 from dylo_moe.model.saving import save_tensors
-from dylo_moe.routing.config import BASE, SEQUENCE, TOKEN
+from dylo_moe.routing.config import BASE, SEQUENCE, GrowingRouterConfig
 from dylo_moe.utils.atomic_files import write_whole
 
 SAMPLE_ROWS = 16
@@ -38,15 +39,17 @@ Decisions = list[str]
 """The member of the pool that each row is sent to."""
 
 
-def grown(run: Run, granularity: str) -> Iterator[tuple[DyLoRAMoE, dict[str, Any]]]:
+def grown(
+    run: Run, router: GrowingRouterConfig, *, gate_rows: str = LIBRARY
+) -> Iterator[tuple[DyLoRAMoE, dict[str, Any]]]:
     """The model after each task of the order, and what was decided; `known_skill=GROW` gives every task an expert."""
     base = load_base(run.setting.model, dtype=torch.bfloat16)
     model = DyLoRAMoE.from_base(
         base,
         lora=lora_config(RANK),
-        router=RouterConfig(granularity=granularity),
+        router=router,
         allow_expert_growth=True,
-        growth=GrowthConfig(start_from=FRESH, known_skill=GROW),
+        growth=GrowthConfig(start_from=FRESH, known_skill=GROW, gate_rows=gate_rows),
     )
     for task in run.tasks():
         start = time.perf_counter()
@@ -150,7 +153,7 @@ def oracle(run: Run) -> Iterator[Stage]:
     """One LoRA for each task, and somebody who knows which task a text is of."""
     forced = Forced(run)
     facts: dict[str, Any] = {}
-    for model, facts in grown(run, TOKEN):  # noqa: B007
+    for model, facts in grown(run, GrowingRouterConfig()):  # noqa: B007
         pass
     own = {name: [name] * len(task.prompts) for name, task in run.setting.tasks.items()}
     read = {name: sent[: run.setting.judge.num_matrix_rows] for name, sent in own.items()}
@@ -160,17 +163,19 @@ def oracle(run: Run) -> Iterator[Stage]:
 # Our router.
 
 
-def ours_token(run: Run) -> Iterator[Stage]:
+def ours_token(run: Run, *, top_k: int | None = None, gate_rows: str = LIBRARY) -> Iterator[Stage]:
     """Each token is routed on its own, in prompts and answers, also while the answer is generated."""
-    for place, (model, facts) in enumerate(grown(run, TOKEN)):
+    router = GrowingRouterConfig(**({} if top_k is None else {"top_k": top_k}))
+    for place, (model, facts) in enumerate(grown(run, router, gate_rows=gate_rows)):
         if place >= run.done:
             yield {**facts, **run.setting.judge.stage(model, run.due(place)), "shares": shares(run, model, place)}
 
 
-def ours_sequence(run: Run) -> Iterator[Stage]:
+def ours_sequence(run: Run, *, top_k: int | None = None, gate_rows: str = LIBRARY) -> Iterator[Stage]:
     """The prompt decides for the whole row."""
-    forced = Forced(run)
-    for place, (model, facts) in enumerate(grown(run, SEQUENCE)):
+    forced, chosen = Forced(run), {} if top_k is None else {"top_k": top_k}
+    router = GrowingRouterConfig(granularity=SEQUENCE, **chosen)
+    for place, (model, facts) in enumerate(grown(run, router, gate_rows=gate_rows)):
         if place < run.done:
             continue
         asked = {name: decided(model, run.setting.tasks[name].prompts) for name in run.due(place)}
@@ -268,7 +273,7 @@ class RidgeRouter:
 def any_ssr(run: Run) -> Iterator[Stage]:
     """Any-SSR's router, decided on the prompt, over our experts."""
     forced, router = Forced(run), RidgeRouter(run.setting.model, run.seed)
-    for place, (model, facts) in enumerate(grown(run, TOKEN)):
+    for place, (model, facts) in enumerate(grown(run, GrowingRouterConfig())):
         name = run.order[place]
         rows = run.setting.tasks[name].train
         starts = (rows.labels != -100).int().argmax(1).tolist()
@@ -290,5 +295,8 @@ OURS: dict[str, Method] = {
     "oracle": oracle,
     "ours_token": ours_token,
     "ours_sequence": ours_sequence,
+    "top1_token": functools.partial(ours_token, top_k=1),
+    "frozen_token": functools.partial(ours_token, top_k=1, gate_rows=FROZEN),
+    "frozen_sequence": functools.partial(ours_sequence, top_k=1, gate_rows=FROZEN),
     "any_ssr": any_ssr,
 }

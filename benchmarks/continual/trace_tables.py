@@ -153,7 +153,7 @@ def print_tables(records: Sequence[Record]) -> None:
             print(
                 f"\nNats per answer token of all tasks after each stage, {record['method']}:\n\n" + matrix_table(record)
             )
-        if record["method"] == "ours_token":
+        if record["method"] in ("ours_token", "top1_token"):
             print(f"\nWhat the library said, seed {record['seed']}:\n\n" + decisions_table(record))
 
 
