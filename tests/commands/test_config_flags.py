@@ -29,7 +29,10 @@ def test_the_parser_has_each_field_with_its_default(parser, kinds):
 def test_each_field_of_the_router_is_a_flag_but_for_the_temperature():
     names = {item.name: flag for flag, item in flags_of(RouterConfig).items()}
     assert {item.name for item in fields(RouterConfig)} - names.keys() == {"temperature"}
-    assert {name: flag for name, flag in names.items() if flag != name} == {"policy": "router_policy"}
+    assert {name: flag for name, flag in names.items() if flag != name} == {
+        "policy": "router_policy",
+        "top_p": "router_top_p",  # as dylora eval samples with --top_p
+    }
     assert "--policy" not in build_train_parser()._option_string_actions
 
 

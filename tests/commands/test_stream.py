@@ -20,6 +20,7 @@ from dylo_moe import DyLoRAMoE
 from dylo_moe.cli import main
 from dylo_moe.commands.stream import run as stream_run
 from dylo_moe.commands.stream.state import last_checkpoint
+from dylo_moe.continual.calibration import place_temperatures
 from dylo_moe.evaluation.loss_matrix import read_matrix
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.report.run_record import read_record
@@ -108,17 +109,32 @@ def test_nothing_learned_earlier_is_forgotten(done):
     assert matrix.gain_kept().mean > 0.8
 
 
-def test_old_experts_and_gate_rows_stay_bit_for_bit(done):
-    """The growth law, of the files of each stage."""
+def test_old_experts_stay_bit_for_bit_and_the_gate_is_that_of_the_library(done):
+    """The growth law, of the files of each stage: nothing is in a gate but what its library says."""
     checkpoints = stage_checkpoints(done / "run")
     assert len(checkpoints) == 3
     for older, newer in itertools.pairwise(checkpoints):
         before, after = files_of(older), files_of(newer)
         experts = [name for name in before if name.startswith("experts/")]
         assert experts and all(before[name] == after[name] for name in experts)
-        gates = [DyLoRAMoE.from_pretrained(str(path)).router.state_dict() for path in (older, newer)]
-        rows = [name for name in gates[0] if name.startswith("gate")]
-        assert rows and all(torch.equal(gates[0][name], gates[1][name]) for name in rows)
+    for checkpoint in checkpoints:
+        model = DyLoRAMoE.from_pretrained(str(checkpoint))
+        rows = model.growth.refit()
+        assert list(rows) == list(model.experts.names)
+        for name, (row, bias) in rows.items():
+            assert torch.equal(row, model.router.gate[name]) and torch.equal(bias, model.router.gate_bias[name])
+        assert torch.equal(place_temperatures(model.library), model.router.place_temperatures)
+
+
+def test_gate_rows_can_be_frozen(done, tmp_path):
+    """Then a growth moves no older row, and says so little of it that it need not."""
+    checkpoint = done / "run" / "checkpoint"
+    assert main(on(checkpoint, done, tmp_path / "more", "else", more=("--gate_rows", "frozen"))) == 0
+    gates = [
+        DyLoRAMoE.from_pretrained(str(path)).router.state_dict() for path in (checkpoint, tmp_path / "more/checkpoint")
+    ]
+    rows = [name for name in gates[0] if name.startswith("gate")]
+    assert len(rows) == 8 and all(torch.equal(gates[0][name], gates[1][name]) for name in rows)
 
 
 def test_no_text_of_a_skill_is_kept_in_any_file(done):
@@ -158,7 +174,7 @@ def test_known_data_consolidates_is_skipped_or_grows(done, tmp_path):
     assert stage.decision["action"] == "consolidated" and stage.tokens > 0
     after = files_of(tmp_path / "again" / "checkpoint")
     changed = {name for name in before if before[name] != after[name]}
-    assert len(changed) == 1 and "sky" in changed.pop()
+    assert changed == {"experts/sky/adapter_model.safetensors", "router.safetensors"}
     assert main(on(checkpoint, done, tmp_path / "skip", "sky", more=("--known_skill", "skip"))) == 0
     [stage] = read_matrix(tmp_path / "skip" / "matrix.json").stages
     assert (stage.decision["action"], stage.tokens) == ("skipped", 0)

@@ -1,6 +1,7 @@
 """Laws of a pool that grows with the data: new data is distinguished from known data, and nothing old moves."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ def sample(skill, *, rows=48, seed=0, length=40):
     return [{"input_ids": part} for part in ids.split(16)]
 
 
-def growing(**config):
+def growing(router=None, **config):
     return DyLoRAMoE.from_base(
-        tiny_base(), lora=LoraConfig(**LORA), allow_expert_growth=True, growth=GrowthConfig(**config)
+        tiny_base(), lora=LoraConfig(**LORA), router=router, allow_expert_growth=True, growth=GrowthConfig(**config)
     ).eval()
 
 
@@ -165,7 +166,7 @@ def test_a_new_expert_starts_as_the_nearest_one_or_with_zero_delta():
 def test_the_growth_law_holds_over_a_whole_stream(laws, monkeypatch, path):
     """Old experts bit for bit, and the logits of all rows whose tokens keep their experts."""
     force_path(monkeypatch, path)
-    model, seen = growing(), []
+    model, seen = growing(RouterConfig(top_k=1)), []
     for skill in SKILLS:
         old = {name: state(model, [name])[name][:-2] for name in model.experts.names}
         learn(model, skill)
@@ -188,7 +189,7 @@ def test_the_growth_law_holds_over_a_whole_stream(laws, monkeypatch, path):
 def test_frozen_gate_rows_stay_and_so_do_all_rows_that_choose_nothing_new(laws, monkeypatch, path):
     """Old experts and gate rows bit for bit, and the logits of all rows whose tokens choose none of the new ones."""
     force_path(monkeypatch, path)
-    model, seen = growing(gate_rows="frozen"), []
+    model, seen = growing(RouterConfig(top_k=1), gate_rows="frozen"), []
     for skill in SKILLS:
         old = state(model, model.router.names)
         learn(model, skill)
@@ -205,6 +206,29 @@ def test_frozen_gate_rows_stay_and_so_do_all_rows_that_choose_nothing_new(laws, 
         law = f"rows that choose none of the skills added later, after a whole stream, {path} path"
         laws.close(law, after[same], before[same], atol=0.0 if path == "sparse" else 1e-5)
     assert num_rows > 16
+
+
+def test_unsure_tokens_are_mixed_and_sure_ones_go_to_one_expert_with_weight_exactly_1(laws):
+    """In a forward, in the same way with one token after another from the cache, and by sequence too."""
+    model = grown("ant", "bee", "cat")
+    ids = torch.cat([sample("ant", seed=1, rows=8)[0]["input_ids"], sample("bee", seed=2, rows=8)[0]["input_ids"]], 1)
+    with torch.no_grad():
+        whole = model(input_ids=ids)
+        first, rest = model(input_ids=ids[:, :40], use_cache=True), []
+        for place in range(40, 60):
+            step = model(input_ids=ids[:, place : place + 1], past_key_values=first.past_key_values, use_cache=True)
+            rest.append(step.routing.weights)
+    weights = whole.routing.weights
+    counts = (weights > 0).sum(-1)
+    assert (weights[counts == 1].amax(-1) == 1).all() and (counts > 1).any() and counts.max() <= 4
+    assert (counts[:, :2] > 1).double().mean() > (counts[:, 20:40] > 1).double().mean()
+    assert torch.equal(torch.cat([first.routing.weights, *rest], 1) > 0, weights[:, :60] > 0)
+    laws.close("mixtures of the cache equal those of a whole forward", torch.cat(rest, 1), weights[:, 40:60], atol=1e-5)
+    model.router_config = model.router.config = replace(model.router_config, granularity="sequence")
+    with torch.no_grad():
+        routing = model(input_ids=ids, prompt_lengths=torch.full((8,), 2)).routing
+    assert torch.equal(routing.weights, routing.weights[:, :1].expand_as(routing.weights))
+    laws.close("a sequence is mixed as the last token of its prompt", routing.weights[:, 0], weights[:, 1], atol=1e-6)
 
 
 def test_the_gate_is_a_function_of_the_library_whatever_the_order_of_the_skills():
