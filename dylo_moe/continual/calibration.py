@@ -23,7 +23,10 @@ TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 33))
 """The temperatures that are tried: from 0.5 to 256, four for each doubling."""
 
 FOLDS = 4
-"""Each quarter of a sample is judged by a gate that was made of the other three."""
+"""Each quarter of a sample is judged by a gate that was made of the other three; a sample of fewer texts is not."""
+
+LEAST_VARIANCE = 0.01
+"""The least share of the pooled variance that must be left without a fold, for a gate to be made of the rest."""
 
 
 def held_out_nats(library: SkillLibrary, skill: str, texts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
@@ -38,18 +41,21 @@ def held_out_nats(library: SkillLibrary, skill: str, texts: Sequence[Tensor], pl
         places: of each token, int64 [tokens], see `dylo_moe.routing.features.places_of`.
 
     Returns:
-        fp64 [places, temperatures + 1]: nats, summed over the tokens, and in the last column their number.
+        fp64 [places, temperatures + 1]: nats, summed over the tokens, and in the last column their number; zeros for
+        a sample of fewer than `FOLDS` texts.
     """
     nats_PG = torch.zeros(NUM_PLACES, len(TEMPERATURES) + 1, dtype=torch.float64)
     members = sorted({library[name].expert for name in library.names} - {library[skill].expert})
-    if not members:
+    if not members or len(texts) < FOLDS:
         return nats_PG
     own, (scatter_DD, count) = library[skill], library.pooled
     texts = [text.detach().cpu().float() for text in texts]
-    for indices in torch.arange(len(texts)).tensor_split(min(FOLDS, len(texts))):
+    for indices in torch.arange(len(texts)).tensor_split(FOLDS):
         fold = [texts[index] for index in indices]
         tokens_TD, place_T = torch.cat(fold), torch.cat([places[index] for index in indices]).cpu()
         rest_D, rest_DD = _without(own, tokens_TD, scatter_DD)
+        if rest_DD.trace() / (count - len(tokens_TD)) < LEAST_VARIANCE * scatter_DD.trace() / count:
+            continue  # the other texts are all alike, and their covariance is rounding
         row_ED, bias_E = library.discriminants(
             [own.expert, *members],
             covariance=(rest_DD, count - len(tokens_TD)),

@@ -49,17 +49,22 @@ class GateProbe:
         self._owners = {name: library[name].expert for name in library.skills}
 
     @torch.no_grad()
-    def choices(self, router: Router) -> dict[str, list[str]]:
-        """The member of the pool that each imagined token of each skill is routed to first, by skill."""
+    def choices(self, router: Router, *, without: str | None = None) -> dict[str, list[str]]:
+        """The member of the pool that each imagined token of each skill is routed to first, by skill.
+
+        Args:
+            without: a member that is not there yet.
+        """
+        names = [name for name in router.names if name != without]
         scale_D = router.feature_scale.cpu().double()
-        rows_ED = torch.stack([router.gate[name].detach().cpu().double() for name in router.names]) * scale_D
-        bias_E = torch.stack([router.gate_bias[name].detach().cpu().double() for name in router.names])
+        rows_ED = torch.stack([router.gate[name].detach().cpu().double() for name in names]) * scale_D
+        bias_E = torch.stack([router.gate_bias[name].detach().cpu().double() for name in names])
         bias_E = bias_E - rows_ED @ router.feature_mean.cpu().double()
         noise_NE = self._noise_ND @ rows_ED.T
         found = {}
         for skill, mean_D in self._means.items():
             chosen_N: Tensor = (noise_NE + (rows_ED @ mean_D + bias_E)).argmax(1)
-            found[skill] = [router.names[index] for index in chosen_N.tolist()]
+            found[skill] = [names[index] for index in chosen_N.tolist()]
         return found
 
     def changes(self, before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, GateChange]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -171,9 +171,14 @@ class Growth:
         )
 
     @torch.no_grad()
-    def entropy(self, texts: Sequence[Tensor]) -> float:
-        """Mean entropy of the gate's probabilities over the tokens of a sample, in nats."""
-        p_TE = self._model.router.logits(torch.cat(list(texts))).softmax(-1)
+    def entropy(self, texts: Sequence[RouterState]) -> float:
+        """Mean entropy of the gate's probabilities over the tokens of a sample, in nats.
+
+        Args:
+            texts: total [tokens, hidden] and mass [tokens, 1] of each.
+        """
+        mass_T = torch.cat([text.mass[:, 0] for text in texts])
+        p_TE = self._model.router.posterior_logits(torch.cat([text.mean for text in texts]), mass_T).softmax(-1)
         return float(torch.special.entr(p_TE).sum(-1).mean())
 
     @torch.no_grad()
@@ -212,7 +217,7 @@ class Growth:
         texts = [text.mean for text in states]
         if self.enabled:
             self._write_base(seed)
-        novelty, entropy = self.judge(texts), self.entropy(texts)
+        novelty, entropy = self.judge(texts), self.entropy(states)
         action, skill, learner = self._action(name, novelty, expert)
         if action == GROWN:
             nearest = novelty.nearest if self.config.start_from == NEAREST else None
@@ -224,7 +229,7 @@ class Growth:
             return decision
         known = self.library.skills
         self._learn(skill, states, expert=learner, seed=seed)
-        changes = self.fit(learner, known=known, seed=seed)
+        changes = self.fit(learner, known=known, is_new=action == GROWN, seed=seed)
         self.library.note_shares(skill, self.shares(texts))
         return decision._replace(
             changed={name: change.changed for name, change in changes.items()},
@@ -235,7 +240,8 @@ class Growth:
         """Decide what is done with data, under which skill's name, and which expert learns it."""
         nearest, known = novelty.nearest, self.config.known_skill
         if expert is not None:
-            return CONSOLIDATED, name if novelty.novel or nearest is None else nearest, expert
+            is_its_own = nearest is not None and not novelty.novel and self.library[nearest].expert == expert
+            return CONSOLIDATED, cast(str, nearest) if is_its_own else name, expert
         if novelty.novel or nearest is None or known == GROW:
             return (GROWN, name, name) if self.enabled else (REPORTED, name, None)
         if known == SKIP:
@@ -311,16 +317,22 @@ class Growth:
 
     @property
     def rows_follow_library(self) -> bool:
-        """Whether all gate rows are computed from the library: as the config says, and if it knows a skill of every
-        expert. The rows of a jointly trained pool whose skills it does not know stay as they were trained."""
-        owners = {self.library[name].expert for name in self.library.skills}
-        return self.config.gate_rows == LIBRARY and owners.issuperset(self._model.experts.names)
+        """Whether all gate rows are computed from the library: as the config says, in a pool that grows or grew, and if
+        the library knows a skill of every expert. Else the rows of a jointly trained pool stay as they were trained."""
+        return self.config.gate_rows == LIBRARY and self._model.router.has_base and not self.unknown_experts
 
-    def fit(self, expert: str, *, known: Sequence[str] = (), seed: int) -> dict[str, GateChange]:
+    @property
+    def unknown_experts(self) -> list[str]:
+        """The experts of which the library knows no skill."""
+        owners = {self.library[name].expert for name in self.library.skills}
+        return [name for name in self._model.experts.names if name not in owners]
+
+    def fit(self, expert: str, *, known: Sequence[str] = (), is_new: bool = False, seed: int) -> dict[str, GateChange]:
         """Let the gate follow what the library has learned of an expert: all rows anew, or only that expert's.
 
         Args:
             known: the skills for which the change is estimated.
+            is_new: the expert has just come, so that its row is no part of the gate before.
             seed: of the draws.
 
         Returns:
@@ -328,7 +340,7 @@ class Growth:
         """
         router = self._model.router
         probe = GateProbe(self.library, seed=seed) if known else None
-        before = {} if probe is None else probe.choices(router)
+        before = {} if probe is None else probe.choices(router, without=expert if is_new else None)
         if self.rows_follow_library:
             self.set_rows(self.refit())
         else:
@@ -376,4 +388,6 @@ class Growth:
         gone = [name for name in self.library.skills if self.library[name].expert == expert]
         for name in gone:
             self.library.forget(name)
+        if self._model.router.place_temperatures is not None:
+            self._model.router.set_place_temperatures(place_temperatures(self.library))
         return gone

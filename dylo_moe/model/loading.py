@@ -174,8 +174,8 @@ def _load_expert(model: RoutedPeftModel, entry: dict[str, Any], state: dict[str,
 
 
 def _load_router(model: RoutedPeftModel, state: dict[str, Tensor], folder: Path) -> None:
-    if "place_temperatures" in state:  # a gate that was trained has none
-        model.router.place_temperatures = torch.ones(NUM_PLACES, device=model.device)
+    is_calibrated = "place_temperatures" in state  # a gate that was trained is not
+    model.router.place_temperatures = torch.ones(NUM_PLACES, device=model.device) if is_calibrated else None
     problems = state_problems(model.router.state_dict(), state)
     if problems:
         raise CheckpointError(f"{folder / ROUTER_FILE}: " + "; ".join(problems[:5]))

@@ -57,8 +57,8 @@ def places_of(mass: Tensor, *, half_life: float) -> Tensor:
         mass: fp32, `RouterState.mass`: of n tokens it is (1 - a^n) / (1 - a), with a = 2^(-1/half_life).
         half_life: in tokens.
     """
-    decay = 2.0 ** (-1.0 / half_life)
-    ends = [(1.0 - decay ** (end + 0.5)) / (1.0 - decay) for end in PLACE_ENDS]
+    rate = math.log(2.0) / half_life
+    ends = [math.expm1(-rate * (end + 0.5)) / math.expm1(-rate) for end in PLACE_ENDS]
     return torch.bucketize(mass.float(), torch.tensor(ends, dtype=torch.float32, device=mass.device))
 
 

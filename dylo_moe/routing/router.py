@@ -207,6 +207,19 @@ class Router(nn.Module):
             logits = F.linear(scaled, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
         return logits[..., : len(names)]
 
+    def posterior_logits(self, features: Tensor, mass: Tensor) -> Tensor:
+        """Gate logits, divided by the temperature of each token's place where the gate has temperatures.
+
+        Args:
+            features: fp32 [..., hidden].
+            mass: fp32 [...], what they stand on.
+        """
+        logits = self.logits(features)
+        if self.place_temperatures is None:
+            return logits
+        places = places_of(mass, half_life=self.config.router_half_life)
+        return logits / self.place_temperatures[places][..., None]
+
     def non_finite(self) -> list[str]:
         """The experts whose gate row holds NaN or infinity."""
         rows = {name: torch.cat([self.gate[name], self.gate_bias[name][None]]) for name in self.names}
@@ -227,11 +240,8 @@ class Router(nn.Module):
         """
         if not self.config.is_learned:
             return self._fixed(features, mask=mask)
-        logits_BSE = self.logits(features)
+        logits_BSE = self.logits(features) if dense else self.posterior_logits(features, mass)
         names, top_k, top_p = self.names, self.config.top_k, self.config.top_p
-        if self.place_temperatures is not None and not dense:
-            places_BS = places_of(mass, half_life=self.config.router_half_life)
-            logits_BSE = logits_BSE / self.place_temperatures[places_BS][..., None]
         selected_BSK = None
         if dense:
             weights_BSE = (logits_BSE / self.temperature).softmax(-1)

@@ -270,14 +270,14 @@ def test_recipes_leave_out_what_has_no_meaning(tmp_path):
     settings = settings_with(
         tmp_path,
         *("--top_k", "2", "--lora_r", "6", "--lora_alpha", "9", "--router_layer", "final", "--granularity", "sequence"),
-        *("--z_loss_coefficient", "0.1", "--balance_coefficient", "0.3", "--num_experts", "5"),
+        *("--router_top_p", "0.9", "--z_loss_coefficient", "0.1", "--balance_coefficient", "0.3", "--num_experts", "5"),
     )
     arms = {arm: settings_of_arm(arm, settings, seed=3) for arm in TRAINED}
     assert [arms[arm]["seed"] for arm in TRAINED] == [3] * 5
     kept = {"lora_total": (1, 30, 45), "lora_active": (1, 12, 18), "uniform": (5, 6, 9), "random": (5, 6, 9)}
     for arm, sizes in kept.items():
         assert tuple(arms[arm][name] for name in ("num_experts", "lora_r", "lora_alpha")) == sizes
-        assert not {"z_loss_coefficient", "balance_coefficient"} & arms[arm].keys()
+        assert not {"router_top_p", "z_loss_coefficient", "balance_coefficient"} & arms[arm].keys()
     assert arms["ours"] == {
         **settings,
         "seed": 3,
@@ -286,7 +286,7 @@ def test_recipes_leave_out_what_has_no_meaning(tmp_path):
     }
     assert arms["random"]["router_layer"] == "final" and "router_layer" not in arms["uniform"]
     same = settings.keys() - {"num_experts", "lora_r", "lora_alpha", "top_k", "router_layer", "granularity"}
-    same -= {"router_half_life", "balance_coefficient", "z_loss_coefficient", "entropy_coefficient"}
+    same -= {"router_half_life", "router_top_p", "balance_coefficient", "z_loss_coefficient", "entropy_coefficient"}
     assert all(arms[arm][name] == settings[name] for arm in TRAINED for name in same)
 
 

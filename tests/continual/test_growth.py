@@ -10,6 +10,8 @@ from reference.tiny import LORA, force_path, tiny_base, tiny_moe
 
 from dylo_moe import DyLoRAMoE, RouterConfig
 from dylo_moe.continual.config import GrowthConfig
+from dylo_moe.continual.gate_change import GateProbe
+from dylo_moe.model.loading import load_into
 from dylo_moe.routing.config import BASE
 
 SKILLS = ("ant", "bee", "cat", "dog")
@@ -206,6 +208,43 @@ def test_frozen_gate_rows_stay_and_so_do_all_rows_that_choose_nothing_new(laws, 
         law = f"rows that choose none of the skills added later, after a whole stream, {path} path"
         laws.close(law, after[same], before[same], atol=0.0 if path == "sparse" else 1e-5)
     assert num_rows > 16
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 1), (40, 1), (1, 40)])
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_a_first_skill_of_two_texts_is_learned_however_short_they_are(lengths, granularity):
+    """Without one of them nothing is left to measure a covariance on: the matrix that remains is rounding."""
+    model = growing(RouterConfig(granularity=granularity))
+    texts = [{"input_ids": sample("ant", rows=1, length=length)[0]["input_ids"]} for length in lengths]
+    assert model.add_skill("ant", texts).action == "grown"
+    assert model.router.place_temperatures.isfinite().all()
+
+
+def test_the_gate_before_a_growth_has_no_row_of_the_new_expert():
+    """Its row is random until it is computed, and would take half of the tokens that go to the base."""
+    model = grown("ant")
+    probe = GateProbe(model.library, seed=0)
+    before = probe.choices(model.router)
+    model.add_expert("new")
+    assert probe.choices(model.router, without="new") == before
+    assert "new" in model.router.names
+
+
+def test_a_model_with_temperatures_takes_a_checkpoint_without(tmp_path):
+    """As when a stream that began before there were any is resumed."""
+    model = grown("ant")
+    temperatures, model.router.place_temperatures = model.router.place_temperatures, None
+    model.save_pretrained(str(tmp_path / "old"))
+    model.router.place_temperatures = temperatures
+    load_into(model, tmp_path / "old")
+    assert model.router.place_temperatures is None
+
+
+def test_an_expert_that_is_told_to_learn_known_data_takes_no_skill_from_another():
+    model = grown("ant", "bee")
+    decision = model.add_skill("more", sample("ant", seed=5), expert="bee")
+    assert (decision.skill, decision.expert) == ("more", "bee")
+    assert model.library["ant"].expert == "ant" and model.growth.rows_follow_library
 
 
 def test_unsure_tokens_are_mixed_and_sure_ones_go_to_one_expert_with_weight_exactly_1(laws):

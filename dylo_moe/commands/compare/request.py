@@ -18,8 +18,8 @@ from dylo_moe.utils.errors import UsageError
 LEAVE = ("allow_code_execution", "sandbox")
 """Flags that concern the evaluation, not the training."""
 
-OF_GATE = ("balance_coefficient", "z_loss_coefficient", "entropy_coefficient")
-"""Settings that shape how a gate learns."""
+OF_GATE = ("router_top_p", "balance_coefficient", "z_loss_coefficient", "entropy_coefficient")
+"""Settings that have a meaning only where a gate learns."""
 
 
 class CompareRequest(NamedTuple):

@@ -21,6 +21,7 @@ from dylo_moe.routing.config import BASE
 from dylo_moe.utils.checks import SEED, range_problems
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
+from dylo_moe.utils.words import listed
 
 
 def list_experts(checkpoint: str) -> None:
@@ -85,6 +86,11 @@ def refit(checkpoint: str, output: str | None, *, seed: int) -> None:
         raise ValueError(f"{checkpoint} has no skill library to fit gate rows to; it was trained jointly")
     model = DyLoRAMoE.from_pretrained(checkpoint)
     assert model.growth is not None
+    if model.growth.unknown_experts:
+        raise ValueError(
+            f"the library of {checkpoint} knows no skill of {listed(model.growth.unknown_experts)}, so that their gate "
+            "rows cannot follow from it, and would not fit beside rows that do; know_skill() tells it"
+        )
     changes = refit_changes(model, model.growth.refit(), seed=seed)
     title = f"share of {NUM_DRAWS:,} draws from each skill's statistics that are routed to its expert"
     table = Table(title, ["skill", "expert", "now", "after a refit", "row's cosine"], words=["expert"])
@@ -114,7 +120,9 @@ def refit_changes(model: DyLoRAMoE, rows: GateRows, *, seed: int) -> list[Change
             library[skill].expert,
             change.before,
             change.after,
-            float(cosine_similarity(old_rows[library[skill].expert], router.gate[library[skill].expert], dim=0)),
+            float(
+                cosine_similarity(old_rows[library[skill].expert], router.gate[library[skill].expert].detach(), dim=0)
+            ),
         )
         for skill, change in changes.items()
     ]

@@ -30,8 +30,8 @@ def measure_stage(
 ) -> None:
     """Measure every dataset after a stage; on a terminal, its row of the matrix fills as it is measured.
 
-    Besides the loss, this measures the share of a dataset's tokens that are routed to its own expert, and, for datasets
-    whose expert the stage has trained, the loss of that expert alone.
+    Besides the loss, this measures the share of the routing weight of a dataset's tokens that its own expert has, and,
+    for datasets whose expert the stage has trained, the loss of that expert alone.
     """
     trainer = _evaluator(context, model)
     with context.screen.live(MatrixTable(state.matrix)) as live:
