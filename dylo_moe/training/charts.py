@@ -121,8 +121,8 @@ def colour(index: int) -> str:
 def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     """Round, evenly spaced numbers from at or below `low` to at or above `high`.
 
-    A range of less than a hundred-thousandth of its numbers is widened: its ticks would need too many digits, and a
-    line that is flat to the eye belongs in the middle of the chart.
+    A range of less than a hundred-thousandth of its numbers (more, where these have a long power of ten) is widened: its
+    ticks would need too many digits, and a line that is flat to the eye belongs in the middle of the chart.
 
     Args:
         most: the largest number of ticks, at least 5.
@@ -132,9 +132,12 @@ def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     size = max(abs(low), abs(high))
     if size < TINIEST:
         return [0.0, 0.5, 1.0]
-    unit = 10.0 ** math.floor(math.log10(size))
+    exponent = math.floor(math.log10(size))
+    unit = 10.0**exponent
     low, high = low / unit, high / unit
-    if high - low < SMALLEST_RANGE * size / unit:
+    # A power of ten with more digits leaves fewer to the number before it.
+    smallest = SMALLEST_RANGE * 10.0 ** (len(str(abs(exponent))) - 1)
+    if high - low < smallest * size / unit:
         low, high = low - abs(low) * 0.1, high + abs(high) * 0.1
     found = MaxNLocator(nbins=most - 2, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1).tick_values(low, high)
     return [float(tick) * unit for tick in found]

@@ -220,7 +220,7 @@ def test_many_experts_take_what_a_few_and_each_further_one_take(config_folder, m
     few = account()
     monkeypatch.setattr("dylo_moe.commands.plan.outline.followed_pools", lambda pool, **_: [pool])
     everything = account()
-    assert [len(model.experts) for model in everything.of.few] == [16] > [len(few.of.few[-1].experts)]
+    assert [len(model.experts) for model in everything.outline.few] == [16] > [len(few.outline.few[-1].experts)]
     assert few.held == everything.held
     found, real = (one.training(Batch(4, 48), checkpointing=True) for one in (few, everything))
     assert found == pytest.approx(real, rel=0.03)

@@ -315,6 +315,7 @@ ENDS = st.one_of(
 @example((0.0, 0.0), 6)
 @example((2.3, 2.3 + 1e-12), 6)
 @example((1.2e-5, 2e-5), 6)
+@example((-1.1806804616678829e-276, -1.1806952201736537e-276), 5)
 def test_the_ticks_of_an_axis_cover_its_values_and_all_read_differently(ends, most):
     low, high = sorted(ends)
     found = ticks(low, high, most=most)
