@@ -121,8 +121,8 @@ def colour(index: int) -> str:
 def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     """Round, evenly spaced numbers from at or below `low` to at or above `high`.
 
-    A range of less than a hundred-thousandth of its numbers (more, where these have a long power of ten) is widened: its
-    ticks would need too many digits, and a line that is flat to the eye belongs in the middle of the chart.
+    A range of less than a hundred-thousandth of its numbers (more, where these have a long power of ten) is widened:
+    its ticks would need too many digits, and a line that is flat to the eye belongs in the middle of the chart.
 
     Args:
         most: the largest number of ticks, at least 5.
