@@ -100,7 +100,7 @@ class Growth:
     It reads the router's features and never keeps a text.
 
     Args:
-        model: a `DyLoRAMoE`; of it the router, the pool, `text_features`, `add_expert` and `route_to` are used.
+        model: a `DyLoRAMoE`; of it the router, the pool, `text_states`, `add_expert` and `route_to` are used.
         config: when to grow, and how; default `GrowthConfig()`.
         library: what is known already; default nothing.
         enabled: whether new data may add experts.
@@ -339,14 +339,14 @@ class Growth:
             What changes for each of the known skills.
         """
         router = self._model.router
-        probe = GateProbe(self.library, seed=seed) if known else None
-        before = {} if probe is None else probe.choices(router, without=expert if is_new else None)
+        probe = GateProbe(self.library, seed=seed)
+        before = probe.choices(router, without=expert if is_new else None)
         if self.rows_follow_library:
             self.set_rows(self.refit())
         else:
             router.set_row(expert, *fit_row(router, self.library, expert, seed=seed))
-        after = {} if probe is None else probe.choices(router)
-        return {} if probe is None else {k: v for k, v in probe.changes(before, after).items() if k in known}
+        changes = probe.changes(before, probe.choices(router))
+        return {skill: changes[skill] for skill in known}
 
     def set_rows(self, rows: GateRows) -> None:
         """Set gate rows, and the temperatures that follow from the library."""

@@ -27,6 +27,10 @@ BASE = "base"
 
 BALANCE_COEFFICIENT = 0.01
 
+TOP_P_HELP = (
+    "Where the gate is sure, fewer than top_k experts: the fewest whose probabilities reach this sum. 1: always top_k."
+)
+
 OF_LEARNING = ("z_loss_coefficient", "entropy_coefficient", "temperature")
 
 OF_CHOOSING = ("top_k", "top_p", "granularity", "router_half_life")
@@ -58,8 +62,7 @@ class RouterConfig:
         default=1.0,
         metadata={
             "flag": "router_top_p",
-            "help": "Where the gate is sure, fewer than top_k experts: the fewest whose probabilities reach this sum. "
-            "1: always top_k.",
+            "help": TOP_P_HELP,
         },
     )
     """A token goes to the fewest experts whose probabilities reach this sum, and to at most `top_k` (Huang et al. 2024,
@@ -207,8 +210,7 @@ class GrowingRouterConfig(RouterConfig):
         default=0.9,
         metadata={
             "flag": "router_top_p",
-            "help": "Where the gate is sure, fewer than top_k experts: the fewest whose probabilities reach this sum. "
-            "1: always top_k.",
+            "help": TOP_P_HELP,
         },
     )
 
