@@ -111,14 +111,17 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="the high one of the two")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in ("model", "skills", "tokens", "held_out", "learning_rate")}
+    names = ("model", "skills", "tokens", "held_out", "learning_rate", "dtype")
+    settings = {name: getattr(arguments, name) for name in names}
     setting = baselines.Setting(
         model=arguments.model,
         skills=read_skills(arguments.skills, arguments),
         unlearned=read_skills(arguments.unlearned, arguments),
         high_rate=arguments.learning_rate,
         folder=arguments.output,
+        dtype=arguments.dtype,
     )
     for method in arguments.only:
         if method == "pair":

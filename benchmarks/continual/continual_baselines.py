@@ -18,6 +18,7 @@ from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
 from skills import Rows, Skill
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dylo_moe.base.loading import load_base
 
@@ -43,6 +44,12 @@ class Setting:
     high_rate: float
     folder: Path
     """Where the experts of the oracle lie, for Arrow."""
+    dtype: str = "bfloat16"
+    """Of the base."""
+
+    def base(self) -> PreTrainedModel:
+        """The base, as it was read from its files."""
+        return load_base(self.model, dtype=getattr(torch, self.dtype))
 
     def held_out(self) -> dict[str, Rows]:
         """The rows that every method is judged by."""
@@ -121,7 +128,7 @@ def lora_config(rank: int) -> LoraConfig:
 def fresh_lora(setting: Setting, *, rank: int, seed: int) -> PeftModel:
     """The base with one new adapter."""
     torch.manual_seed(seed)
-    return get_peft_model(load_base(setting.model, dtype=torch.bfloat16), lora_config(rank))
+    return get_peft_model(setting.base(), lora_config(rank))
 
 
 # The methods
@@ -129,7 +136,7 @@ def fresh_lora(setting: Setting, *, rank: int, seed: int) -> PeftModel:
 
 def base(setting: Setting, order: Sequence[str], seed: int) -> dict[str, Any]:
     """The model before it learned anything."""
-    return {"losses": losses_of(load_base(setting.model, dtype=torch.bfloat16), setting.held_out())}
+    return {"losses": losses_of(setting.base(), setting.held_out())}
 
 
 def in_turn(setting: Setting, order: Sequence[str], seed: int) -> dict[str, Any]:
@@ -169,7 +176,7 @@ def oracle(setting: Setting, order: Sequence[str], seed: int) -> dict[str, Any]:
         losses[name] = json.loads((folder / "loss.json").read_text())
     seconds = time.perf_counter() - start
     unlearned = {name: skill.held_out for name, skill in setting.unlearned.items()}
-    losses |= losses_of(load_base(setting.model, dtype=torch.bfloat16), unlearned)
+    losses |= losses_of(setting.base(), unlearned)
     return {"losses": losses, "train_seconds": seconds}
 
 
@@ -182,6 +189,6 @@ def arrow(setting: Setting, order: Sequence[str], seed: int, *, top_k: int) -> d
     """PEFT's Arrow (Ostapenko et al. 2024, arXiv:2405.11157) over the oracle's experts: routing in every linear,
     by the direction that each expert stretches most; nothing is trained for it."""
     folders = [str(expert_folder(setting, name, seed)) for name in setting.skills]
-    base = load_base(setting.model, dtype=torch.bfloat16)
+    base = setting.base()
     model = create_arrow_model(base, folders, ArrowConfig(top_k=min(top_k, len(folders)), rng_seed=seed))
     return {"losses": losses_of(model, setting.held_out())}

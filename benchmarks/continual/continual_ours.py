@@ -17,7 +17,6 @@ from skills import NUM_TOKENS, Rows
 from torch import Tensor
 
 from dylo_moe import DyLoRAMoE
-from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GROWN
 from dylo_moe.model.saving import save_tensors
 from dylo_moe.routing.config import BASE
@@ -134,7 +133,7 @@ class Stream:
 
 def learned_stream(setting: Setting, order: Sequence[str], seed: int) -> Stream:
     """A new model after all skills of an order; it is also saved."""
-    base = load_base(setting.model, dtype=torch.bfloat16)
+    base = setting.base()
     model = DyLoRAMoE.from_base(base, lora=lora_config(RANK), allow_expert_growth=True)
     stream = Stream(setting, seed, model, setting.folder / "trained" / f"{'-'.join(order)}-{seed}")
     for name in order:
@@ -156,7 +155,7 @@ def ours(setting: Setting, order: Sequence[str], seed: int) -> dict[str, Any]:
 
 def saved_ours(setting: Setting, order: Sequence[str], seed: int, *, top_k: int) -> dict[str, Any]:
     """The model that `ours` saved, with more members of the pool for each token; nothing is trained."""
-    base = load_base(setting.model, dtype=torch.bfloat16)
+    base = setting.base()
     model = DyLoRAMoE.from_pretrained(str(model_folder(setting, order, seed)), base=base)
     model.router_config = model.router.config = replace(model.router.config, top_k=top_k)
     stream = Stream(setting, seed, model, setting.folder / "trained")

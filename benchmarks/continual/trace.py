@@ -54,7 +54,7 @@ RUN_FIRST = (
 )  # fmt: skip
 """What matters most comes first."""
 
-OF_A_RUN = ("model", "rows", "test_rows", "matrix_rows", "max_length", "learning_rate")
+OF_A_RUN = ("model", "rows", "test_rows", "matrix_rows", "max_length", "learning_rate", "dtype")
 """The arguments that a run is refused for, where they are not those that it was begun with."""
 
 
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--orders", type=int, choices=(1, 2), default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="the high one of the two")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
     arguments = parser.parse_args()
     if not arguments.tables:
@@ -136,7 +137,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     tasks = read_tasks(arguments, tokenizer)
     judge = Judge(tasks, tokenizer, num_matrix_rows=arguments.matrix_rows)
-    setting = Setting(arguments.model, tasks, judge, arguments.learning_rate, arguments.output)
+    setting = Setting(arguments.model, tasks, judge, arguments.learning_rate, arguments.output, arguments.dtype)
     settings = {name: getattr(arguments, name) for name in OF_A_RUN}
     begin(arguments.output / "settings.json", settings)  # which the experts there were trained with
     orders = (TASKS, OTHER_ORDER)[: arguments.orders]

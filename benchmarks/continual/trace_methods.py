@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trace_judging import Judge, Stage
 from trace_tasks import Task, joined, with_replay
+from transformers import PreTrainedModel
 
 from dylo_moe.base.loading import load_base
 
@@ -38,6 +39,12 @@ class Setting:
     high_rate: float
     folder: Path
     """Where experts are kept."""
+    dtype: str = "bfloat16"
+    """Of the base."""
+
+    def base(self) -> PreTrainedModel:
+        """The base, as it was read from its files."""
+        return load_base(self.model, dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,12 @@ Method = Callable[[Run], Iterator[Stage]]
 def fresh(run: Run, rank: int) -> PeftModel:
     """The base with one new adapter."""
     torch.manual_seed(run.seed)
-    return get_peft_model(load_base(run.setting.model, dtype=torch.bfloat16), lora_config(rank))
+    return get_peft_model(run.setting.base(), lora_config(rank))
 
 
 def base(run: Run) -> Iterator[Stage]:
     """The model before it learned anything."""
-    model = load_base(run.setting.model, dtype=torch.bfloat16)
+    model = run.setting.base()
     yield {**run.setting.judge.stage(model, run.order), "train_seconds": 0.0}
 
 
@@ -134,7 +141,7 @@ def o_lora(run: Run) -> Iterator[Stage]:
 
 def with_past(run: Run, place: int) -> PeftModel:
     """The base, the adapters of the first `place` tasks side by side and frozen, and a new one."""
-    model = load_base(run.setting.model, dtype=torch.bfloat16)
+    model = run.setting.base()
     torch.manual_seed(run.seed + place)
     peft = get_peft_model(model, lora_config(RANK), adapter_name=NEW)
     if place:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from trace_judging import Stage, answers, per_token, row_losses
 from trace_methods import Method, Run
 from trace_tasks import NEW_TOKENS, Task
+from transformers import PreTrainedModel
 
 from dylo_moe import DyLoRAMoE
-from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import FRESH, FROZEN, GROW, LIBRARY, GrowthConfig
 from dylo_moe.model.saving import save_tensors
 from dylo_moe.routing.config import BASE, SEQUENCE, GrowingRouterConfig
@@ -43,7 +43,7 @@ def grown(
     run: Run, router: GrowingRouterConfig, *, gate_rows: str = LIBRARY
 ) -> Iterator[tuple[DyLoRAMoE, dict[str, Any]]]:
     """The model after each task of the order, and what was decided; `known_skill=GROW` gives every task an expert."""
-    base = load_base(run.setting.model, dtype=torch.bfloat16)
+    base = run.setting.base()
     model = DyLoRAMoE.from_base(
         base,
         lora=lora_config(RANK),
@@ -239,8 +239,8 @@ class RidgeRouter:
     published recursion for the inverse gives the same W.
     """
 
-    def __init__(self, model: str, seed: int) -> None:
-        self.base = load_base(model, dtype=torch.bfloat16)
+    def __init__(self, base: PreTrainedModel, seed: int) -> None:
+        self.base = base
         self.base.model.layers = self.base.model.layers[:NUM_LAYERS]
         torch.manual_seed(seed)
         self.widen = nn.Linear(self.base.config.hidden_size, NUM_FEATURES)
@@ -272,7 +272,7 @@ class RidgeRouter:
 
 def any_ssr(run: Run) -> Iterator[Stage]:
     """Any-SSR's router, decided on the prompt, over our experts."""
-    forced, router = Forced(run), RidgeRouter(run.setting.model, run.seed)
+    forced, router = Forced(run), RidgeRouter(run.setting.base(), run.seed)
     for place, (model, facts) in enumerate(grown(run, GrowingRouterConfig())):
         name = run.order[place]
         rows = run.setting.tasks[name].train
