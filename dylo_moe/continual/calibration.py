@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dylo_moe.continual.skill_library import Skill, SkillLibrary, scatter_around
-from dylo_moe.routing.features import NUM_PLACES
+from dylo_moe.routing.belief import evidence_of, filtered
+from dylo_moe.routing.features import NUM_PLACES, RouterState, places_of
 
-TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 33))
-"""The temperatures that are tried: from 0.5 to 256, four for each doubling."""
+TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-16, 33))
+"""The temperatures that are tried: from 1/16 to 256, four for each doubling."""
 
 FOLDS = 4
 """Each quarter of a sample is judged by a gate that was made of the other three; a sample of fewer texts is not."""
@@ -29,7 +30,9 @@ LEAST_VARIANCE = 0.01
 """The least share of the pooled variance that must be left without a fold, for a gate to be made of the rest."""
 
 
-def held_out_nats(library: SkillLibrary, skill: str, texts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+def held_out_nats(
+    library: SkillLibrary, skill: str, texts: Sequence[RouterState], *, half_life: float, change_rate: float = 0.0
+) -> Tensor:
     """The loss of choosing the right member of the pool for texts of a skill, at each place and temperature.
 
     Each fold of the texts is taken out of the skill's mean and out of the covariance first. A comparison of many
@@ -37,8 +40,9 @@ def held_out_nats(library: SkillLibrary, skill: str, texts: Sequence[Tensor], pl
 
     Args:
         library: which has learned these texts.
-        texts: router features of each text, fp32 [tokens, hidden]; texts of one document stand together.
-        places: of each token, int64 [tokens], see `dylo_moe.routing.features.places_of`.
+        texts: the router's memory after each token of each text; texts of one document stand together.
+        half_life: of the router's mean, in tokens.
+        change_rate: of the router's filter; 0: it has none.
 
     Returns:
         fp64 [places, temperatures + 1]: nats, summed over the tokens, and in the last column their number; zeros for
@@ -49,24 +53,36 @@ def held_out_nats(library: SkillLibrary, skill: str, texts: Sequence[Tensor], pl
     if not members or len(texts) < FOLDS:
         return nats_PG
     own, (scatter_DD, count) = library[skill], library.pooled
-    texts = [text.detach().cpu().float() for text in texts]
+    texts = [text.each(lambda part: part.detach().cpu()) for text in texts]
     for indices in torch.arange(len(texts)).tensor_split(FOLDS):
         fold = [texts[index] for index in indices]
-        tokens_TD, place_T = torch.cat(fold), torch.cat([places[index] for index in indices]).cpu()
-        rest_D, rest_DD = _without(own, tokens_TD, scatter_DD)
-        if rest_DD.trace() / (count - len(tokens_TD)) < LEAST_VARIANCE * scatter_DD.trace() / count:
+        means_TD = torch.cat([text.mean for text in fold])
+        place_T = torch.cat([places_of(text.mass[:, 0], half_life=half_life) for text in fold])
+        rest_D, rest_DD = _without(own, means_TD, scatter_DD)
+        if rest_DD.trace() / (count - len(means_TD)) < LEAST_VARIANCE * scatter_DD.trace() / count:
             continue  # the other texts are all alike, and their covariance is rounding
         row_ED, bias_E = library.discriminants(
             [own.expert, *members],
-            covariance=(rest_DD, count - len(tokens_TD)),
+            covariance=(rest_DD, count - len(means_TD)),
             means={skill: rest_D},
         )
-        logits_TE = tokens_TD.double() @ row_ED.T + bias_E
+        if change_rate:
+            tokens = [text.tokens(half_life).double() @ row_ED.T + bias_E for text in fold]
+            logits_TE = torch.cat([_believed(logits_TE, change_rate) for logits_TE in tokens])
+        else:
+            logits_TE = means_TD.double() @ row_ED.T + bias_E
         for column, temperature in enumerate(TEMPERATURES):
             loss_T = F.cross_entropy(logits_TE / temperature, place_T.new_zeros(len(place_T)), reduction="none")
             nats_PG[:, column].index_add_(0, place_T, loss_T)
         nats_PG[:, -1] += place_T.bincount(minlength=NUM_PLACES)
     return nats_PG * len(members)
+
+
+def _believed(logits_TE: Tensor, change_rate: float) -> Tensor:
+    """What the filter makes of the gate's logits for the tokens of one text: logarithms of probabilities."""
+    evidence_1TE = evidence_of(logits_TE)[None]
+    mask_1T = torch.ones(evidence_1TE.shape[:2], dtype=torch.bool)
+    return filtered(evidence_1TE, mask=mask_1T, change_rate=change_rate)[0]
 
 
 def _without(skill: Skill, tokens_TD: Tensor, scatter_DD: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +102,7 @@ def place_temperatures(library: SkillLibrary) -> Tensor:
     """
     total_PG = torch.zeros(NUM_PLACES, len(TEMPERATURES) + 1, dtype=torch.float64)
     for name in sorted(library.skills):
-        if len(library[name].calibration):
+        if library[name].calibration.shape == total_PG.shape:  # else measured by an older version, or not at all
             total_PG += library[name].calibration
     best_P = torch.tensor(TEMPERATURES)[total_PG[:, :-1].argmin(1)]
     known = [place for place in range(NUM_PLACES) if total_PG[place, -1] > 0]

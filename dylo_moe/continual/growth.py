@@ -28,7 +28,7 @@ from dylo_moe.continual.novelty_detector import Novelty, judge
 from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.experts.expert import check_name
 from dylo_moe.routing.config import BASE
-from dylo_moe.routing.features import RouterState, places_of
+from dylo_moe.routing.features import RouterState, joined
 from dylo_moe.utils.words import counted, listed
 
 GateRows = dict[str, tuple[Tensor, Tensor]]
@@ -177,15 +177,18 @@ class Growth:
         Args:
             texts: total [tokens, hidden] and mass [tokens, 1] of each.
         """
-        mass_T = torch.cat([text.mass[:, 0] for text in texts])
-        p_TE = self._model.router.posterior_logits(torch.cat([text.mean for text in texts]), mass_T).softmax(-1)
+        p_TE = self._model.router.posterior_logits(joined(texts)).softmax(-1)
         return float(torch.special.entr(p_TE).sum(-1).mean())
 
     @torch.no_grad()
-    def shares(self, texts: Sequence[Tensor]) -> dict[str, float]:
-        """Which members of the pool the tokens of a sample choose, as fractions."""
+    def shares(self, texts: Sequence[RouterState]) -> dict[str, float]:
+        """Which members of the pool the tokens of a sample choose by the gate of now, as fractions.
+
+        Args:
+            texts: total [tokens, hidden] and mass [tokens, 1] of each.
+        """
         router = self._model.router
-        chosen = router.logits(torch.cat(list(texts))).argmax(-1)
+        chosen = router.posterior_logits(joined([router.reread(text) for text in texts])).argmax(-1)
         counts = chosen.bincount(minlength=len(router.names)).double()
         return dict(zip(router.names, (counts / counts.sum()).tolist(), strict=True))
 
@@ -230,7 +233,7 @@ class Growth:
         known = self.library.skills
         self._learn(skill, states, expert=learner, seed=seed)
         changes = self.fit(learner, known=known, is_new=action == GROWN, seed=seed)
-        self.library.note_shares(skill, self.shares(texts))
+        self.library.note_shares(skill, self.shares(states))
         return decision._replace(
             changed={name: change.changed for name, change in changes.items()},
             lost={name: change.lost for name, change in changes.items()},
@@ -292,7 +295,7 @@ class Growth:
             The expert that most of its tokens choose, whose skill it counts as.
         """
         states = self._states(name, batches)
-        shares = self.shares([text.mean for text in states])
+        shares = self.shares(states)
         expert = max(shares.keys() - {BASE}, key=shares.__getitem__)
         self._learn(name, states, expert=expert, seed=seed)
         self.library.note_shares(name, shares)
@@ -300,10 +303,12 @@ class Growth:
 
     def _learn(self, skill: str, states: Sequence[RouterState], *, expert: str, seed: int) -> None:
         """Let the library learn texts of a skill, and how sure a gate may be of their tokens at each place."""
-        texts, half_life = [text.mean for text in states], self._model.router_config.router_half_life
-        self.library.learn(skill, texts, expert=expert, seed=seed)
-        places = [places_of(text.mass[:, 0], half_life=half_life) for text in states]
-        self.library.note_calibration(skill, held_out_nats(self.library, skill, texts, places))
+        self.library.learn(skill, [text.mean for text in states], expert=expert, seed=seed)
+        router = self._model.router_config
+        nats = held_out_nats(
+            self.library, skill, states, half_life=router.router_half_life, change_rate=router.change_rate
+        )
+        self.library.note_calibration(skill, nats)
 
     def _states(self, skill: str, batches: Iterable[dict[str, Tensor]]) -> list[RouterState]:
         texts = self._model.text_states(batches)

@@ -151,7 +151,7 @@ class SkillLibrary:
     def note_calibration(self, name: str, nats: Tensor) -> None:
         """Keep the losses of some held-out texts of a skill beside those of earlier ones; fp64 [places, ...]."""
         old = self[name].calibration
-        self._skills[name] = replace(self[name], calibration=nats if not len(old) else old + nats)
+        self._skills[name] = replace(self[name], calibration=old + nats if old.shape == nats.shape else nats)
 
     def _check(self, name: str, texts: Sequence[Tensor]) -> None:
         problems = []

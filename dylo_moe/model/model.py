@@ -283,7 +283,8 @@ class DyLoRAMoE(RoutedForward):
         return [states.mean for states in self.text_states(batches)]
 
     def text_states(self, batches: Iterable[dict[str, Tensor]]) -> list[RouterState]:
-        """The router's memory after each token of each text: total [tokens, hidden], mass [tokens, 1].
+        """The router's memory after each token of each text: total [tokens, hidden], mass [tokens, 1], and where the
+        router filters belief [tokens, members].
 
         Args:
             batches: as for `text_features`.
@@ -295,8 +296,8 @@ class DyLoRAMoE(RoutedForward):
             given = {name: batch[name].to(self.device) for name in ROUTER_INPUTS if name in batch}
             states = self._router_states(ids, mask, **given)
             texts += [
-                RouterState(total[real], mass[real])
-                for total, mass, real in zip(*states, mask, strict=True)
+                states.each(lambda part, row=row, real=real: part[row][real])  # type: ignore[misc]
+                for row, real in enumerate(mask)
                 if real.any()
             ]
         return texts

@@ -28,6 +28,11 @@ def pool_problems(
         problems.append("growth has no meaning with allow_expert_growth=False")
     if allow_expert_growth and not router.is_learned:
         problems.append(f"a pool that grows needs policy 'learned'; this router's is {router.policy!r}")
+    if router.change_rate and not allow_expert_growth:
+        problems.append(
+            f"change_rate is {router.change_rate!r}, but the gate of a pool that does not grow is trained, and reads "
+            "the mean alone; leave it out"
+        )
     if not router.is_learned and balance_coefficient not in (0, BALANCE_COEFFICIENT):
         problems.append(
             f"balance_coefficient is {balance_coefficient!r}, but with policy {router.policy!r} nothing can be "

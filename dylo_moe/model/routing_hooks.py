@@ -15,7 +15,7 @@ from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
 from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, router_cache_layer
-from dylo_moe.routing.features import RouterState, causal_exponential_mean
+from dylo_moe.routing.features import RouterState, causal_exponential_mean, read_tokens
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
 from dylo_moe.routing.router import Router, force_routing, make_dispatch
 from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
@@ -211,8 +211,7 @@ class RoutingHooks:
             context.states = self._states(context, hidden.detach(), mask, cache)
         if forced is NotForced:
             assert context.states is not None
-            features, mass = context.states.mean, context.states.mass[..., 0]
-            context.routing, selected = self.router(features, mass=mass, mask=mask, dense=context.dense)
+            context.routing, selected = self.router(context.states, mask=mask, dense=context.dense)
             context.dispatch = make_dispatch(context.routing, selected, layouts=self.pool.layouts, dtype=dtype)
         else:
             experts = one_per_row(forced, mask.shape[0], expandable=self.prompt is not None)
@@ -252,6 +251,9 @@ class RoutingHooks:
         _, states = causal_exponential_mean(
             hidden, mask=mask, half_life=self.router.config.router_half_life, state=state, starts=starts
         )
+        before = None if state is None else state.belief
+        belief = self.router.believe(read_tokens(hidden, mask=mask), mask=mask, belief=before, starts=starts)
+        states = states._replace(belief=belief)
         if memory is not None:
             memory.store(states, all_of_them=self.prompt is not None and self.prompt.drafts)
         return states

@@ -27,13 +27,16 @@ BASE = "base"
 
 BALANCE_COEFFICIENT = 0.01
 
+HALF_LIFE, FILTERED_HALF_LIFE, CHANGE_RATE = 32.0, 8.0, 0.01
+"""Defaults: of the half-life of the router's mean without a filter and with one, and of the filter's change rate."""
+
 TOP_P_HELP = (
     "Where the gate is sure, fewer than top_k experts: the fewest whose probabilities reach this sum. 1: always top_k."
 )
 
 OF_LEARNING = ("z_loss_coefficient", "entropy_coefficient", "temperature")
 
-OF_CHOOSING = ("top_k", "top_p", "granularity", "router_half_life")
+OF_CHOOSING = ("top_k", "top_p", "granularity", "router_half_life", "change_rate")
 """The fields of `RouterConfig` that shape how a gate learns, and those that decide how a token's experts are chosen."""
 
 
@@ -106,10 +109,15 @@ class RouterConfig:
     a fixed pseudo-random function of the gate's input, so a text is always routed the same way, whatever it says."""
 
     router_half_life: float = field(
-        default=32.0,
+        default=HALF_LIFE,
         metadata={"help": "Half-life of the router's memory, in tokens; shorter follows a change of subject faster."},
     )
     """Half-life, in tokens, of the causal exponential mean that the gate reads."""
+
+    change_rate: float = field(default=0.0, metadata={"flag": None})
+    """The probability that the subject changes at a token, of the filter through which a gate that follows the skill
+    library reads a text (`dylo_moe.routing.belief`); 0: no filter, the gate reads the mean alone. A gate that is
+    trained, or decides by sequence, has none."""
 
     temperature: float = field(default=1.0, metadata={"flag": None})
     """Divides the gate logits of dense collaboration; towards 0 it becomes top-1."""
@@ -135,6 +143,13 @@ class RouterConfig:
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p!r}; it must be a number above 0 and at most 1")
         problems += choice_problems(self)
+        if not is_number(self.change_rate) or not 0 <= self.change_rate < 1:
+            problems.append(f"change_rate is {self.change_rate!r}; it must be a number of at least 0 and below 1")
+        elif self.change_rate and self.per_sequence:
+            problems.append(
+                f"change_rate is {self.change_rate!r}, which has no meaning with granularity 'sequence', where a text "
+                "is routed as a whole; leave it out"
+            )
         for name in ("router_half_life", "temperature"):
             if not is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number above 0")
@@ -154,7 +169,7 @@ class RouterConfig:
         problems = [
             f"{name} is {getattr(self, name)!r}, which has no meaning with policy {self.policy!r}; leave it out"
             for name in without_meaning
-            if getattr(self, name) != defaults[name]
+            if defaults[name] is not None and getattr(self, name) != defaults[name]
         ]
         if self.policy == UNIFORM and self.reads_final:
             problems.append("router_layer is 'final', which has no meaning with policy 'uniform'; leave it out")
@@ -213,6 +228,30 @@ class GrowingRouterConfig(RouterConfig):
             "help": TOP_P_HELP,
         },
     )
+
+    router_half_life: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Half-life of the router's memory, in tokens; default 8 with a change rate (a filter remembers "
+            "longer by itself), and 32 without."
+        },
+    )
+
+    change_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "flag": "router_change_rate",
+            "help": "How likely a text changes its subject at a token; larger follows a change faster. 0: the gate "
+            "reads a mean that forgets with its half-life. Default 0.01, and 0 with granularity sequence.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.change_rate is None:
+            object.__setattr__(self, "change_rate", 0.0 if self.per_sequence else CHANGE_RATE)
+        if self.router_half_life is None:
+            object.__setattr__(self, "router_half_life", FILTERED_HALF_LIFE if self.change_rate else HALF_LIFE)
+        super().__post_init__()
 
 
 def _is_router_layer(value: object) -> bool:

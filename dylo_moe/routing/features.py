@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, C chunk of the sequence, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,12 +24,15 @@ NUM_PLACES = len(PLACE_ENDS) + 1
 
 
 class RouterState(NamedTuple):
-    """The causal mean's memory: what cached decoding carries from token to token."""
+    """The router's memory: what cached decoding carries from token to token."""
 
     total: Tensor
     """fp32 [batch, hidden], or of each token [batch, seq, hidden]: sum of a^(age) x over the real tokens so far."""
     mass: Tensor
     """fp32 [batch, 1], or [batch, seq, 1]: sum of a^(age), which corrects the bias of the first tokens."""
+    belief: Tensor | None = None
+    """fp32 [batch, members], or [batch, seq, members]: logarithms of the probabilities of the pool's members, where the
+    router filters (`RouterConfig.change_rate`); else None."""
 
     @property
     def last(self) -> RouterState:
@@ -46,8 +49,15 @@ class RouterState(NamedTuple):
         return self.total / self.mass.clamp_min(1e-12)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> RouterState:
-        """Both parts, changed in the same way."""
-        return RouterState(change(self.total), change(self.mass))
+        """All parts, changed in the same way."""
+        belief = None if self.belief is None else change(self.belief)
+        return RouterState(change(self.total), change(self.mass), belief)
+
+    def tokens(self, half_life: float) -> Tensor:
+        """What was summed, of one text with a state after each of its tokens: fp32 [tokens, hidden]."""
+        before_TD = F.pad(self.total[:-1], (0, 0, 1, 0)) * 2 ** (-1 / half_life)
+        is_first_T1 = self.mass <= 1  # of a text; several of them may be packed in one row
+        return self.total - before_TD.masked_fill(is_first_T1, 0.0)
 
 
 def places_of(mass: Tensor, *, half_life: float) -> Tensor:
@@ -60,6 +70,22 @@ def places_of(mass: Tensor, *, half_life: float) -> Tensor:
     rate = math.log(2.0) / half_life
     ends = [math.expm1(-rate * (end + 0.5)) / math.expm1(-rate) for end in PLACE_ENDS]
     return torch.bucketize(mass.float(), torch.tensor(ends, dtype=torch.float32, device=mass.device))
+
+
+def joined(texts: Sequence[RouterState]) -> RouterState:
+    """The states after each token of several texts, one text after another."""
+    beliefs = [text.belief for text in texts if text.belief is not None]
+    total, mass = (torch.cat([text[part] for text in texts]) for part in (0, 1))  # type: ignore[misc]
+    return RouterState(total, mass, torch.cat(beliefs) if beliefs else None)
+
+
+def read_tokens(hidden: Tensor, *, mask: Tensor) -> Tensor:
+    """What the router reads of each token: fp32, the parameter-free layer norm of `hidden`, zeros on padding.
+
+    What stands on padding may be anything, also nan: it is replaced, not multiplied by zero.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.layer_norm(hidden.float(), hidden.shape[-1:]).masked_fill(~mask[..., None], 0.0)
 
 
 def causal_exponential_mean(
@@ -94,11 +120,10 @@ def _causal_sums(
     hidden: Tensor, mask: Tensor, half_life: float, state: RouterState | None, starts: Tensor | None
 ) -> RouterState:
     batch, seq, width = hidden.shape
-    # What stands on padding may be anything, also nan: it is replaced, not multiplied by zero.
-    x_BSD = F.layer_norm(hidden.float(), (width,)).masked_fill(~mask[..., None], 0.0)
+    x_BSD = read_tokens(hidden, mask=mask)
     if state is None:
         state = RouterState(x_BSD.new_zeros(batch, width), x_BSD.new_zeros(batch, 1))
-    total_BD, mass_B1 = state
+    total_BD, mass_B1 = state.total, state.mass
     text_BS = None if starts is None else F.pad(starts.cumsum(1), (1, 0))  # one more, for what came before
     log_decay = -math.log(2.0) / half_life
     totals, masses = [], []

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dylo_moe.routing.belief import evidence_of, filtered
 from dylo_moe.routing.config import BASE, UNIFORM, RouterConfig
 from dylo_moe.routing.dispatch import Dispatch, Layout, dispatch_to_all, dispatch_to_selected
-from dylo_moe.routing.features import places_of
+from dylo_moe.routing.features import RouterState, places_of
 from dylo_moe.routing.initial_gate import START_MARGIN, kmeans
 from dylo_moe.utils.distributed import are_joined, is_first
 
@@ -207,17 +208,49 @@ class Router(nn.Module):
             logits = F.linear(scaled, F.pad(rows_ED, (0, 0, 0, padding)), F.pad(bias_E, (0, padding)))
         return logits[..., : len(names)]
 
-    def posterior_logits(self, features: Tensor, mass: Tensor) -> Tensor:
-        """Gate logits, divided by the temperature of each token's place where the gate has temperatures.
+    @torch.no_grad()
+    def believe(
+        self, tokens: Tensor, *, mask: Tensor, belief: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor | None:
+        """The logarithms of the members' probabilities after each token, fp32 [batch, seq, members]; None where the
+        router does not filter (`RouterConfig.change_rate`).
 
         Args:
-            features: fp32 [..., hidden].
-            mass: fp32 [...], what they stand on.
+            tokens: fp32 [batch, seq, hidden], see `dylo_moe.routing.features.read_tokens`.
+            mask: bool [batch, seq], False on padding.
+            belief: [batch, members], after the last token of the call before; of another pool's members it is let go.
+            starts: bool [batch, seq], True on the first token of another packed text.
         """
-        logits = self.logits(features)
+        if not self.config.change_rate:
+            return None
+        if belief is not None and belief.shape[-1] != len(self.names):
+            belief = None
+        evidence = evidence_of(self.logits(tokens))
+        return filtered(evidence, mask=mask, change_rate=self.config.change_rate, belief=belief, starts=starts)
+
+    def reread(self, text: RouterState) -> RouterState:
+        """The same states of one text, with what the gate of now believes of them.
+
+        Args:
+            text: total [tokens, hidden], mass [tokens, 1], of a text from its first token on.
+        """
+        if not self.config.change_rate:
+            return text._replace(belief=None)
+        tokens = text.tokens(self.config.router_half_life)[None]
+        belief = self.believe(tokens, mask=tokens.new_ones(tokens.shape[:2]).bool())
+        return text._replace(belief=None if belief is None else belief[0])
+
+    def posterior_logits(self, states: RouterState) -> Tensor:
+        """The filter's logarithms of probabilities, or without a filter the gate's logits of the mean, divided by the
+        temperature of each token's place where the gate has temperatures: fp32 [..., members].
+
+        Args:
+            states: total [..., hidden], mass [..., 1], belief [..., members] or None.
+        """
+        logits = self.logits(states.mean) if states.belief is None else states.belief
         if self.place_temperatures is None:
             return logits
-        places = places_of(mass, half_life=self.config.router_half_life)
+        places = places_of(states.mass[..., 0], half_life=self.config.router_half_life)
         return logits / self.place_temperatures[places][..., None]
 
     def non_finite(self) -> list[str]:
@@ -225,12 +258,12 @@ class Router(nn.Module):
         rows = {name: torch.cat([self.gate[name], self.gate_bias[name][None]]) for name in self.names}
         return [name for name, row in rows.items() if not row.isfinite().all()]
 
-    def forward(self, features: Tensor, *, mass: Tensor, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
+    def forward(self, states: RouterState, *, mask: Tensor, dense: bool) -> tuple[Routing, Tensor | None]:
         """Route the tokens of one forward.
 
         Args:
-            features: fp32 [batch, seq, hidden].
-            mass: fp32 [batch, seq], what each token's features stand on: `RouterState.mass`.
+            states: what each token is routed by: total [batch, seq, hidden], mass [batch, seq, 1], and where the router
+                filters belief [batch, seq, members].
             mask: bool [batch, seq], False on padding.
             dense: all experts for every token (some expert is nascent), else the top-k.
 
@@ -239,8 +272,8 @@ class Router(nn.Module):
             token has fewer (None where all are selected).
         """
         if not self.config.is_learned:
-            return self._fixed(features, mask=mask)
-        logits_BSE = self.logits(features) if dense else self.posterior_logits(features, mass)
+            return self._fixed(states.mean, mask=mask)
+        logits_BSE = self.posterior_logits(states)
         names, top_k, top_p = self.names, self.config.top_k, self.config.top_p
         selected_BSK = None
         if dense:

@@ -12,6 +12,7 @@ from dylo_moe.commands.train.request import build_train_parser, parse_train, set
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.parsing.flags import config_from, flags_of, values_of
 from dylo_moe.parsing.recipe import as_words, in_full
+from dylo_moe.routing.config import GrowingRouterConfig
 
 
 @pytest.mark.parametrize(
@@ -21,14 +22,19 @@ def test_the_parser_has_each_field_with_its_default(parser, kinds):
     defaults = vars(parser.parse_args([]))
     assert parser.kinds[:-1] == kinds
     for kind in kinds:
+        chosen = {item.name for item in flags_of(kind).values() if item.default is None}  # by the config, from others
         expected = values_of(kind())
-        assert {name: defaults[name] for name in expected} == expected
-        assert config_from(kind, expected) == kind()
+        assert {name: defaults[name] for name in expected} == {
+            name: None if flags_of(kind)[name].name in chosen else value for name, value in expected.items()
+        }
+        assert config_from(kind, expected) == kind() == config_from(kind, {name: defaults[name] for name in expected})
 
 
 def test_each_field_of_the_router_is_a_flag_but_for_the_temperature():
     names = {item.name: flag for flag, item in flags_of(RouterConfig).items()}
-    assert {item.name for item in fields(RouterConfig)} - names.keys() == {"temperature"}
+    assert {item.name for item in fields(RouterConfig)} - names.keys() == {"temperature", "change_rate"}
+    growing = {item.name: flag for flag, item in flags_of(GrowingRouterConfig).items()}
+    assert growing == names | {"change_rate": "router_change_rate"}  # which a gate that is trained does not have
     assert {name: flag for name, flag in names.items() if flag != name} == {
         "policy": "router_policy",
         "top_p": "router_top_p",  # as dylora eval samples with --top_p

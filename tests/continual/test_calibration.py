@@ -18,20 +18,24 @@ class Documents:
         self.mean = 0.8 * torch.randn(SIZE, generator=self.generator)
 
     def draw(self, count, length=100):
-        """Router features of texts, and the place of each token."""
+        """The router's memory after each token of texts."""
         own = self.mean + 0.5 * torch.randn(count, 1, SIZE, generator=self.generator)
         hidden = own + 2.0 * torch.randn(count, length, SIZE, generator=self.generator)
         mask = torch.ones(count, length, dtype=torch.bool)
-        features, states = causal_exponential_mean(hidden, mask=mask, half_life=HALF_LIFE)
-        return list(features), [places_of(mass[:, 0], half_life=HALF_LIFE) for mass in states.mass]
+        _, states = causal_exponential_mean(hidden, mask=mask, half_life=HALF_LIFE)
+        return [states.each(lambda part, row=row: part[row]) for row in range(count)]
+
+
+def means(texts):
+    return [text.mean for text in texts]
 
 
 def learned(names="abcd"):
     kinds, library = {name: Documents(index) for index, name in enumerate(names)}, SkillLibrary(SIZE)
     for name, kind in kinds.items():
-        texts, places = kind.draw(60)
-        library.learn(name, texts, expert=name)
-        library.note_calibration(name, held_out_nats(library, name, texts, places))
+        texts = kind.draw(60)
+        library.learn(name, means(texts), expert=name)
+        library.note_calibration(name, held_out_nats(library, name, texts, half_life=HALF_LIFE))
     return library, kinds
 
 
@@ -40,9 +44,9 @@ def posteriors(library, kinds, temperatures):
     rows, bias = library.discriminants(list(kinds))
     found = []
     for index, kind in enumerate(kinds.values()):
-        texts, places = kind.draw(80)
-        place = torch.cat(places)
-        p = ((torch.cat(texts).double() @ rows.T + bias) / temperatures.double()[place][:, None]).softmax(-1)
+        texts = kind.draw(80)
+        place = torch.cat([places_of(text.mass[:, 0], half_life=HALF_LIFE) for text in texts])
+        p = ((torch.cat(means(texts)).double() @ rows.T + bias) / temperatures.double()[place][:, None]).softmax(-1)
         found.append((p.amax(-1), p.argmax(-1) == index, place))
     return (torch.cat(parts) for parts in zip(*found, strict=True))
 
@@ -71,19 +75,19 @@ def test_posteriors_are_honest_at_every_place():
 def test_held_out_texts_are_not_in_the_gate_that_judges_them():
     """Against the naive way: for each fold a library that never saw it, and the loss of a softmax."""
     names, everything = "ab", SkillLibrary(SIZE)
-    texts, places = Documents(1).draw(8)
-    everything.learn("a", Documents(0).draw(8)[0], expert="a")
-    everything.learn("b", texts, expert="b")
-    found = held_out_nats(everything, "b", texts, places)
+    texts = Documents(1).draw(8)
+    everything.learn("a", means(Documents(0).draw(8)), expert="a")
+    everything.learn("b", means(texts), expert="b")
+    found = held_out_nats(everything, "b", texts, half_life=HALF_LIFE)
     expected = torch.zeros(NUM_PLACES, len(TEMPERATURES) + 1, dtype=torch.float64)
     for fold in torch.arange(8).chunk(4):
         library = SkillLibrary(SIZE)
-        library.learn("a", Documents(0).draw(8)[0], expert="a")
-        library.learn("b", [texts[index] for index in range(8) if index not in fold.tolist()], expert="b")
+        library.learn("a", means(Documents(0).draw(8)), expert="a")
+        library.learn("b", [texts[index].mean for index in range(8) if index not in fold.tolist()], expert="b")
         rows, bias = library.discriminants(list(names))
         for index in fold:
-            logits = texts[index].double() @ rows.T + bias
-            for token, place in enumerate(places[index]):
+            logits = texts[index].mean.double() @ rows.T + bias
+            for token, place in enumerate(places_of(texts[index].mass[:, 0], half_life=HALF_LIFE)):
                 losses = [-(logits[token] / temperature).log_softmax(-1)[1] for temperature in TEMPERATURES]
                 expected[place] += torch.stack([*losses, torch.tensor(1.0, dtype=torch.float64)])
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-3)
@@ -108,5 +112,5 @@ def test_a_place_is_told_from_what_a_mean_stands_on(half_life):
 
 def test_a_library_without_measured_losses_leaves_the_gate_as_sure_as_it_is():
     library = SkillLibrary(SIZE)
-    library.learn("a", Documents(0).draw(8)[0], expert="a")
+    library.learn("a", means(Documents(0).draw(8)), expert="a")
     assert torch.equal(place_temperatures(library), torch.ones(NUM_PLACES))

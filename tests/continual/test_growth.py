@@ -263,6 +263,8 @@ def test_unsure_tokens_are_mixed_and_sure_ones_go_to_one_expert_with_weight_exac
     assert (counts[:, :2] > 1).double().mean() > (counts[:, 20:40] > 1).double().mean()
     assert torch.equal(torch.cat([first.routing.weights, *rest], 1) > 0, weights[:, :60] > 0)
     laws.close("mixtures of the cache equal those of a whole forward", torch.cat(rest, 1), weights[:, 40:60], atol=1e-5)
+    model.router_config = model.router.config = replace(model.router_config, change_rate=0.0)
+    weights = model.route(ids).weights
     model.router_config = model.router.config = replace(model.router_config, granularity="sequence")
     with torch.no_grad():
         routing = model(input_ids=ids, prompt_lengths=torch.full((8,), 2)).routing

@@ -11,18 +11,20 @@ from reference.tiny import FAMILIES, padded, tiny_base, tiny_moe, tokens
 from torch import nn
 
 from dylo_moe import RouterConfig
-from dylo_moe.routing.features import CHUNK, causal_exponential_mean
+from dylo_moe.routing.features import CHUNK, RouterState, causal_exponential_mean
 from dylo_moe.routing.initial_gate import START_MARGIN
 from dylo_moe.routing.router import Router, select_top_k
 
 seeds = st.integers(0, 2**31 - 1)
 
-MASS = torch.tensor(1.0)
-"""What features stand on, for gates that are as sure of one token as of many."""
-
 
 def draw(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read(features):
+    """States of which these are the means, for gates that are as sure of one token as of many."""
+    return RouterState(features, torch.ones(*features.shape[:-1], 1))
 
 
 def router_with(num_experts, *, width=24, **config):
@@ -186,7 +188,7 @@ def test_weights_are_a_distribution_over_the_selected(seed, num_experts, top_k, 
     top_k = min(top_k, num_experts)
     router = router_with(num_experts, top_k=top_k, temperature=2.0)
     mask = draw(seed + 1, 3, 5) > -0.7
-    routing, selected = router(draw(seed, 3, 5, 24) * scale, mass=MASS, mask=mask, dense=dense)
+    routing, selected = router(read(draw(seed, 3, 5, 24) * scale), mask=mask, dense=dense)
     weights = routing.weights.detach()
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(-1), mask.float())
@@ -227,15 +229,15 @@ def test_relabelling_experts_permutes_the_weights(seed, order, top_k, dense):
     other = Router(router.config, hidden_size=24, names=[f"e{index}" for index in order])
     other.load_state_dict(router.state_dict())
     features, mask = draw(seed, 2, 6, 24), torch.ones(2, 6, dtype=torch.bool)
-    ours, _ = router(features, mass=MASS, mask=mask, dense=dense)
-    theirs, _ = other(features, mass=MASS, mask=mask, dense=dense)
+    ours, _ = router(read(features), mask=mask, dense=dense)
+    theirs, _ = other(read(features), mask=mask, dense=dense)
     torch.testing.assert_close(theirs.weights, ours.weights[..., list(order)])
     torch.testing.assert_close(theirs.logits, ours.logits[..., list(order)])
 
 
 def test_a_new_gate_row_is_random_and_a_fresh_gate_sends_tokens_to_more_than_one_expert():
     router = Router(RouterConfig(), hidden_size=32, names=["a", "b", "c", "d"])
-    routing, _ = router(draw(0, 4, 50, 32), mass=MASS, mask=torch.ones(4, 50, dtype=torch.bool), dense=False)
+    routing, _ = router(read(draw(0, 4, 50, 32)), mask=torch.ones(4, 50, dtype=torch.bool), dense=False)
     assert (routing.weights.sum((0, 1)) > 0).all()
 
 
@@ -243,9 +245,9 @@ def test_a_new_gate_row_is_random_and_a_fresh_gate_sends_tokens_to_more_than_one
 def test_temperature_divides_the_logits_of_dense_collaboration_only(temperature):
     router = router_with(4, top_k=2, temperature=temperature)
     features, mask = draw(0, 2, 6, 24), torch.ones(2, 6, dtype=torch.bool)
-    dense, _ = router(features, mass=MASS, mask=mask, dense=True)
+    dense, _ = router(read(features), mask=mask, dense=True)
     torch.testing.assert_close(dense.weights, (router.logits(features) / temperature).softmax(-1))
-    sparse, selected = router(features, mass=MASS, mask=mask, dense=False)
+    sparse, selected = router(read(features), mask=mask, dense=False)
     expected = router.logits(features).gather(-1, selected).softmax(-1)
     torch.testing.assert_close(sparse.weights.gather(-1, selected), expected)
 
