@@ -181,7 +181,7 @@ def measure(model: DyLoRAMoE, skills: Sequence[Skill], folder: Folder) -> dict[s
 def run(arguments: argparse.Namespace, folder: Folder) -> None:
     """Learn the skills in turn, and measure at each of `MEASURED_AT`."""
     tokenizer = load_tokenizer(arguments.model)
-    base = load_base(arguments.model, dtype=torch.bfloat16)
+    base = load_base(arguments.model, dtype=getattr(torch, arguments.dtype))
     model = DyLoRAMoE.from_base(
         base, lora=lora_config(RANK), allow_expert_growth=True, growth=GrowthConfig(known_skill=GROW)
     )
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of 256 tokens that an expert is trained on")
     parser.add_argument("--sample", type=int, default=64, help="rows from which the library knows a skill")
     parser.add_argument("--held_out", type=int, default=8, help="held-out rows of 256 tokens, a skill")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}

@@ -31,7 +31,7 @@ from dylo_moe.continual.config import FRESH, GROW, NEAREST, GrowthConfig
 def pool(arguments: argparse.Namespace, start_from: str) -> DyLoRAMoE:
     """An empty pool that grows with every skill."""
     growth = GrowthConfig(known_skill=GROW, start_from=start_from)
-    base = load_base(arguments.model, dtype=torch.bfloat16)
+    base = load_base(arguments.model, dtype=getattr(torch, arguments.dtype))
     return DyLoRAMoE.from_base(base, lora=lora_config(RANK), allow_expert_growth=True, growth=growth)
 
 
@@ -101,7 +101,9 @@ def table(arguments: argparse.Namespace) -> list[str]:
 
 def loaded(arguments: argparse.Namespace, checkpoint: Path) -> DyLoRAMoE:
     """A pool as it was saved."""
-    return DyLoRAMoE.from_pretrained(str(checkpoint), base=load_base(arguments.model, dtype=torch.bfloat16))
+    return DyLoRAMoE.from_pretrained(
+        str(checkpoint), base=load_base(arguments.model, dtype=getattr(torch, arguments.dtype))
+    )
 
 
 def row(what: str, found: list[float], start: str = "") -> str:
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--unlike", default="tcl", help="the other skill")
     parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens that each expert is trained on")
     parser.add_argument("--held_out", type=int, default=16, help="held-out rows of 256 tokens, a skill")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("\n".join(table(arguments)))

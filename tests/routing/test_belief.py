@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.tiny import tiny_moe, tokens
 
-from dylo_moe.routing.belief import CHUNK, MOST_EVIDENCE, evidence_of, filtered
+from dylo_moe.routing.belief import CHUNK, MOST_EVIDENCE, MOST_MULTIPLIED, evidence_of, filtered
 from dylo_moe.routing.config import GrowingRouterConfig, RouterConfig
 from dylo_moe.routing.features import causal_exponential_mean, joined, read_tokens
 from dylo_moe.routing.router import Router
@@ -37,7 +37,7 @@ def one_by_one(evidence, mask, starts, rate):
 @given(
     seed=st.integers(0, 1000),
     length=st.sampled_from([1, 2, 3, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]),
-    members=st.integers(1, 9),
+    members=st.sampled_from([1, 2, 3, 5, 9, MOST_MULTIPLIED, MOST_MULTIPLIED + 1]),
     rate=st.sampled_from([1e-6, 0.01, 0.5]),
     scale=st.sampled_from([1.0, 200.0]),
 )
@@ -159,6 +159,17 @@ def test_padding_and_packing_leave_a_text_believed_as_alone():
     mask = torch.cat([torch.zeros(1, 20), torch.ones(1, 50)], 1).long()
     padded = model.route(torch.cat([tokens(1, 20), first], 1), mask).weights
     torch.testing.assert_close(padded[:, 20:], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_with_a_filter_compiles_in_one_graph():
+    model, ids = grown(), tokens(2, 70)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        found, expected = fast(input_ids=ids, use_cache=False), model(input_ids=ids, use_cache=False)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found.routing.weights, expected.routing.weights, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
 # The options.
