@@ -18,9 +18,11 @@ from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
 from skills import Rows, Skill
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dylo_moe.base.loading import load_base
+from dylo_moe.data.encoding import IGNORED
 
 BATCH_ROWS = 4
 RANK = 8
@@ -95,6 +97,20 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, rows: Rows) -> Tensor:
+    """Nats of each predicted token, at the token that predicts it: fp32 [rows, tokens - 1], NaN where none is."""
+    model.eval()
+    parts = []
+    for first in range(0, len(rows.input_ids), BATCH_ROWS):
+        batch = rows.take(slice(first, first + BATCH_ROWS))
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        labels = batch.labels[:, 1:]
+        nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none")
+        parts.append(nats.view(labels.shape).masked_fill(labels == IGNORED, torch.nan))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

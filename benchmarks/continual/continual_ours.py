@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from continual_baselines import BATCH_ROWS, LOW_RATE, RANK, Setting, lora_config, loss_of, losses_of, train
+from continual_baselines import (
+    BATCH_ROWS,
+    LOW_RATE,
+    RANK,
+    Setting,
+    lora_config,
+    loss_of,
+    losses_of,
+    token_losses,
+    train,
+)
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from skills import NUM_TOKENS, Rows
@@ -24,6 +34,11 @@ from dylo_moe.routing.config import BASE
 SAMPLE_ROWS = 16
 SPANS: dict[str, tuple[int, int | None]] = {"0-8": (0, 8), "8-32": (8, 32), "32-128": (32, 128), "128 on": (128, None)}
 SWITCH_AFTER, SETTLED, READ_ON = 768, 32, 160
+
+
+def mean(nats: Tensor) -> float:
+    """Of the tokens that are predicted."""
+    return float(nats.nanmean())
 
 
 def share(parts: Sequence[Tensor]) -> float:
@@ -77,10 +92,14 @@ class Stream:
 
     def record(self) -> dict[str, Any]:
         """Losses and routing as they are now."""
+        routed = {name: token_losses(self.model, rows) for name, rows in self.setting.held_out().items()}
+        forced = {name: self.forced(name, self.owner[name]) for name in self.setting.skills}
+        costs = torch.cat([routed[name] - forced[name] for name in forced])
         return {
-            "losses": losses_of(self.model, self.setting.held_out()),
+            "losses": {name: mean(nats) for name, nats in routed.items()},
             "learned": self.learned,
-            "alone": {name: self.loss_forced(name, self.owner[name]) for name in self.setting.skills},
+            "alone": {name: mean(nats) for name, nats in forced.items()},
+            "costs": {span: mean(costs[:, first:last]) for span, (first, last) in SPANS.items()},
             **self.routing(),
             "decisions": self.decisions,
             "train_seconds": self.train_seconds,
@@ -99,10 +118,10 @@ class Stream:
                     right[span].append(is_own[:, first:last][mask[:, first:last]])
         return {"accuracy": accuracy, "spans": {span: share(parts) for span, parts in right.items()}}
 
-    def loss_forced(self, name: str, expert: str | None) -> float:
-        """Nats per token of a skill's held-out text with one expert (None: the base) for every token."""
+    def forced(self, name: str, expert: str | None) -> Tensor:
+        """Nats of each token of a skill's held-out text with one expert (None: the base) for every token."""
         with self.model.route_to(expert):
-            return loss_of(self.model, self.setting.skills[name].held_out)
+            return token_losses(self.model, self.setting.skills[name].held_out)
 
     @torch.no_grad()
     def is_own(self, rows: Rows, expert: str) -> tuple[Tensor, Tensor]:
@@ -167,8 +186,8 @@ def pair(setting: Setting, order: Sequence[str], seed: int) -> dict[str, Any]:
     stream = learned_stream(setting, order, seed)
     first, second = order
     return stream.record() | {
-        "base": {name: stream.loss_forced(name, None) for name in order},
+        "base": {name: mean(stream.forced(name, None)) for name in order},
         "other": {
-            name: stream.loss_forced(name, stream.owner[wrong]) for name, wrong in ((first, second), (second, first))
+            name: mean(stream.forced(name, stream.owner[wrong])) for name, wrong in ((first, second), (second, first))
         },
     }

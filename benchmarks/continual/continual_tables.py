@@ -114,6 +114,8 @@ class Comparison:
         print("\nThe same by the token's place in its text, all skills:\n")
         spans: dict[str, float] = next((record["spans"] for record in self.methods.get("ours", [])), {})
         print(self.table_by_skill(lambda record: record.get("spans"), list(spans)))
+        print("\nWhat routing costs there, nats per token more than with the own expert forced:\n")
+        print(self.table_by_skill(lambda record: record.get("costs"), list(spans)))
         found = [record["after_switch"] for record in self.methods.get("ours", [])]
         values = [shown(record[kind] for record in found) for kind in ("switched", "alone")]
         print(f"\nTokens 32-160 of a skill sent right by ours: after 768 of another {values[0]}, alone {values[1]}")
