@@ -8,7 +8,8 @@ FOLDER holds a folder for each task (Wang et al. 2023, arXiv:2310.06762) with tr
 
 Labelled: a table of each stage's decision. Then every task's held-out batches are judged after every stage: those of a
 task that was not learned yet must be new (else a miss), those of a learned one known (else a false alarm).
-Unlabelled: all training rows as one stream, cut into chunks, then the same rows once more.
+Unlabelled: all training rows as one stream, cut where the detector finds a change and into chunks, then the same rows
+once more.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base.loading import load_base, load_tokenizer
 from dylo_moe.continual.base_texts import write_texts
+from dylo_moe.continual.change_points import change_points
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
@@ -117,19 +121,24 @@ def cut(texts: Sequence[Tensor], size: int) -> list[list[Tensor]]:
     return [list(texts[start : start + size]) for start in range(0, len(texts) - size + 1, size)]
 
 
-def chunks_of(order: Sequence[str], rows: dict, size: int) -> list[Chunk]:
-    """The stream of all tasks in chunks of so many rows, then the same once more."""
-    everything = [(task, row) for task in order for row in rows[task][0]]
-    starts = list(range(0, len(everything) - len(everything) % size, size))
-    ends = [*starts[1:], len(everything)]
-    once = [everything[start:end] for start, end in zip(starts, ends, strict=True)]
+def chunks_of(everything: Sequence[Row], changes: Sequence[int], size: int) -> list[Chunk]:
+    """The stream of all tasks in chunks of so many rows, then the same once more; a chunk ends before each change."""
+    once = []
+    for first, last in pairwise([0, *changes, len(everything)]):
+        starts = [first + size * number for number in range(max((last - first) // size, 1))]
+        once += [list(everything[start:end]) for start, end in pairwise([*starts, last])]
     return [Chunk(part, is_again) for is_again in (False, True) for part in once]
 
 
-def unlabelled(model: DyLoRAMoE, order: Sequence[str], rows: dict, collator: Collator, size: int) -> None:
+def unlabelled(model: DyLoRAMoE, order: Sequence[str], rows: dict, collator: Collator, size: int, cuts: bool) -> None:
     """Print which experts each task's rows went to, and every chunk that grew an expert or straddles two tasks."""
     decisions = []
-    for number, chunk in enumerate(chunks_of(order, rows, size)):
+    everything = [(task, row) for task in order for row in rows[task][0]]
+    changes = []
+    if cuts:
+        texts = model.text_features(batches_of([row for _, row in everything], collator))
+        changes = change_points(torch.stack([text.mean(0) for text in texts]))
+    for number, chunk in enumerate(chunks_of(everything, changes, size)):
         sample = [row for _, row in chunk.rows[:SKILL_EXAMPLES]]
         name = f"skill_{len(model.experts) + 1}"
         decisions.append((number, chunk, model.add_skill(name, batches_of(sample, collator), seed=42 + number)))
@@ -138,7 +147,9 @@ def unlabelled(model: DyLoRAMoE, order: Sequence[str], rows: dict, collator: Col
         if not chunk.is_again:
             taken.setdefault(told.expert, Counter()).update(chunk.tasks)
     task_of = {expert: tasks.most_common(1)[0][0] for expert, tasks in taken.items()}
-    print(f"\nchunks of {size}\n| task | experts mostly of it | its rows in them | again: its chunks, false alarms |")
+    borders = list(accumulate(len(rows[task][0]) for task in order))[:-1]
+    print(f"\nchunks of {size}; tasks begin at {borders}, changes found: {changes}\n")
+    print("| task | experts mostly of it | its rows in them | again: its chunks, false alarms |")
     print("|---|---|---|---|")
     for task in order:
         own = [expert for expert in task_of if task_of[expert] == task]
@@ -161,6 +172,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--chunks", type=int, nargs="*", default=[25, 50, 100])
     parser.add_argument("--max_seq_length", type=int, default=512)
+    parser.add_argument("--no_cuts", action="store_true", help="chunks of fixed length, as before changes were found")
     parser.add_argument("--orders", nargs="*", default=["field", "reverse"], choices=["field", "reverse"])
     asked = parser.parse_args()
     collator = Collator(load_tokenizer(asked.model))
@@ -171,7 +183,7 @@ def main() -> None:
         print(f"\n## {name} order: {', '.join(order)}")
         labelled(new_model(asked.model, base_text), order, rows, collator, asked.chunks)
         for size in asked.chunks:
-            unlabelled(new_model(asked.model, base_text), order, rows, collator, size)
+            unlabelled(new_model(asked.model, base_text), order, rows, collator, size, not asked.no_cuts)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ class StreamArguments:
     chunk_examples: int | None = field(
         default=None,
         metadata={
-            "help": "Take the datasets as one stream without labels, cut into chunks of this many rows; which chunk "
-            "brings a new skill is then found, not given."
+            "help": "Take the datasets as one stream without labels, cut where another kind of text begins and into "
+            "chunks of this many rows; which chunk brings a new skill is then found, not given."
         },
     )
     allow_expert_growth: bool = field(

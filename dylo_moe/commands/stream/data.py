@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +17,7 @@ from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import LoadedData, load_data
+from dylo_moe.model.model import DyLoRAMoE
 
 SKILL_BATCH = 16
 """Rows in a batch for the novelty detector and the skill library."""
@@ -71,21 +74,41 @@ def sample_of(rows: Dataset, collator: Collator, num_rows: int) -> Iterator[dict
         yield collator([rows[row] for row in range(start, min(start + SKILL_BATCH, count))])
 
 
-def stages_of(request: StreamRequest, data: LoadedData) -> Sequence[StageData]:
-    """Divide the data into stages: one dataset each, or one chunk each of all datasets joined in order."""
+def text_means(model: DyLoRAMoE, rows: Dataset, collator: Collator) -> Tensor:
+    """The mean of the router features of each row: fp32 [rows, hidden], on the CPU."""
+    batches = sample_of(rows, collator, len(rows))
+    return torch.stack([text.mean(0).cpu() for batch in batches for text in model.text_features([batch])])
+
+
+def stream_rows(request: StreamRequest, data: LoadedData) -> Dataset:
+    """The training rows of all datasets that are learned, joined in order."""
+    return concatenate_datasets([rows_of(data, name) for name in roles_of(request, data).learned])
+
+
+def stages_of(request: StreamRequest, data: LoadedData, changes: Sequence[int] = ()) -> Sequence[StageData]:
+    """Divide the data into stages: one dataset each, or one chunk each of all datasets joined in order.
+
+    Args:
+        changes: rows at which another kind of text begins, of a stream in chunks: a chunk ends before each of them.
+    """
     names = roles_of(request, data).learned
     size = request.stream.chunk_examples
     if size is None:
         ranks: Sequence[int | None] = request.stream.ranks or [None] * len(names)
         return [StageData(name, rows_of(data, name), rank) for name, rank in zip(names, ranks, strict=True)]
-    rows = concatenate_datasets([rows_of(data, name) for name in names])
-    # The last chunk also takes the remaining rows, which are too few for a chunk.
-    starts = range(0, len(rows) - len(rows) % size, size) or [0]
-    ends = [*list(starts)[1:], len(rows)]
+    rows = stream_rows(request, data)
+    parts = pairwise([0, *changes, len(rows)])
+    chunks = [chunk for start, end in parts for chunk in _chunks(start, end, size)]
     return [
         StageData(f"chunk_{number}", rows.select(range(start, end)), None)
-        for number, (start, end) in enumerate(zip(starts, ends, strict=True), 1)
+        for number, (start, end) in enumerate(chunks, 1)
     ]
+
+
+def _chunks(start: int, end: int, size: int) -> list[tuple[int, int]]:
+    """The chunks of some rows; the last one also takes the remaining rows, which are too few for a chunk."""
+    starts = [start + size * number for number in range(max((end - start) // size, 1))]
+    return list(pairwise([*starts, end]))
 
 
 def rows_by_dataset(data: LoadedData, stage: StageData) -> dict[str, int]:

@@ -17,10 +17,27 @@ from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.commands.stream.agreement import share_knowledge
 from dylo_moe.commands.stream.arguments import NOT_OFFERED
 from dylo_moe.commands.stream.context import StreamContext
-from dylo_moe.commands.stream.data import Roles, all_data, read_data, roles_of, rows_of, sample_of, stages_of
+from dylo_moe.commands.stream.data import (
+    Roles,
+    all_data,
+    read_data,
+    roles_of,
+    rows_of,
+    sample_of,
+    stages_of,
+    stream_rows,
+    text_means,
+)
 from dylo_moe.commands.stream.measure import measure_base
 from dylo_moe.commands.stream.request import StreamRequest
-from dylo_moe.commands.stream.screen import how_to_resume, lost_process, show_begin, show_end, show_stream_data
+from dylo_moe.commands.stream.screen import (
+    how_to_resume,
+    lost_process,
+    show_begin,
+    show_changes,
+    show_end,
+    show_stream_data,
+)
 from dylo_moe.commands.stream.stage import run_stage
 from dylo_moe.commands.stream.state import (
     StreamState,
@@ -31,6 +48,7 @@ from dylo_moe.commands.stream.state import (
     read_state,
     write_view,
 )
+from dylo_moe.continual.change_points import change_points
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.data.packing import check_texts_kept_apart
@@ -111,7 +129,7 @@ def run_stages(context: StreamContext, model: DyLoRAMoE, state: StreamState, che
     """Run the stages that are not done yet, one after another; returns the folder of the final checkpoint."""
     if context.request.data.packing:
         check_texts_kept_apart(model, model.base)
-    stages = stages_of(context.request, context.data)
+    stages = stages_of(context.request, context.data, changes_in(context, model))
     show_begin(context, state, checkpoint, num_stages=len(stages))
     if not state.matrix.base:
         measure_base(context, model, state)
@@ -120,6 +138,21 @@ def run_stages(context: StreamContext, model: DyLoRAMoE, state: StreamState, che
         if place >= state.num_done:
             run_stage(context, model, state, place, data)
     return Path(distributed.from_first(lambda: str(finish_stream(context.folder, state))))
+
+
+def changes_in(context: StreamContext, model: DyLoRAMoE) -> list[int]:
+    """The rows of a stream in chunks at which another kind of text begins; none where stages are datasets.
+
+    They follow from the frozen base and the rows alone, so that a resumed stream finds the same.
+    """
+    request = context.request
+    if request.stream.chunk_examples is None:
+        return []
+    means = text_means(model, stream_rows(request, context.data), context.collator)
+    changes = change_points(means, false_alarm_rate=request.growth.false_alarm_rate)
+    changes = distributed.value_of_first(changes)
+    show_changes(context, changes)
+    return changes
 
 
 # The beginning.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dylo_moe.commands.stream.context import StreamContext
@@ -56,6 +57,13 @@ def show_begin(context: StreamContext, state: StreamState, checkpoint: Path | No
     elif context.request.stream.checkpoint is not None:
         screen.say(f"starting from {context.request.stream.checkpoint}")
     screen.say(f"{stages}, in {context.folder}")
+
+
+def show_changes(context: StreamContext, changes: Sequence[int]) -> None:
+    """Print at which rows of a stream in chunks another kind of text begins."""
+    if changes:
+        rows = listed([f"{position + 1:,}" for position in changes])
+        context.screen.say(f"Another kind of text begins at row {rows}, as the detector finds; a chunk ends there.")
 
 
 def show_stage(context: StreamContext, number: int, stage: StageData) -> None:
