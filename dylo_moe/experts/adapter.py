@@ -50,6 +50,32 @@ def lora_config(config: ExpertConfig) -> LoraConfig:
     )
 
 
+def config_at(config: LoraConfig, rank: int | None, *, alpha: float | None = None, whose: str) -> LoraConfig:
+    """A copy of a LoRA config at another rank.
+
+    Args:
+        rank: default that of the config.
+        alpha: default as follows from the rank, so that the scaling stays.
+        whose: the config is, for messages.
+
+    Raises:
+        ValueError: for a rank that is none, or where patterns of the config set rank or alpha by layer.
+    """
+    config = copy.deepcopy(config)
+    rank = config.r if rank is None else rank
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
+    if (rank != config.r or alpha is not None) and (config.rank_pattern or config.alpha_pattern):
+        asked = f"rank {rank}" if alpha is None else f"rank {rank} with alpha {alpha}"
+        raise ValueError(f"{asked} cannot apply: the {whose}'s rank_pattern or alpha_pattern sets them by layer")
+    if alpha is None and rank != config.r:
+        alpha = config.lora_alpha * (rank / config.r) ** (0.5 if config.use_rslora else 1.0)
+    if alpha is not None:
+        config.lora_alpha = int(alpha) if float(alpha).is_integer() else alpha  # type: ignore[assignment]
+    config.r = rank
+    return config
+
+
 def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> LoraConfig:
     """A copy of `config` that adapts linears of the routed layers only, checked before anything changes.
 

@@ -1,14 +1,21 @@
-"""The options of the experts: how many there are, and what LoRA adapter each one is."""
+"""The options of the experts: how many there are, whether one is shared, and what LoRA adapter each one is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dylo_moe.utils.checks import COUNT, SHARE_BELOW_ONE, range_problems
+from dylo_moe.utils.checks import COUNT, COUNT_OR_NONE, SHARE_BELOW_ONE, range_problems
 
 ALL_LINEAR = "all-linear"
 
-RANGES = {"num_experts": COUNT, "lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE_BELOW_ONE}
+RANGES = {
+    "num_experts": COUNT,
+    "lora_r": COUNT,
+    "lora_alpha": COUNT,
+    "lora_dropout": SHARE_BELOW_ONE,
+    "shared_r": COUNT_OR_NONE,
+    "shared_alpha": COUNT,
+}
 
 
 @dataclass(kw_only=True)
@@ -40,8 +47,18 @@ class ExpertConfig:
     """The names of the linears that carry experts; "all-linear" is every one in the routed layers. An item may hold
     several names separated by commas, as typed on the command line."""
 
+    shared_r: int = field(default=0, metadata={"help": "Rank of one more expert that every token uses; 0: none."})
+    """The rank of one more expert that every token uses, whatever it is routed to; 0: there is none."""
+
+    shared_alpha: int | None = field(
+        default=None, metadata={"help": "Its LoRA alpha; default: as its rank asks for to be scaled as the others."}
+    )
+    """LoRA's alpha of the shared expert; None: such that alpha / rank is that of the others."""
+
     def __post_init__(self) -> None:
         problems = range_problems(vars(self), RANGES)
+        if self.shared_alpha is not None and not self.shared_r:
+            problems.append(f"shared_alpha is {self.shared_alpha!r}, but without --shared_r there is no shared expert")
         targets = self.lora_targets
         if isinstance(targets, str) or not all(isinstance(item, str) for item in targets):
             problems.append(f"lora_targets is {targets!r}; it must be a list of strings")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +15,10 @@ from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from dylo_moe.experts.adapter import ROUTABLE, state_problems
+from dylo_moe.experts.adapter import ROUTABLE, config_at, state_problems
 from dylo_moe.experts.layer import RoutedLayer, compute_dtype, routed_class
 from dylo_moe.experts.memory_layout import pack
+from dylo_moe.routing.config import BASE, SHARED
 from dylo_moe.routing.dispatch import ExpertShape, Layout
 from dylo_moe.routing.forward_context import ContextSlot
 from dylo_moe.utils.errors import DyLoRAWarning
@@ -27,7 +27,7 @@ from dylo_moe.utils.words import listed
 
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
-RESERVED_NAMES = {"base", "default", "base_model", "lora_A", "lora_B"}
+RESERVED_NAMES = {BASE, SHARED, "default", "base_model", "lora_A", "lora_B"}
 
 TAKEN_BY_TORCH = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), "weight", "bias"])
 
@@ -51,6 +51,9 @@ class Expert:
 class ExpertPool:
     """All experts of a model, in gate order, on one PeftModel.
 
+    A shared expert, which every token uses, is beside them: it has no place in the order and no gate row, so that
+    iteration, length and names leave it out.
+
     Args:
         model: the PeftModel whose adapters are the experts.
         slot: what its routed linears share.
@@ -63,6 +66,8 @@ class ExpertPool:
         self.lora = lora
         """The config of the next expert."""
         self._experts: dict[str, Expert] = {}
+        self.shared: Expert | None = None
+        """The expert that every token uses; None: there is none."""
         self.layers: tuple[RoutedLayer, ...] = ()
         """The routed linears, in the model's order."""
         self.layouts: tuple[Layout, ...] = ()
@@ -81,6 +86,15 @@ class ExpertPool:
         if key not in self._experts:
             raise ValueError(f"there is no expert {key!r}; the pool has {', '.join(self._experts)}")
         return self._experts[key]
+
+    def find(self, name: str) -> Expert:
+        """An expert by name, the shared one among them. Raises ValueError for an unknown name."""
+        return self.shared if name == SHARED and self.shared is not None else self[name]
+
+    @property
+    def everyone(self) -> tuple[Expert, ...]:
+        """The experts in gate order, and the shared one, if any, after them."""
+        return (*self, *([] if self.shared is None else [self.shared]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._experts
@@ -105,20 +119,8 @@ class ExpertPool:
             rank: default that of the config it is made of.
             like: the expert whose config it is made of; default the pool's own.
         """
-        config = copy.deepcopy(self.lora if like is None else cast(LoraConfig, self._model.peft_config[like]))
-        if rank is not None and rank != config.r:
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
-            if config.rank_pattern or config.alpha_pattern:
-                raise ValueError(
-                    f"rank {rank} cannot apply: the {'pool' if like is None else f'expert {like}'}'s rank_pattern or "
-                    "alpha_pattern sets them by layer"
-                )
-            ratio = (rank / config.r) ** (0.5 if config.use_rslora else 1.0)
-            alpha = config.lora_alpha * ratio
-            config.lora_alpha = int(alpha) if float(alpha).is_integer() else alpha
-            config.r = rank
-        return config
+        config = self.lora if like is None else cast(LoraConfig, self._model.peft_config[like])
+        return config_at(config, rank, whose="pool" if like is None else f"expert {like}")
 
     def register(self, name: str, *, mature: bool, skill: str | None = None) -> Expert:
         """Take an adapter that the PeftModel already has into the pool, as its last expert."""
@@ -147,6 +149,21 @@ class ExpertPool:
             self.refresh()
             raise
         return self.register(name, mature=mature, skill=skill)
+
+    def add_shared(self, config: LoraConfig) -> Expert:
+        """Inject the adapter of the shared expert, which has no memory before `pack`.
+
+        Raises:
+            ValueError: for a base with modules of that name, from which PEFT cannot tell an adapter.
+        """
+        if any(SHARED in path.split(".") for path in self.base_modules()):
+            raise ValueError(f"the base has modules named {SHARED!r}, so that it cannot have a shared expert")
+        with self.set_aside():
+            PeftModel.add_adapter(self._model, SHARED, config, low_cpu_mem_usage=True)
+        self.shared = Expert(SHARED, config.r, True, True, 0)
+        self.refresh([SHARED])
+        self.shared.parameters = sum(parameter.numel() for parameter in self.parameters(SHARED))
+        return self.shared
 
     def load(
         self, name: str, config: LoraConfig, state: dict[str, torch.Tensor], *, path: str, skill: str | None
@@ -260,11 +277,11 @@ class ExpertPool:
         # build the layers from our code instead. tests/experts/test_peft_private.py holds what this relies on.
         for layer, kind in zip(layers, classes, strict=True):
             layer.__class__ = kind
-            layer.bind(self._slot, self._experts)
+            layer.bind(self._slot, self._experts, shared=None if self.shared is None else SHARED)
         self.layers = tuple(layers)
-        layouts: dict[tuple[ExpertShape, ...], Layout] = {}
+        layouts: dict[tuple[tuple[ExpertShape, ...], ExpertShape | None], Layout] = {}
         for layer in layers:
-            layer.layout = layouts.setdefault(layer.layout.shapes, layer.layout)
+            layer.layout = layouts.setdefault((layer.layout.shapes, layer.layout.shared), layer.layout)
         self.layouts = tuple(layouts.values())
         self.apply_trainable(changed)
 
@@ -282,9 +299,9 @@ class ExpertPool:
         with self.set_aside():
             for parameter in self._model.base_model.parameters():
                 parameter.requires_grad_(False)
-        for name in self.names if changed is None else changed:
+        for name in [expert.name for expert in self.everyone] if changed is None else changed:
             for parameter in self.parameters(name):
-                parameter.requires_grad_(self._experts[name].trainable)
+                parameter.requires_grad_(self.find(name).trainable)
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The A and B matrices of one expert, layer by layer."""
@@ -295,14 +312,14 @@ class ExpertPool:
 
     def learning(self) -> Iterator[nn.Parameter]:
         """The matrices of the experts that are trained; a walk that does not grow with the frozen ones."""
-        for expert in self:
+        for expert in self.everyone:
             if expert.trainable:
                 yield from self.parameters(expert.name)
 
     def non_finite(self) -> Iterator[tuple[str, str]]:
         """The experts with NaN or infinity in some matrix, each with the name of the first such parameter."""
         adapters = [(name, p) for name, p in self._model.named_parameters() if ".lora_" in name]
-        for expert in self:
+        for expert in self.everyone:
             mark = f".{expert.name}."
             broken = (name for name, p in adapters if mark in name and not p.isfinite().all())
             first = next(broken, None)

@@ -1,4 +1,4 @@
-"""One routed linear: y = W x + sum_e w_e s_e B_e A_e x.
+"""One routed linear: y = W x + s_0 B_0 A_0 x + sum_e w_e s_e B_e A_e x, where expert 0 is the shared one, if any.
 
 Shapes: T tokens of all rows, D in, O out, r rank of one expert.
 
@@ -45,7 +45,7 @@ class RoutedLayer:
 
     context_slot: ContextSlot
     adapters: dict[str, Adapter]
-    """The experts of this layer, in gate order."""
+    """The experts of this layer, in gate order; the shared one comes last."""
     layout: Layout
     """The shapes of the experts; layers with equal shapes share one object."""
     expert_dropout: float
@@ -53,19 +53,24 @@ class RoutedLayer:
     merged_adapters: list[str]
     training: bool
 
-    def bind(self, context_slot: ContextSlot, names: Iterable[str]) -> None:
+    def bind(self, context_slot: ContextSlot, names: Iterable[str], *, shared: str | None = None) -> None:
         """Note which of the pool's experts this layer has.
+
+        Args:
+            names: the experts that tokens are routed to, in gate order.
+            shared: the name of the expert that all tokens use; None: there is none.
 
         Raises:
             ValueError: if they differ in dropout.
         """
         self.context_slot = context_slot
         down, up, dropout = self.lora_A, self.lora_B, self.lora_dropout  # type: ignore[attr-defined]
-        names = [name for name in names if name in down]
+        routed = [name for name in names if name in down]
+        names = routed if shared is None or shared not in down else [*routed, shared]
         ranks, scaling = self.r, self.scaling  # type: ignore[attr-defined]
         shapes = [ExpertShape(name, ranks[name], scaling[name]) for name in names]
         self.adapters = {shape.name: Adapter(shape, down[shape.name], up[shape.name]) for shape in shapes}
-        self.layout = Layout(shapes)
+        self.layout = Layout(shapes[: len(routed)], next(iter(shapes[len(routed) :]), None))
         probabilities = {name: getattr(dropout[name], "p", 0.0) for name in names}
         if len(set(probabilities.values())) > 1:
             raise ValueError(
@@ -83,8 +88,8 @@ class RoutedLayer:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         result = self.base_layer(x, *args, **kwargs)
         dispatch = self.context_slot.dispatch()
-        part = dispatch.parts[self.layout]
-        if part is None:
+        parts = [part for part in (dispatch.shared.get(self.layout), dispatch.parts[self.layout]) if part is not None]
+        if not parts:
             return result
         x_TD = x.reshape(-1, x.shape[-1])
         if x_TD.dtype != dispatch.dtype:
@@ -92,11 +97,13 @@ class RoutedLayer:
             x_TD = self._cast_input_dtype(x_TD, dispatch.dtype)  # type: ignore[attr-defined]
         if self.training and self.expert_dropout > 0:
             x_TD = F.dropout(x_TD, self.expert_dropout)
-        # `_parameters` avoids nn.Module's look-up of attributes, which takes longer than a product with one token.
-        adapters = [self.adapters[name] for name in part.names]
-        downs: list[Any] = [adapter.down._parameters["weight"] for adapter in adapters]
-        ups: list[Any] = [adapter.up._parameters["weight"] for adapter in adapters]
-        return mix(x_TD, result, part=part, downs=downs, ups=[up.t() for up in ups])
+        for part in parts:
+            # `_parameters` avoids nn.Module's look-up of attributes, which takes longer than a product with one token.
+            adapters = [self.adapters[name] for name in part.names]
+            downs: list[Any] = [adapter.down._parameters["weight"] for adapter in adapters]
+            ups: list[Any] = [adapter.up._parameters["weight"] for adapter in adapters]
+            result = mix(x_TD, result, part=part, downs=downs, ups=[up.t() for up in ups])
+        return result
 
 
 class RoutedLinear(RoutedLayer, lora.Linear):

@@ -24,11 +24,12 @@ from peft import LoraConfig, PeftConfig
 from dylo_moe.base.fingerprint import unpack_samples
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.experts.expert import Expert, check_name
-from dylo_moe.routing.config import BASE, RouterConfig
+from dylo_moe.routing.config import BASE, SHARED, RouterConfig
 from dylo_moe.utils.atomic_files import files_below, sha256
 from dylo_moe.utils.file_names import MANIFEST, RESULT
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, SHARED_FORMAT_VERSION = 1, 2
+"""The format of a checkpoint without a shared expert, and with one, which older readers would pass over in silence."""
 
 ROUTER_FILE = "router.safetensors"
 
@@ -91,11 +92,13 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]
         files = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
-        missing = [name for expert in manifest["experts"] for name in EXPERT_FIELDS - expert.keys()]
+        missing = [name for expert in expert_entries(manifest) for name in EXPERT_FIELDS - expert.keys()]
         if missing:
             raise KeyError(missing[0])
         experts = [Expert(**expert) for expert in manifest["experts"]]
-        wanted = {f"experts/{expert.name}/{file}" for expert in experts for file in ADAPTER_FILES}
+        if "shared" in manifest and Expert(**manifest["shared"]).name != SHARED:
+            raise ValueError(f"its shared expert is named {manifest['shared']['name']!r}, which must be {SHARED!r}")
+        wanted = {f"experts/{entry['name']}/{file}" for entry in expert_entries(manifest) for file in ADAPTER_FILES}
         if not experts:
             raise ValueError("its experts are none; a pool has at least one")
         for index, expert in enumerate(experts):
@@ -118,13 +121,26 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
         unpack_samples(base["fingerprint"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT_VERSION}")
+    if version != format_version(manifest):
+        raise CheckpointError(
+            f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT_VERSION}, and "
+            f"{SHARED_FORMAT_VERSION} with a shared expert"
+        )
     problems = _file_problems(folder, files, strict=strict and not by_stock)
     problems += [f"{name} is not listed in {MANIFEST}" for name in sorted((wanted | {ROUTER_FILE}) - files.keys())]
     if problems:
         raise CheckpointError(f"checkpoint {folder} is not whole: " + "; ".join(problems))
     return manifest
+
+
+def expert_entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a manifest's experts, in gate order; that of the shared one, if any, comes last."""
+    return [*manifest["experts"], *([manifest["shared"]] if "shared" in manifest else [])]
+
+
+def format_version(manifest: dict[str, Any]) -> int:
+    """The format that a manifest of this content has."""
+    return SHARED_FORMAT_VERSION if "shared" in manifest else FORMAT_VERSION
 
 
 def expert_problem(manifest: dict[str, Any], expert: str | None, *, or_base: bool = True) -> str | None:

@@ -30,12 +30,13 @@ from dylo_moe.model.checkpoint import (
     ROUTER_FILE,
     CheckpointError,
     checkpoint_in,
+    expert_entries,
     named_base,
     plain_config,
     read_manifest,
 )
 from dylo_moe.model.peft_model import RoutedPeftModel
-from dylo_moe.routing.config import RouterConfig
+from dylo_moe.routing.config import SHARED, RouterConfig
 from dylo_moe.routing.features import NUM_PLACES
 from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.words import counted
@@ -93,14 +94,18 @@ def load_into(model: RoutedPeftModel, path: str | os.PathLike[str]) -> dict[str,
         ("balance_coefficient", manifest["balance_coefficient"], model.balance_coefficient),
         ("lora", manifest["lora"], plain_config(model.experts.lora)),
     ]
+    shared = Expert(**manifest["shared"]) if "shared" in manifest else None
+    if shared != model.experts.shared:
+        differences.append(f"its shared expert is {shared}, here {model.experts.shared}")
     differences += [f"{name} is {saved}, here {ours}" for name, saved, ours in pairs if saved != ours]
     if differences:
         raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(differences))
-    states = {name: _load_tensors(folder / "experts" / name / ADAPTER_FILES[1]) for name in there}
+    entries = expert_entries(manifest)
+    states = [_load_tensors(folder / "experts" / entry["name"] / ADAPTER_FILES[1]) for entry in entries]
     router_state = _load_tensors(folder / ROUTER_FILE)
     library = load_library(folder, manifest)
-    for entry in manifest["experts"]:
-        _load_expert(model, entry, states[entry["name"]], folder)
+    for entry, state in zip(entries, states, strict=True):
+        _load_expert(model, entry, state, folder)
     model.experts.pack()
     _load_router(model, router_state, folder)
     _load_growth(model, manifest, library)
@@ -131,27 +136,27 @@ def _base_differences(saved: dict[str, Any], base: PreTrainedModel) -> list[str]
 def _build(cls: type[Model], folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> Model:
     entries = manifest["experts"]
     configs, states = {}, {}
-    for entry in entries:
+    for entry in expert_entries(manifest):
         files = [folder / "experts" / entry["name"] / file for file in ADAPTER_FILES]
         configs[entry["name"]] = PeftConfig.from_pretrained(str(files[0].parent))
+        configs[entry["name"]].inference_mode = False
         states[entry["name"]] = _load_tensors(files[1])
     router_state, library = _load_tensors(folder / ROUTER_FILE), load_library(folder, manifest)
     first = entries[0]["name"]
-    configs[first].inference_mode = False
     model = cls(
         base,
         lora=configs[first],
         router=RouterConfig(**manifest["router"]),
         names=[first],
         balance_coefficient=manifest["balance_coefficient"],
+        shared=configs.get(SHARED),
     )
     model.experts.lora = LoraConfig(**manifest["lora"])
     for entry in entries[1:]:
-        configs[entry["name"]].inference_mode = False
         model.experts.add(entry["name"], configs[entry["name"]], mature=entry["mature"], skill=entry["skill"])
         model.router.add_row(entry["name"])
     model.experts.pack()
-    for entry in entries:
+    for entry in expert_entries(manifest):
         _load_expert(model, entry, states[entry["name"]], folder)
     model.experts.pack()
     if manifest.get("growth") is not None:
@@ -169,7 +174,7 @@ def _load_expert(model: RoutedPeftModel, entry: dict[str, Any], state: dict[str,
         raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
     model.experts.cast(name, next(iter(state.values())).dtype)
     set_peft_model_state_dict(model, state, adapter_name=name)
-    expert = model.experts[name]
+    expert = model.experts.find(name)
     expert.mature, expert.skill, expert.trainable = entry["mature"], entry["skill"], entry["trainable"]
 
 

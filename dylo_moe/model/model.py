@@ -17,7 +17,7 @@ from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.continual.growth import Growth, SkillDecision
 from dylo_moe.continual.skill_library import SkillLibrary
-from dylo_moe.experts.adapter import lora_config, lora_problems, read_adapter, routed_lora_config
+from dylo_moe.experts.adapter import config_at, lora_config, lora_problems, read_adapter, routed_lora_config
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.experts.expert import Expert, check_name
 from dylo_moe.experts.merging import Merge, merge_experts
@@ -26,7 +26,7 @@ from dylo_moe.model.loading import load_checkpoint
 from dylo_moe.model.pool_options import pool_problems
 from dylo_moe.model.routing_hooks import NotForced
 from dylo_moe.model.saving import save_checkpoint
-from dylo_moe.routing.config import BALANCE_COEFFICIENT, GrowingRouterConfig, RouterConfig
+from dylo_moe.routing.config import BALANCE_COEFFICIENT, SHARED, GrowingRouterConfig, RouterConfig
 from dylo_moe.routing.features import RouterState
 from dylo_moe.routing.router import Routing
 from dylo_moe.utils.words import counted
@@ -42,11 +42,14 @@ class DyLoRAMoE(RoutedForward):
 
     For every routed linear, with e over the experts of a token's routing:
 
-        y = W x + sum_e w_e s_e B_e A_e x
+        y = W x + s_0 B_0 A_0 x + sum_e w_e s_e B_e A_e x
+
+    where expert 0 is the shared one, which every token uses, if the model has one (`from_base`, shared_rank).
 
     One forward pass: the router reads hidden states of the frozen part of the model, so what an expert
     learns never changes where tokens are sent. LoRA is Hu et al. 2021 (arXiv:2106.09685), the mixture
-    per token Shazeer et al. 2017 (arXiv:1701.06538, eq. 1) with LoRA experts on frozen weights; we
+    per token Shazeer et al. 2017 (arXiv:1701.06538, eq. 1) with LoRA experts on frozen weights, the shared expert
+    DeepSeekMoE's (Dai et al. 2024, arXiv:2401.06066, section 3.2); we
     differ in one gate for the whole model, and in features that are a causal exponential mean.
 
     It is a PeftModel, and each expert is an ordinary adapter in it. Make it with `from_base` or
@@ -58,6 +61,7 @@ class DyLoRAMoE(RoutedForward):
         router: see `RouterConfig`.
         names: the experts; all start mature and trainable. None at all: only for a pool that grows.
         balance_coefficient: weight of the balance loss.
+        shared: the config of the shared expert, or None.
     """
 
     @classmethod
@@ -69,6 +73,8 @@ class DyLoRAMoE(RoutedForward):
         lora: LoraConfig | None = None,
         router: RouterConfig | None = None,
         names: Sequence[str] | None = None,
+        shared_rank: int = 0,
+        shared_alpha: float | None = None,
         allow_expert_growth: bool = False,
         growth: GrowthConfig | None = None,
         balance_coefficient: float = BALANCE_COEFFICIENT,
@@ -81,6 +87,8 @@ class DyLoRAMoE(RoutedForward):
             lora: default r=16, alpha=32, dropout 0.05, all linears of the routed layers.
             router: default `RouterConfig()`, or `GrowingRouterConfig()` for a pool that grows.
             names: the experts' names; default expert_0, expert_1, ...
+            shared_rank: of one more expert, "shared", that every token uses beside those it is routed to; 0: none.
+            shared_alpha: its alpha; default: as follows from its rank, so that its scaling is that of the others.
             allow_expert_growth: the pool begins without experts, and `add_skill` grows one for each new kind of data.
                 `base` is a member: tokens of no known skill go to the unchanged base. Gate rows are fitted, never
                 trained by gradients.
@@ -101,6 +109,8 @@ class DyLoRAMoE(RoutedForward):
             router=router,
             names=names,
             num_experts=num_experts,
+            shared_rank=shared_rank,
+            shared_alpha=shared_alpha,
             allow_expert_growth=allow_expert_growth,
             growth=growth,
             balance_coefficient=balance_coefficient,
@@ -117,7 +127,8 @@ class DyLoRAMoE(RoutedForward):
             lora = lora_config(ExpertConfig())
         index = router.layer_index(base.config.get_text_config().num_hidden_layers)
         lora = routed_lora_config(base, lora, router_index=index)
-        model = cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient)
+        shared = config_at(lora, shared_rank, alpha=shared_alpha, whose="pool") if shared_rank else None
+        model = cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient, shared=shared)
         if allow_expert_growth:
             model.enable_growth(growth)
         LOGGER.info("%s has %s, on %s", cls.__name__, counted(len(names), "expert"), base.name_or_path or "its base")
@@ -227,18 +238,29 @@ class DyLoRAMoE(RoutedForward):
         return merge
 
     def freeze(self, *names: str) -> None:
-        """Stop training these experts and their gate rows, whose gradients are dropped. `unfreeze` undoes it."""
+        """Stop training these experts ("shared" is one) and their gate rows, whose gradients are dropped. `unfreeze`
+        undoes it."""
         self._set_trainable(names, False)
         for name in names:
-            for parameter in (*self._pool.parameters(name), self.router.gate[name], self.router.gate_bias[name]):
+            row = () if name == SHARED else (self.router.gate[name], self.router.gate_bias[name])
+            for parameter in (*self._pool.parameters(name), *row):
                 parameter.grad = None
 
     def unfreeze(self, *names: str) -> None:
-        """Train these experts and their gate rows again."""
+        """Train these experts and their gate rows again.
+
+        Raises:
+            ValueError: for the shared expert of a pool that grows, whose old experts would change with it.
+        """
+        if SHARED in names and self.allow_expert_growth:
+            raise ValueError(
+                f"expert {SHARED!r} is frozen while the pool grows, because what every old expert computes would "
+                "change with it; fix_pool() first"
+            )
         self._set_trainable(names, True)
 
     def _set_trainable(self, names: Sequence[str], trainable: bool) -> None:
-        for expert in [self._pool[name] for name in names]:
+        for expert in [self._pool.find(name) for name in names]:
             expert.trainable = trainable
         self.apply_trainable()
 
@@ -327,11 +349,14 @@ class DyLoRAMoE(RoutedForward):
     # Growth: what each of these does, and its arguments, is written at the method of `Growth` that it calls.
 
     def enable_growth(self, config: GrowthConfig | None = None, *, seed: int = 0) -> None:
-        """Let `add_skill` grow the pool from here on; see `Growth.enable`."""
+        """Let `add_skill` grow the pool from here on; see `Growth.enable`. A shared expert goes on serving all, and is
+        frozen, so that old experts stay as they are."""
         self._check_learned("enable_growth")
         growth = self._growth_or_new()
         growth.enable(config, seed=seed)
         self.growth = growth
+        if self._pool.shared is not None:
+            self.freeze(SHARED)
         self.apply_trainable()
 
     def fix_pool(self, config: GrowthConfig | None = None) -> None:
@@ -360,7 +385,7 @@ class DyLoRAMoE(RoutedForward):
         decision = self.growth.add_skill(name, batches, rank=rank, expert=expert, seed=seed)
         LOGGER.info("%s", decision.in_words(name))
         if decision.expert is not None:
-            changed = [other for other in self._pool if other.trainable != (other.name == decision.expert)]
+            changed = [other for other in self._pool.everyone if other.trainable != (other.name == decision.expert)]
             for other in changed:
                 other.trainable = not other.trainable
             self.apply_trainable([other.name for other in changed])

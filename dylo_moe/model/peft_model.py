@@ -41,6 +41,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
         router: how tokens are sent to experts.
         names: the experts; all start mature and trainable. None at all: only for a pool that grows.
         balance_coefficient: weight of the balance loss.
+        shared: the config of an expert that every token uses; None: there is none.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
         router: RouterConfig,
         names: Sequence[str],
         balance_coefficient: float,
+        shared: LoraConfig | None = None,
     ) -> None:
         first, *rest = names or [NO_EXPERT]
         switch_off_dropout(base)
@@ -68,6 +70,8 @@ class RoutedPeftModel(PeftModelForCausalLM):
             self._pool.register(first, mature=True)
         else:
             self._pool.empty(first)
+        if shared is not None:
+            self._pool.add_shared(shared)
         for name in rest:
             self._pool.add(name, self._pool.config_for(None), mature=True)
         self._pool.pack()
@@ -114,12 +118,15 @@ class RoutedPeftModel(PeftModelForCausalLM):
         """Force the routing of every forward inside: one expert, None for the base alone, or a list with
         one entry per row of the batch. Nests; the inner one holds.
 
+        Tokens then compute what those compute that the router sends there: with a shared expert, that one too, and
+        "shared" is that one alone, as for tokens of the member `base`.
+
         Raises:
             ValueError: for an unknown expert, or (in the forward) a list of another length than the batch.
         """
         for name in [experts] if experts is None or isinstance(experts, str) else experts:
             if name is not None:
-                self._pool[name]
+                self._pool.find(name)
         with self._hooks.forcing(experts):
             yield
 
@@ -153,18 +160,21 @@ class RoutedPeftModel(PeftModelForCausalLM):
         raise ValueError("load_adapter would add an adapter that no token can reach; use import_expert(name, path)")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
-        """Merge one expert into the base's weights until `unmerge_adapter`; every token then uses it.
+        """Merge one expert, and with it the shared one, into the base's weights until `unmerge_adapter`; every token
+        then uses it.
 
         Raises:
             ValueError: unless `adapter_names` holds exactly one expert: a mixture that differs from token to
                 token is no single weight.
         """
-        cast(Any, self.base_model).merge_adapter([self._only_one(adapter_names)], **kwargs)
+        cast(Any, self.base_model).merge_adapter(self._only_one(adapter_names), **kwargs)
 
-    def _only_one(self, adapter_names: list[str] | None) -> str:
+    def _only_one(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters that make up the only expert of a list: its own, and the shared one's."""
         if adapter_names is None or len(adapter_names) != 1:
             raise ValueError(f"only one expert can be merged, named in adapter_names; got {adapter_names!r}")
-        return self._pool[adapter_names[0]].name
+        expert = self._pool.find(adapter_names[0])
+        return list(dict.fromkeys(item.name for item in (expert, self._pool.shared) if item is not None))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching packs requests into one row, and keeps no cache that the router could follow."""
@@ -178,14 +188,14 @@ class RoutedPeftModel(PeftModelForCausalLM):
         return cast(Any, self.base_model).unload(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
-        """The base with one expert merged into its weights.
+        """The base with one expert, and with it the shared one, merged into its weights.
 
         Raises:
             ValueError: unless `adapter_names` holds exactly one expert.
         """
-        name = self._only_one(adapter_names)
+        names = self._only_one(adapter_names)
         self._hooks.remove()
-        return cast(Any, self.base_model).merge_and_unload(*args, adapter_names=[name], **kwargs)
+        return cast(Any, self.base_model).merge_and_unload(*args, adapter_names=names, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pack the experts again, because deepcopy and pickle give every matrix its own memory."""

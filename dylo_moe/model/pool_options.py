@@ -8,7 +8,10 @@ from typing import Any
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.experts.expert import check_name
 from dylo_moe.routing.config import BALANCE_COEFFICIENT, RouterConfig
+from dylo_moe.utils.checks import COUNT_OR_NONE, POSITIVE, range_problems
 from dylo_moe.utils.words import counted
+
+SHARED_RANGES = {"shared_rank": COUNT_OR_NONE, "shared_alpha": POSITIVE}
 
 
 def pool_problems(
@@ -16,12 +19,22 @@ def pool_problems(
     router: RouterConfig,
     names: Any,
     num_experts: Any,
+    shared_rank: Any,
+    shared_alpha: Any,
     allow_expert_growth: bool,
     growth: GrowthConfig | None,
     balance_coefficient: Any,
 ) -> list[str]:
     """What is wrong with the options of a new pool, each problem in words; the arguments are those of `from_base`."""
     problems = _count_problems(names, num_experts, router.top_k, balance_coefficient)
+    problems += range_problems({"shared_rank": shared_rank, "shared_alpha": shared_alpha}, SHARED_RANGES)
+    if shared_alpha is not None and not shared_rank:
+        problems.append(f"shared_alpha is {shared_alpha!r}, but without a shared_rank there is no shared expert")
+    if shared_rank and allow_expert_growth:
+        problems.append(
+            f"shared_rank is {shared_rank!r}, but a pool that begins empty would never train a shared expert, which is "
+            "frozen while a pool grows; train a pool with one jointly, and let that grow"
+        )
     if allow_expert_growth and (names is not None or num_experts is not None):
         problems.append("with allow_expert_growth a pool begins without experts: leave num_experts and names out")
     elif growth is not None and not allow_expert_growth:

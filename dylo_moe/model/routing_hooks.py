@@ -15,6 +15,7 @@ from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
 from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, router_cache_layer
+from dylo_moe.routing.config import SHARED
 from dylo_moe.routing.features import RouterState, causal_exponential_mean, read_tokens
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
 from dylo_moe.routing.router import Router, force_routing, make_dispatch
@@ -161,9 +162,10 @@ class RoutingHooks:
 
     def decider(self) -> Any:
         """What decides a forward that begins now: as `forced`, where a merged expert counts as asked for."""
-        merged = next((layer.merged_adapters[0] for layer in self.pool.layers if layer.merged_adapters), None)
-        if merged is None:
+        found = dict.fromkeys(name for layer in self.pool.layers for name in layer.merged_adapters)
+        if not found:
             return self.forced
+        merged = next((name for name in found if name != SHARED), SHARED)  # which is merged beside every expert
         if self.forced is not NotForced and self.forced != merged:
             raise ValueError(f"expert {merged!r} is merged into the base, so nothing else can be routed to; unmerge it")
         return merged

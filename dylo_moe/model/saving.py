@@ -24,6 +24,7 @@ from dylo_moe.model.checkpoint import (
     LIBRARY_FILE,
     OWN_ENTRIES,
     ROUTER_FILE,
+    format_version,
     plain_config,
 )
 from dylo_moe.model.model_card import model_card
@@ -100,7 +101,7 @@ def write_files(
         losses: held-out losses by dataset, "before" and "after" training, for the card.
         with_card: write the model card too.
     """
-    for expert in model.experts:
+    for expert in model.experts.everyone:
         name = f"experts/{expert.name}"
         (folder / name).mkdir(parents=True)
         save_tensors(model.experts.state(expert.name), folder / name / ADAPTER_FILES[1])
@@ -126,6 +127,9 @@ def write_files(
         "experts": [asdict(expert) for expert in model.experts],
         "growth": None,
     }
+    if model.experts.shared is not None:
+        manifest["shared"] = asdict(model.experts.shared)
+        manifest["format_version"] = format_version(manifest)
     if model.growth is not None:
         manifest["growth"] = {
             "allow_expert_growth": model.allow_expert_growth,

@@ -25,6 +25,9 @@ RANDOM = "random"
 BASE = "base"
 """The member of a growing pool that stands for the unchanged base: a gate row, and no adapter."""
 
+SHARED = "shared"
+"""The expert that every token uses, beside those that it is routed to: an adapter, and no gate row."""
+
 BALANCE_COEFFICIENT = 0.01
 
 HALF_LIFE, FILTERED_HALF_LIFE, CHANGE_RATE = 32.0, 8.0, 0.01

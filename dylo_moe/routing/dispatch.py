@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dylo_moe.routing.config import SHARED
+
 GROUPING_TOKENS = 96
 """The cost of gathering tokens by expert and adding them back, in tokens of one expert's products."""
 
@@ -36,10 +38,12 @@ class Layout:
 
     Args:
         shapes: the shapes of the experts, in the gate's order.
+        shared: the shape of the shared expert; None where there is none.
     """
 
-    def __init__(self, shapes: Iterable[ExpertShape]) -> None:
+    def __init__(self, shapes: Iterable[ExpertShape], shared: ExpertShape | None = None) -> None:
         self.shapes = tuple(shapes)
+        self.shared = shared
 
 
 class Dense(NamedTuple):
@@ -75,13 +79,21 @@ class Dispatch:
     recomputed under gradient checkpointing must record the same operations as the first time.
 
     Args:
-        parts: what the linears of each layout compute; None: nothing besides their base.
+        parts: what the linears of each layout compute of the experts that tokens are routed to; None: nothing.
         dtype: the dtype in which they compute it.
+        shared: what those of some layouts compute of the shared expert; of the others, nothing.
     """
 
-    def __init__(self, parts: dict[Layout, Dense | Grouped | None], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        parts: dict[Layout, Dense | Grouped | None],
+        *,
+        dtype: torch.dtype,
+        shared: dict[Layout, Dense | Grouped | None] | None = None,
+    ) -> None:
         self.parts = parts
         self.dtype = dtype
+        self.shared = shared or {}
 
 
 def dispatch_to_all(
@@ -125,6 +137,33 @@ def dispatch_to_selected(
         shapes = [shape for shape in layout.shapes if selection.count(shape.name)]
         parts[layout] = _part(shapes, weights_TE, selection=selection, dtype=dtype)
     return Dispatch(parts, dtype=dtype)
+
+
+def add_shared(dispatch: Dispatch, uses_T: Tensor, *, is_exact: bool) -> Dispatch:
+    """Send tokens to the shared expert too, where the layouts of a dispatch have one.
+
+    It has a part of its own, before that of the others: all real tokens take it with weight 1, so that none has to be
+    gathered, and what a token is routed to is computed as if there were no shared expert.
+
+    Args:
+        uses_T: bool, the tokens that use it: without padding, and without those of the base alone.
+        is_exact: no other token may meet it, not even with weight 0.
+    """
+    shapes = {layout: layout.shared for layout in dispatch.parts if layout.shared is not None}
+    if not shapes:
+        return dispatch
+    weights_T1, selection = uses_T.float()[:, None], None
+    if not torch.compiler.is_compiling():  # which tokens those are is known by values only
+        selection = _Selection((SHARED,), uses_T.long()[:, None] - 1)
+
+    def part(shape: ExpertShape) -> Dense | Grouped | None:
+        if selection is None:
+            return _dense([shape], weights_T1, position={SHARED: 0}, dtype=dispatch.dtype)
+        used = [shape] if selection.count(SHARED) else []
+        return _part(used, None if is_exact else weights_T1, selection=selection, dtype=dispatch.dtype)
+
+    shared = {layout: part(shape) for layout, shape in shapes.items()}
+    return Dispatch(dispatch.parts, dtype=dispatch.dtype, shared=shared)
 
 
 class _Selection:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dylo_moe.routing.belief import evidence_of, filtered
-from dylo_moe.routing.config import BASE, UNIFORM, RouterConfig
-from dylo_moe.routing.dispatch import Dispatch, Layout, dispatch_to_all, dispatch_to_selected
+from dylo_moe.routing.config import BASE, SHARED, UNIFORM, RouterConfig
+from dylo_moe.routing.dispatch import Dispatch, Layout, add_shared, dispatch_to_all, dispatch_to_selected
 from dylo_moe.routing.features import RouterState, places_of
 from dylo_moe.routing.initial_gate import START_MARGIN, kmeans
 from dylo_moe.utils.distributed import are_joined, is_first
@@ -409,7 +409,7 @@ def _exactly_one(probability: Tensor) -> Tensor:
 def make_dispatch(
     routing: Routing, selected_BSK: Tensor | None, *, layouts: Iterable[Layout], dtype: torch.dtype
 ) -> Dispatch:
-    """Choose the kernel path, and arrange the tokens for it.
+    """Choose the kernel path, and arrange the tokens for it; every real token uses the shared expert too.
 
     Args:
         selected_BSK: int64 [batch, seq, top_k], positions in `routing.names`; None: all experts.
@@ -419,9 +419,11 @@ def make_dispatch(
     names = routing.names
     weights_TE = routing.weights.reshape(-1, len(names))
     if selected_BSK is None or torch.compiler.is_compiling():  # who is at hand is known by values only
-        return dispatch_to_all(names, weights_TE, layouts=layouts, dtype=dtype)
-    selected_TK = selected_BSK.masked_fill(~routing.mask[..., None], -1).reshape(-1, selected_BSK.shape[-1])
-    return dispatch_to_selected(names, weights_TE, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
+        dispatch = dispatch_to_all(names, weights_TE, layouts=layouts, dtype=dtype)
+    else:
+        selected_TK = selected_BSK.masked_fill(~routing.mask[..., None], -1).reshape(-1, selected_BSK.shape[-1])
+        dispatch = dispatch_to_selected(names, weights_TE, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
+    return add_shared(dispatch, routing.mask.reshape(-1), is_exact=False)
 
 
 def force_routing(
@@ -434,6 +436,8 @@ def force_routing(
 ) -> tuple[Routing, Dispatch]:
     """The routing that `route_to` asks for: one expert a row, or None for the base alone.
 
+    Beside an expert, tokens use the shared one, as where the router sends them; "shared" is that one alone.
+
     Args:
         names: the members of the pool, in gate order.
         experts: one entry per row of the batch.
@@ -442,11 +446,15 @@ def force_routing(
         dtype: what the adapters are computed in.
     """
     names = tuple(names)
-    chosen = [names.index(name or BASE) if name is not None or BASE in names else -1 for name in experts]
+    members = [BASE if name in (None, SHARED) else name for name in experts]
+    chosen = [-1 if name == BASE and name not in names else names.index(name) for name in members]
     chosen_BS = torch.tensor(chosen, device=mask.device)[:, None].expand_as(mask)
     weights_BSE = (chosen_BS[..., None] == torch.arange(len(names), device=mask.device)).float()
     routing = Routing(names, weights_BSE * mask[..., None], mask, None)
     if torch.compiler.is_compiling():
-        return routing, dispatch_to_all(names, weights_BSE.flatten(0, 1), layouts=layouts, dtype=dtype)
-    selected_TK = chosen_BS.reshape(-1, 1)
-    return routing, dispatch_to_selected(names, None, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
+        dispatch = dispatch_to_all(names, weights_BSE.flatten(0, 1), layouts=layouts, dtype=dtype)
+    else:
+        selected_TK = chosen_BS.reshape(-1, 1)
+        dispatch = dispatch_to_selected(names, None, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
+    uses_B1 = torch.tensor([[name is not None] for name in experts], device=mask.device)
+    return routing, add_shared(dispatch, (uses_B1 & mask).reshape(-1), is_exact=True)

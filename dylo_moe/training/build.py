@@ -47,6 +47,8 @@ def build_model(
         load(flags.model, **base_options(flags, bf16=bf16)),
         num_experts=experts.num_experts if growth is None else None,
         lora=lora_config(experts),
+        shared_rank=experts.shared_r,
+        shared_alpha=experts.shared_alpha,
         router=router,
         allow_expert_growth=growth is not None,
         growth=growth,

@@ -38,6 +38,9 @@ class Range(NamedTuple):
 
 COUNT = Range(1, is_whole=True)
 
+COUNT_OR_NONE = Range(0, is_whole=True)
+"""A count of something that may be left out, of which 0 is none."""
+
 POSITIVE = Range(0, is_open=True)
 
 NOT_NEGATIVE = Range(0)
