@@ -146,7 +146,7 @@ def add_shared(dispatch: Dispatch, uses_T: Tensor, *, is_exact: bool) -> Dispatc
     gathered, and what a token is routed to is computed as if there were no shared expert.
 
     Args:
-        uses_T: bool, the tokens that use it: without padding, and without those of the base alone.
+        uses_T: bool, the tokens that use it: not those of the base alone, nor padding that is not forced.
         is_exact: no other token may meet it, not even with weight 0.
     """
     shapes = {layout: layout.shared for layout in dispatch.parts if layout.shared is not None}

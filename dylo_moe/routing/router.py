@@ -457,4 +457,4 @@ def force_routing(
         selected_TK = chosen_BS.reshape(-1, 1)
         dispatch = dispatch_to_selected(names, None, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
     uses_B1 = torch.tensor([[name is not None] for name in experts], device=mask.device)
-    return routing, add_shared(dispatch, (uses_B1 & mask).reshape(-1), is_exact=True)
+    return routing, add_shared(dispatch, uses_B1.expand_as(mask).reshape(-1), is_exact=True)

@@ -61,11 +61,12 @@ def tiny_base(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torc
 def scramble(model: DyLoRAMoE, *, seed: int = 5, up: float = 0.2, gate: float = 6.0) -> DyLoRAMoE:
     """Experts that do something, and a gate that sends neighbouring tokens to different ones."""
     torch.manual_seed(seed)
-    for expert in model.experts:
+    for expert in model.experts.everyone:
         for name, parameter in model.named_parameters():
             if f"lora_B.{expert.name}." in name:
                 parameter.copy_(torch.randn(parameter.shape) * up)
-        model.router.gate[expert.name].copy_(torch.randn(model.router.gate[expert.name].shape) * gate)
+        if expert.name in model.router.names:
+            model.router.gate[expert.name].copy_(torch.randn(model.router.gate[expert.name].shape) * gate)
     # Without their common part, features choose every expert for a fair part of the tokens.
     model.router.feature_mean.copy_(model.router_features(tokens(4, 64, seed=seed)).mean((0, 1)))
     return model
@@ -78,6 +79,7 @@ def tiny_moe(
     lora: dict[str, Any] | None = None,
     balance_coefficient: float = 0.01,
     names: list[str] | None = None,
+    shared_rank: int = 0,
     **router: Any,
 ) -> DyLoRAMoE:
     """A scrambled model in eval mode. Short half-life, so that routing changes along a text."""
@@ -87,6 +89,7 @@ def tiny_moe(
         base,
         num_experts=num_experts,
         names=names,
+        shared_rank=shared_rank,
         lora=LoraConfig(**{**LORA, **(lora or {})}),
         router=RouterConfig(**{"router_half_life": 1.5, **router}),
         balance_coefficient=balance_coefficient,
