@@ -148,12 +148,13 @@ def expert_problem(manifest: dict[str, Any], expert: str | None, *, or_base: boo
 
     Args:
         manifest: what `read_manifest` returned.
-        or_base: whether `base`, the unchanged model, may be named too.
+        or_base: whether `base`, the unchanged model, may be named too, and the shared expert alone.
     """
     names = [entry["name"] for entry in manifest["experts"]]
-    if expert is None or expert in names or (or_base and expert == BASE):
+    others = {BASE: "the unchanged model"} | ({SHARED: "the shared expert alone"} if SHARED in manifest else {})
+    if expert is None or expert in names or (or_base and expert in others):
         return None
-    more = f", and {BASE} is the unchanged model" if or_base else ""
+    more = "".join(f", and {name} is {what}" for name, what in others.items()) if or_base else ""
     return f"expert is {expert!r}; the checkpoint has {', '.join(names)}{more}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from dylo_moe.routing.config import RANDOM, UNIFORM
+from dylo_moe.routing.config import RANDOM, SHARED, UNIFORM
 from dylo_moe.utils.markdown import code, markdown_table, plain
 from dylo_moe.utils.redact import bytes_in_words, open_settings, short_name, without_secrets
 from dylo_moe.utils.words import counted
@@ -82,6 +82,8 @@ def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) 
         f"{manifest['router'].get('granularity', 'token')} to {_whom(manifest['router'])}. The base is not in this "
         "folder."
     ]
+    if SHARED in manifest:
+        sentences.append(f"One more expert, {code(SHARED)}, serves every token beside them.")
     if facts.get("trainable") is not None:
         sentences.append(f"{facts['trainable']:,} parameters were trained, {facts['frozen']:,} stayed as they were.")
     if step is not None:
@@ -97,6 +99,11 @@ def _loading(manifest: dict[str, Any]) -> str:
     where = json.dumps(base) if is_hub else '"BASE"'
     rest = "" if is_hub or (base and "/" not in base) else ', base="BASE"'  # one word may be a base's short name
     note = "" if is_hub else "\n\n`BASE` is the folder or hub id of the base."
+    if SHARED in manifest:
+        note += (
+            f"\n\nThat adapter is without {code(SHARED)}, which this model adds to it; `dylora export` writes adapters "
+            "that hold both."
+        )
     first = json.dumps(f"CHECKPOINT/experts/{manifest['experts'][0]['name']}")
     return f"""## To load it
 
@@ -120,7 +127,7 @@ model = PeftModel.from_pretrained(base, {first})
 def _experts(manifest: dict[str, Any]) -> str:
     rows = [
         [expert["name"], expert["rank"], f"{expert['parameters']:,}", _state(expert), expert.get("skill") or ""]
-        for expert in manifest["experts"]
+        for expert in [*manifest["experts"], *([manifest[SHARED]] if SHARED in manifest else [])]
     ]
     return "## Experts\n\n" + markdown_table(["expert", "rank", "parameters", "state", "grown for"], rows, right={1, 2})
 

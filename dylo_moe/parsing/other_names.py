@@ -22,6 +22,7 @@ OTHER_NAMES = {
     "experts": "num_experts",
     "n_experts": "num_experts",
     "lora_rank": "lora_r",
+    "shared_rank": "shared_r",
     "rank": "lora_r",
     "r": "lora_r",
     "alpha": "lora_alpha",

@@ -96,7 +96,8 @@ def drift_charts(record: Record) -> list[Chart]:
 
 def gradient_charts(record: Record) -> list[Chart]:
     """Draw the norms of gradients, the learning rate and the speed."""
-    names = [*record.experts, "router"]
+    shared = ["shared"] if record.points("grad_norm_shared") else []
+    names = [*record.experts, "router", *shared]
     series = [Series(name, record.points(f"grad_norm_{name}"), index) for index, name in enumerate(names)]
     charts = [line_chart("norm of each expert's and the router's gradient", series, unit="2-norm", floor=0)]
     for key, title, unit in (

@@ -57,6 +57,12 @@ def run_page(record: Record) -> str:
     )
 
 
+def _experts(record: Record) -> str:
+    shared = record.facts.get("shared") or {}
+    more = f", and a shared one of rank {shared['rank']}" if shared.get("rank") else ""
+    return f"{len(record.experts):,}{more}" if record.experts else "not known"
+
+
 def _summary(record: Record) -> list[tuple[str, str]]:
     facts, steps = record.facts, max((line["step"] for line in record.lines), default=0)
     planned = finite(record.settings.get("max_steps")) or -1
@@ -65,7 +71,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("state", "finished" if record.is_finished else "not finished"),
         ("base", short_name(without_secrets(str(base.get("id") or record.settings.get("model") or "not known")))),
         ("base parameters", in_short(base.get("parameters"))),
-        ("experts", f"{len(record.experts):,}" if record.experts else "not known"),
+        ("experts", _experts(record)),
         ("parameters trained", in_short(facts.get("trainable"))),
         ("datasets", f"{len(record.domains):,}" if record.domains else "not known"),
         ("optimizer steps", f"{steps:,}" + (f" of {planned:,.0f}" if planned > 0 else "")),

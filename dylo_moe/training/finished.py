@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.model.checkpoint import CheckpointError, read_manifest
+from dylo_moe.model.checkpoint import CheckpointError, expert_entries, read_manifest
 from dylo_moe.training.resume import Resumption, changes
 from dylo_moe.training.run_folder import checkpoints_in, fresh_folder
 from dylo_moe.utils.file_names import MANIFEST, RESULT
@@ -99,4 +99,4 @@ def keep_earlier_result(run: Path, step: int) -> dict[str, str]:
         return {}
     kept = fresh_folder(run, f"{RESULT}-of-step-{record.get('step')}").name
     result.rename(run / kept)
-    return {RESULT: kept} | {f"{RESULT}-{item['name']}": f"{kept}-{item['name']}" for item in manifest["experts"]}
+    return {RESULT: kept} | {f"{RESULT}-{item['name']}": f"{kept}-{item['name']}" for item in expert_entries(manifest)}

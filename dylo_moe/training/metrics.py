@@ -154,7 +154,7 @@ def gradient_norms(model: DyLoRAMoE, *, scale: float = 1.0) -> dict[str, Tensor]
     Args:
         scale: the factor by which a gradient scaler has multiplied the gradients.
     """
-    learning = [expert.name for expert in model.experts if expert.trainable]
+    learning = [expert.name for expert in model.experts.everyone if expert.trainable]
     groups = {name: list(model.experts.parameters(name)) for name in learning}
     groups["router"] = list(model.router.parameters())
     norms = {}

@@ -186,10 +186,12 @@ def _limits(
             f"lora_r is {experts.lora_r:,}: one expert of that rank does not fit into this machine's memory"
         ) from error
     if growth is None:
-        needed, memory = experts.num_experts * outline.experts[0].parameters * TRAINED_BYTES, memory_bytes()
+        shared = 0 if outline.experts.shared is None else outline.experts.shared.parameters
+        needed = (experts.num_experts * outline.experts[0].parameters + shared) * TRAINED_BYTES
+        memory, of_shared = memory_bytes(), f" and shared_r {experts.shared_r:,}" if shared else ""
         if 0 < memory < needed:
             raise UsageError(
-                f"num_experts is {experts.num_experts:,} and lora_r {experts.lora_r:,}: they take "
+                f"num_experts is {experts.num_experts:,} and lora_r {experts.lora_r:,}{of_shared}: they take "
                 f"{needed / 1e9:,.0f} GB while they train, and this machine has {memory / 1e9:,.0f} GB"
             )
     return limits_of(outline.base)

@@ -259,7 +259,7 @@ def trainable_set(model: DyLoRAMoE) -> dict[str, Any]:
     """
     counts = {
         expert.name: sum(p.numel() for p in model.experts.parameters(expert.name) if p.requires_grad)
-        for expert in model.experts
+        for expert in model.experts.everyone
     }
     counts["the router"] = sum(p.numel() for p in model.router.parameters() if p.requires_grad)
     lines = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.requires_grad]

@@ -35,6 +35,7 @@ def run_facts(model: DyLoRAMoE, data: LoadedData) -> dict[str, Any]:
         {"name": expert.name, "rank": expert.rank, "parameters": expert.parameters, "skill": expert.skill}
         for expert in model.experts
     ]
+    shared = model.experts.shared
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -44,9 +45,10 @@ def run_facts(model: DyLoRAMoE, data: LoadedData) -> dict[str, Any]:
             "revision": model.base_revision,
             "quantization": quantization(model.base),
             "class": type(model.base).__name__,
-            "parameters": total - router - sum(expert.parameters for expert in model.experts),
+            "parameters": total - router - sum(expert.parameters for expert in model.experts.everyone),
         },
         "experts": experts,
+        **({} if shared is None else {"shared": {"rank": shared.rank, "parameters": shared.parameters}}),
         "router": {"parameters": router, "top_k": model.router_config.top_k},
         "trainable": trainable,
         "frozen": total - trainable,

@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from reference.paths import ROOT
 from reference.runs import flags, tiny_run_folder
-from reference.tiny import scramble, tiny_base, tiny_moe, tokens
+from reference.tiny import LORA, scramble, tiny_base, tiny_moe, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dylo_moe import DyLoRAMoE
@@ -20,6 +20,7 @@ from dylo_moe.cli import main
 from dylo_moe.commands.export.arguments import mixture_weights
 from dylo_moe.commands.export.losses import BASE_ALONE, PER_REQUEST, PLAIN, ROUTED, routed_shares
 from dylo_moe.commands.export.merged import bake
+from dylo_moe.commands.export.padded_adapter import padded
 from dylo_moe.commands.export.request_routing import expert_for, experts_for
 from dylo_moe.evaluation.held_out import held_out
 
@@ -398,3 +399,64 @@ def test_conv1d_is_not_for_vllm(tmp_path, capsys):
     assert export(tmp_path / "checkpoint", tmp_path / "out", "--to", "vllm") == 2
     said = capsys.readouterr().err
     assert all(f"expert_{index}: its linears are Conv1D, as in GPT-2" in said for index in range(3))
+
+
+# --- with a shared expert
+
+
+@pytest.fixture(scope="module")
+def with_shared(tmp_path_factory):
+    """A checkpoint with a shared expert of another rank and scaling, whose pool has gone on growing."""
+    folder = tiny_run_folder(tmp_path_factory.mktemp("shared"))
+    torch.manual_seed(1)
+    model = DyLoRAMoE.from_base(
+        load_base(str(folder / "base")), num_experts=2, lora=LoraConfig(**LORA), shared_rank=6, shared_alpha=5
+    )
+    scramble(model)
+    model.save_pretrained(str(folder / "joint"))
+    for name, low in (("low", 3), ("high", 50)):
+        model.know_skill(name, [{"input_ids": tokens(8, 20, low=low, high=low + 40)}])
+    model.enable_growth()
+    model.save_pretrained(str(folder / "growing"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["joint", "growing"])
+@torch.no_grad()
+def test_an_exported_expert_holds_the_shared_one_too(kind, with_shared, tmp_path, laws):
+    checkpoint, output, ids = with_shared / kind, tmp_path / "adapters", tokens(3, 13)
+    assert main(["export", str(checkpoint), "--to", "vllm", "--no_measure", "--output", str(output)]) == 0
+    model, record = DyLoRAMoE.from_pretrained(str(checkpoint)), record_of(output)
+    names = [*model.experts.names, *(["shared"] if kind == "growing" else [])]  # which the member `base` has alone
+    assert [(item["name"], item["rank"]) for item in record["experts"]] == list(zip(names, [16, 16, 8], strict=False))
+    assert record["experts"][0]["original_ranks"] == [4]
+    assert "the shared expert, of rank 6, beside its own rank" in record["experts"][0]["notes"][0]
+    assert record["serve_command"].count("=./") == len(names)
+    for name in names:
+        stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(with_shared / "base"), output / name)
+        with model.route_to(name):
+            ours = model(input_ids=ids).logits
+        laws.close("an exported expert beside a shared one", stock(input_ids=ids).logits, ours, atol=1e-4)
+    if kind == "growing":
+        model.router.set_row("base", torch.zeros(model.router.hidden_size), torch.tensor(1e4))
+        assert expert_for(model, [5, 6]) == "shared"
+        assert "`shared` is what serves every request" in (output / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_a_merged_model_has_the_shared_expert_whatever_the_mixture(with_shared, tmp_path):
+    words = ["export", str(with_shared / "joint"), "--to", "merged", "--no_measure"]
+    assert main([*words, "--expert", "expert_1", "--output", str(tmp_path / "merged")]) == 0
+    assert record_of(tmp_path / "merged")["weights"] == {"expert_1": 1.0, "shared": 1.0}
+    model, ids = DyLoRAMoE.from_pretrained(str(with_shared / "joint")), tokens(2, 11)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with model.route_to("expert_1"):
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_together_no_rank_above_the_server_s_is_written():
+    config = {"r": 512, "lora_alpha": 512, "target_modules": ["q_proj"]}
+    state = {"base_model.model.q_proj.lora_A.weight": torch.ones(512, 3)}
+    state["base_model.model.q_proj.lora_B.weight"] = torch.ones(3, 512)
+    with pytest.raises(ValueError, match="its rank is 1024, above 512"):
+        padded(config, state, shared=(config, state))

@@ -37,8 +37,8 @@ PLAIN = (
 """No dropout, whose masks depend on who draws them, and plain gradient descent: AdamW's first steps are little more
 than the signs of gradients, which rounding may turn where they are almost nothing. Two passes of five steps, of which
 the last is half empty."""
-MANY = ("--num_experts", "12", "--save_strategy", "steps", "--save_steps", "6")
-"""So many experts that a rank, and in some step every rank, has none for some of them."""
+MANY = ("--num_experts", "12", "--shared_r", "3", "--save_strategy", "steps", "--save_steps", "6")
+"""So many experts that a rank, and in some step every rank, has none for some of them; and one that serves all."""
 
 
 def launcher(processes: int, kind: str) -> list[str]:

@@ -36,7 +36,7 @@ CASES = {
     "plain": (),
     "several workers": ("--dataloader_num_workers", "2"),
     "accumulation": ("--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "3"),
-    "packing": ("--packing", "true", "--per_device_train_batch_size", "2"),
+    "packing, a shared expert": ("--packing", "true", "--per_device_train_batch_size", "2", "--shared_r", "6"),
     "grouped by length": ("--train_sampling_strategy", "group_by_length"),
     "top-2, dense": ("--top_k", "2", "--lr_scheduler_type", "cosine_with_restarts", "--lr_scheduler_kwargs",
                      '{"num_cycles": 2}', "--warmup_steps", "3", "--weight_decay", "0.1",

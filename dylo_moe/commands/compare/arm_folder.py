@@ -89,7 +89,8 @@ def read_run(place: ArmFolder, benchmarks: Sequence[str]) -> ArmRun:
     sizes = [expert["parameters"] for expert in facts["experts"]]
     gate = facts["router"]["parameters"] if len(sizes) > 1 and place.arm == OURS else 0
     used = len(sizes) if router["policy"] == UNIFORM else router["top_k"]
-    return ArmRun(losses, sum(sizes) + gate, sum(sizes[:used]) + gate, tokens_seen(place.run), rates)
+    always = gate + facts.get("shared", {"parameters": 0})["parameters"]
+    return ArmRun(losses, sum(sizes) + always, sum(sizes[:used]) + always, tokens_seen(place.run), rates)
 
 
 def tokens_seen(run_folder: Path) -> int:

@@ -57,6 +57,8 @@ def parse_compare(argv: Sequence[str]) -> CompareRequest:
         raise UsageError(f"num_experts is {experts.num_experts}; with one there is no routing to compare")
     settings = _without(plain_settings((model, experts, router, data), train, compare_refusal), LEAVE)
     evaluation = _evaluation(options, train, typed_flags(words))
+    for arm in options.arms:
+        settings_of_arm(arm, settings, seed=0)  # raises for an arm whose settings cannot be
     configs = (model, experts, router, data, train)
     return CompareRequest(
         Path(train.output_dir), options, settings, evaluation, train.per_device_eval_batch_size, configs
@@ -84,7 +86,8 @@ def settings_of_arm(arm: str, settings: dict[str, Any], *, seed: int) -> dict[st
     """The recipe of one arm's training.
 
     Both single LoRAs have the scale of ours, alpha / rank; `lora_total` is as large as all experts together,
-    `lora_active` as large as those that one token uses. Settings that have no meaning for an arm are left out.
+    `lora_active` as large as those that one token uses, a shared one too. Settings that have no meaning for an arm are
+    left out.
 
     Args:
         arm: one of `ARMS` other than the base.
@@ -94,8 +97,9 @@ def settings_of_arm(arm: str, settings: dict[str, Any], *, seed: int) -> dict[st
     num_experts, top_k = settings["num_experts"], settings["top_k"]
     if arm in ("lora_total", "lora_active"):
         times = num_experts if arm == "lora_total" else top_k
-        own |= {"num_experts": 1, "lora_r": times * settings["lora_r"], "lora_alpha": times * settings["lora_alpha"]}
-        own = _without(own, ("top_k", "granularity", "router_half_life", *OF_GATE))
+        rank = times * settings["lora_r"] + settings["shared_r"]
+        own |= {"num_experts": 1, "lora_r": rank, "lora_alpha": alpha_at(rank, settings)}
+        own = _without(own, ("shared_r", "shared_alpha", "top_k", "granularity", "router_half_life", *OF_GATE))
     elif arm == "uniform":
         own = _without(own, ("top_k", "granularity", "router_half_life", *OF_GATE)) | {"router_policy": UNIFORM}
     elif arm == "random":
@@ -107,6 +111,21 @@ def settings_of_arm(arm: str, settings: dict[str, Any], *, seed: int) -> dict[st
             own, ("router_layer",)
         )  # without a learned router no layer is read, and experts are in all layers anyway
     return own
+
+
+def alpha_at(rank: int, settings: dict[str, Any]) -> int:
+    """The alpha with which a LoRA of another rank has the scale of the routed experts.
+
+    Raises:
+        UsageError: where no whole number has.
+    """
+    alpha, rest = divmod(rank * settings["lora_alpha"], settings["lora_r"])
+    if rest:
+        raise UsageError(
+            f"a LoRA of rank {rank} has no whole lora_alpha with the scale of the experts, lora_alpha "
+            f"{settings['lora_alpha']} over lora_r {settings['lora_r']}; choose others, or another shared_r"
+        )
+    return alpha
 
 
 def _without(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dylo_moe.model.loading import load_library
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.report.skill_pairs import show_confusable
-from dylo_moe.routing.config import BASE
+from dylo_moe.routing.config import BASE, SHARED
 from dylo_moe.utils.checks import SEED, range_problems
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.table import Table
@@ -37,6 +37,11 @@ def list_experts(checkpoint: str) -> None:
         state = ("mature" if expert["mature"] else "nascent") + ("" if expert["trainable"] else ", frozen")
         known = "; ".join(skills.get(expert["name"], [])) or "not known"
         table.add_row(Text(expert["name"]), str(expert["rank"]), f"{expert['parameters']:,}", state, Text(known))
+    if SHARED in manifest:
+        shared = manifest[SHARED]
+        state = "trainable" if shared["trainable"] else "frozen"
+        cells = (str(shared["rank"]), f"{shared['parameters']:,}", state, "of every token, beside its experts")
+        table.add_row(Text(SHARED, style="dim"), *cells)
     screen = Screen("experts", is_answer=True)
     screen.say(table)
     if growth is None:

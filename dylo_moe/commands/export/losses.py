@@ -18,7 +18,7 @@ from dylo_moe.data.collator import Collator
 from dylo_moe.evaluation.held_out import HeldOut
 from dylo_moe.evaluation.losses import DatasetLosses, Losses, estimates, measure, shown_estimate
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.routing.config import BASE, UNIFORM
+from dylo_moe.routing.config import BASE, SHARED, UNIFORM
 from dylo_moe.routing.token_masks import prompt_ends
 from dylo_moe.utils.redact import short_name
 from dylo_moe.utils.screen import Screen
@@ -52,7 +52,9 @@ def measure_requests(
     """Measure each token routed, one expert a request, every expert always, and the base alone."""
     ways, notes = measure_routed(model, held, tokenizer, batch_size=batch_size, screen=screen), list(held.notes)
     by_member = {BASE: ways[BASE_ALONE]}
-    for name in model.experts.names:
+    has_base = model.experts.shared is not None and BASE in model.router.names
+    names = [*model.experts.names, *([SHARED] if has_base else [])]
+    for name in names:
         with model.route_to(name):
             by_member[name] = measure(model, held, tokenizer, batch_size=batch_size, screen=screen, what=name)
     requests: dict[str, dict[str, int]] = {}
@@ -62,7 +64,7 @@ def measure_requests(
         chosen = row_experts(model, held, tokenizer, batch_size=batch_size)
         ways[PER_REQUEST] = picked(by_member, chosen)
         requests = {dataset: dict(Counter(names)) for dataset, names in chosen.items()}
-    ways |= {f"{name}, always": by_member[name] for name in model.experts.names}
+    ways |= {f"{name}, always": by_member[name] for name in names}
     return Measured(ways, notes, requests)
 
 

@@ -1,4 +1,4 @@
-"""Merge experts into the base's own weights: W' = W + sum_e w_e s_e B_e A_e, for every routed linear.
+"""Merge experts into the base's own weights: W' = W + s_0 B_0 A_0 + sum_e w_e s_e B_e A_e, for every routed linear.
 
 A mixture that is the same for every token is one matrix, so the result is a plain model of the base's class, exact up
 to one rounding of each weight. Hu et al. 2021, arXiv:2106.09685, section 4.1, for one adapter.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import SHARED
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def bake(model: DyLoRAMoE, weights: Mapping[str, float], *, dtype: torch.dtype |
     """Merge a fixed mixture into the base's weights; returns the base. `model` must not be used afterwards.
 
     Args:
-        weights: the weights of some members of the pool; that of `base` adds nothing.
+        weights: the weights of some members of the pool; that of `base` adds nothing. A shared expert has weight 1.
         dtype: the dtype of the result; None: each weight keeps its own. The sum is formed in fp32 and rounded once.
 
     Raises:
@@ -41,7 +42,7 @@ def bake(model: DyLoRAMoE, weights: Mapping[str, float], *, dtype: torch.dtype |
 
 def _change(layer: Any, weights: Mapping[str, float]) -> Tensor | None:
     """The sum that the mixture adds to one linear's weight, fp32; None where the linear has none of these experts."""
-    change = None
+    change, weights = None, {**weights, SHARED: 1.0}
     for name, adapter in layer.adapters.items():
         if name in weights:
             part = weights[name] * adapter.shape.scaling * (adapter.up.weight.float() @ adapter.down.weight.float())

@@ -45,42 +45,61 @@ class PaddedAdapter(NamedTuple):
     state: dict[str, Tensor]
     """The tensors of adapter_model.safetensors."""
     ranks: list[int]
-    """The ranks that the adapter's linears had, each once, ascending."""
+    """The ranks that the adapter's own linears had, each once, ascending."""
     notes: list[str]
     """Sentences that a user of the adapter should know."""
 
 
-def padded(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PaddedAdapter:
+def padded(
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    shared: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None,
+) -> PaddedAdapter:
     """Pad an adapter for vLLM's servers; one that needs no padding keeps its tensors and its numbers.
 
     Args:
         config: the content of the adapter's adapter_config.json, as PEFT writes it.
         state: the adapter's tensors, as PEFT names them in files.
+        shared: config and tensors of an adapter that is always used beside it; the result holds both.
 
     Raises:
         ValueError: for a rank above vLLM's largest, or tensors that are not pairs of A and B.
     """
-    linears = linears_of(config, state)
+    linears = own = linears_of(config, state)
+    own_ranks = sorted({linear.down.shape[0] for linear in linears.values()})
+    if shared is not None:
+        linears = side_by_side(linears_of(*shared), own)
     ranks = sorted({linear.down.shape[0] for linear in linears.values()})
     if ranks[-1] > SERVER_RANKS[-1]:
         raise ValueError(f"its rank is {ranks[-1]}, above {SERVER_RANKS[-1]}, the largest that vLLM serves")
     values = {**config, "rank_pattern": {}, "alpha_pattern": {}}
-    if not isinstance(config["target_modules"], list):
+    if not isinstance(config["target_modules"], list) or linears.keys() != own.keys():
         selecting = ("layers_to_transform", "layers_pattern", "exclude_modules")
         values |= {"target_modules": sorted(linears), **dict.fromkeys(selecting)}
     scalings = {linear.scaling for linear in linears.values()}
     rank = config["r"]
-    if ranks == [rank] and rank in SERVER_RANKS and scalings == {_scaling(config, rank, config["lora_alpha"])}:
-        return PaddedAdapter(values, dict(state), ranks, [])
+    if (
+        shared is None
+        and ranks == [rank]
+        and rank in SERVER_RANKS
+        and scalings == {_scaling(config, rank, config["lora_alpha"])}
+    ):
+        return PaddedAdapter(values, dict(state), own_ranks, [])
     common = Counter(linear.scaling for linear in linears.values()).most_common(1)[0][0]
     folded = {name: _folded(linear, common) for name, linear in linears.items()}
     rank, alphas = stored_alphas({linear.scaling for linear in folded.values()}, at_least=ranks[-1])
-    own = {re.escape(name): alphas[linear.scaling] for name, linear in folded.items() if linear.scaling != common}
-    values |= {"r": rank, "lora_alpha": alphas[common], "use_rslora": False, "alpha_pattern": own}
-    notes = [f"Padded with zeros from rank {', '.join(map(str, ranks))} to {rank}; the scaling is the same number."]
-    if own:
+    pattern = {re.escape(name): alphas[linear.scaling] for name, linear in folded.items() if linear.scaling != common}
+    values |= {"r": rank, "lora_alpha": alphas[common], "use_rslora": False, "alpha_pattern": pattern}
+    notes = []
+    if shared is not None:
+        notes.append(f"It holds the shared expert, of rank {shared[0]['r']}, beside its own rank.")
+    if shared is None or ranks != [rank]:
+        before = ", ".join(map(str, ranks))
+        notes.append(f"Padded with zeros from rank {before} to {rank}; the scaling is the same number.")
+    if pattern:
         notes.append(
-            f"{counted(len(own), 'linear has', 'linears have')} a different scaling, stored in alpha_pattern; a "
+            f"{counted(len(pattern), 'linear has', 'linears have')} a different scaling, stored in alpha_pattern; a "
             "version of vLLM that does not read it would serve them wrongly without an error."
         )
     padded_state = {}
@@ -88,7 +107,21 @@ def padded(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PaddedAdap
         missing = rank - linear.down.shape[0]
         padded_state[f"{PREFIX}{name}{A}"] = torch.nn.functional.pad(linear.down, (0, 0, 0, missing))
         padded_state[f"{PREFIX}{name}{B}"] = torch.nn.functional.pad(linear.up, (0, missing))
-    return PaddedAdapter(values, padded_state, ranks, notes)
+    return PaddedAdapter(values, padded_state, own_ranks, notes)
+
+
+def side_by_side(first: Mapping[str, Linear], second: Mapping[str, Linear]) -> dict[str, Linear]:
+    """One adapter that computes the sum of two: A is [A_1; A_2], B is [B_1 | B_2], in each linear that both have.
+
+    Where their scalings differ, the first one's B takes the quotient, which rounds it once unless it is a power of two.
+    """
+    found = {**first, **second}
+    for name in first.keys() & second.keys():
+        one, other = first[name], second[name]
+        common = other.scaling or one.scaling
+        ups = [item.up if item.scaling == common else item.up * (item.scaling / common) for item in (one, other)]
+        found[name] = Linear(torch.cat([one.down, other.down]), torch.cat(ups, 1), common)
+    return found
 
 
 def linears_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Linear]:

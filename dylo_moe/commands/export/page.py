@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dylo_moe.commands.export.serving_rules import VLLM_VERSION
+from dylo_moe.routing.config import SHARED
 from dylo_moe.utils.markdown import markdown_table
 
 NOT_MEASURED = "What is lost against routing each token was **not measured** (--no_measure)."
@@ -32,6 +33,9 @@ print(json.dumps(request))  # the body of a POST to http://localhost:8000/v1/com
 """An example of a request in Python; CHECKPOINT stands for the checkpoint's folder."""
 
 
+SHARED_WORDS = "`shared` is what serves every request; requests of no known skill get it alone. "
+
+
 def vllm_page(record: Mapping[str, Any], losses: str) -> str:
     """Write the page of a folder with an adapter for each expert.
 
@@ -56,7 +60,9 @@ def vllm_page(record: Mapping[str, Any], losses: str) -> str:
         f"base is {record['base']['id']}, and is not in this folder.",
         "## Serve",
         f"In this folder:\n\n```\n{record['serve_command']}\n```",
-        "Each expert is a model by its own name, and `base` is the unchanged base. vLLM rounds adapters to the dtype "
+        "Each expert is a model by its own name, and `base` is the unchanged base. "
+        + SHARED_WORDS * any(item["name"] == SHARED for item in record["experts"])
+        + "vLLM rounds adapters to the dtype "
         "that it computes in (`--dtype`), which is half precision where the base's files are fp32.",
         "## Ask",
         "vLLM applies one adapter to a whole request. The checkpoint's router says which one suits a prompt:",

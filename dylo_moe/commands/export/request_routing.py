@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.routing.config import UNIFORM
+from dylo_moe.routing.config import BASE, SHARED, UNIFORM
 
 
 @torch.no_grad()
 def experts_for(
     model: DyLoRAMoE, input_ids: Tensor, attention_mask: Tensor, *, prompt_lengths: Tensor
 ) -> tuple[str, ...]:
-    """Choose the member of the pool with the largest weight at the last token of each prompt; it may be `base`.
+    """Choose the member of the pool with the largest weight at the last token of each prompt.
+
+    It may be `base`, the unchanged model, or, where a shared expert serves that member's tokens too, "shared".
 
     Args:
         input_ids: int64 [batch, seq], padded on the right.
@@ -36,7 +38,8 @@ def experts_for(
     routing = model.route(input_ids, attention_mask, **given)
     rows = torch.arange(len(input_ids), device=routing.weights.device)
     weights_BE = routing.weights[rows, prompt_lengths.to(rows.device) - 1]
-    return tuple(routing.names[place] for place in weights_BE.argmax(-1).tolist())
+    served = [SHARED if name == BASE and model.experts.shared is not None else name for name in routing.names]
+    return tuple(served[place] for place in weights_BE.argmax(-1).tolist())
 
 
 def expert_for(model: DyLoRAMoE, prompt_ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -35,6 +36,7 @@ from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure
 from dylo_moe.model.checkpoint import ADAPTER_FILES, expert_problem, named_base, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import BASE, SHARED
 from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.markdown import Markdown, markdown_table
@@ -112,14 +114,18 @@ def export_adapters(export: Export) -> None:
 
 
 def padded_adapters(export: Export) -> dict[str, PaddedAdapter]:
-    """Prepare every expert for vLLM. Raises ValueError with every reason why some cannot be served."""
+    """Prepare every expert for vLLM, each together with the shared one, where there is one.
+
+    Raises:
+        ValueError: with every reason why some cannot be served.
+    """
     found, problems = {}, []
     shapes = export.base["fingerprint"]["tensors"]
-    for entry in export.manifest["experts"]:
-        folder = export.checkpoint / "experts" / entry["name"]
-        config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    shared = read_adapter_files(export, SHARED) if SHARED in export.manifest else None
+    for entry in served(export):
+        beside = None if entry["name"] == SHARED else shared
         try:
-            adapter = padded(config, load_file(folder / ADAPTER_FILES[1]))
+            adapter = padded(*read_adapter_files(export, entry["name"]), shared=beside)
             reasons = rule_problems(adapter.config, adapter.state, base_shapes=shapes)
         except ValueError as error:
             reasons = [str(error)]
@@ -131,11 +137,26 @@ def padded_adapters(export: Export) -> dict[str, PaddedAdapter]:
     return found
 
 
+def read_adapter_files(export: Export, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an adapter's config and its tensors."""
+    folder = export.checkpoint / "experts" / name
+    config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    return config, load_file(folder / ADAPTER_FILES[1])
+
+
+def served(export: Export) -> list[dict[str, Any]]:
+    """The entries of the experts that become adapters: all that a request may be sent to. The shared one is one of them
+    if `base` is a member of the pool, of whose requests it computes all there is."""
+    manifest = export.manifest
+    has_base = BASE in (manifest.get("growth") or {"members": []})["members"]
+    return [*manifest["experts"], *([manifest[SHARED]] if SHARED in manifest and has_base else [])]
+
+
 def adapters_record(export: Export, adapters: Mapping[str, PaddedAdapter]) -> dict[str, Any]:
     """Make the content of dylora_export.json for adapters, except for their files and losses."""
     base, max_rank = export.base, max(adapter.config["r"] for adapter in adapters.values())
     experts = []
-    for entry in export.manifest["experts"]:
+    for entry in served(export):
         adapter = adapters[entry["name"]]
         experts.append(
             {
@@ -184,7 +205,7 @@ def export_merged(export: Export) -> None:
             measured.ways[PLAIN] = losses_of_plain(folder, held, export)
         record = {
             **origin(export, "merged"),
-            "weights": weights,
+            "weights": {**weights, **({SHARED: 1.0} if SHARED in export.manifest else {})},
             "dtype": json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"],
             "notes": of_quantised(
                 export, "here they are merged into the unquantised weights, which differ by that rounding"
@@ -194,7 +215,7 @@ def export_merged(export: Export) -> None:
         }
         write_json(folder / RECORD, record)
         (folder / PAGE).write_text(merged_page(record, page_of_losses(export, measured, PLAIN)), encoding="utf-8")
-    mixed = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+    mixed = ", ".join(f"{name} {weight:.3g}" for name, weight in record["weights"].items())
     export.screen.file("merged", f"{mixed}, in {record['dtype']}")
     show_export_losses(export, measured, PLAIN)
 

@@ -14,6 +14,7 @@ from dylo_moe.commands.plan.per_process import BASE, FLAT, Processes, one_proces
 from dylo_moe.commands.plan.step_activations import FakeStep, StepActivations, activations, most_of_all_experts
 from dylo_moe.commands.plan.workload import Batch, Workload
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import SHARED
 from dylo_moe.routing.dispatch import dense_is_quicker
 
 EXPERTS = "experts and router"
@@ -57,7 +58,7 @@ class Weights(NamedTuple):
     expert: int
     """The weights of one expert."""
     experts: int
-    """The weights of all experts and of the router."""
+    """The weights of all experts, the shared one too, and of the router."""
     trained: int
     """The weights that are trained; their gradients take as much again."""
 
@@ -84,13 +85,14 @@ class Settings(NamedTuple):
 
 
 def components(of: Outline) -> list[Component]:
-    """Base, experts and the router; together all parameters of the model."""
+    """Base, experts, a shared one where there is one, and the router; together all parameters of the model."""
     base = sum(item.numel() for name, item in of.whole.base.named_parameters() if ".lora_" not in name)
     router = of.with_all_experts(lambda model: sum(item.numel() for item in model.router.parameters()))
-    expert = of.whole.experts[0]
+    expert, shared = of.whole.experts[0], of.whole.experts.shared
     return [
         Component("base", base, False),
         Component("expert", expert.parameters, expert.trainable, of.num_experts),
+        *([] if shared is None else [Component("shared expert", shared.parameters, shared.trainable)]),
         Component("router", router, True),
     ]
 
@@ -99,13 +101,14 @@ def weights(of: Outline) -> Weights:
     """Counted on the model."""
     base = [item for name, item in of.whole.base.named_parameters() if ".lora_" not in name]
     expert = num_bytes(of.whole.experts.parameters(of.whole.experts[0].name))
+    shared = num_bytes(of.whole.experts.parameters(SHARED))
     router = of.with_all_experts(lambda model: num_bytes([*model.router.parameters(), *model.router.buffers()]))
     gate = of.with_all_experts(lambda model: num_bytes(p for p in model.router.parameters() if p.requires_grad))
     return Weights(
         base=num_bytes([*base, *of.whole.base.buffers()]),
         expert=expert,
-        experts=of.num_experts * expert + router,
-        trained=of.num_experts * expert + gate,
+        experts=of.num_experts * expert + shared + router,
+        trained=of.num_experts * expert + shared + gate,
     )
 
 

@@ -47,6 +47,8 @@ def show_components(screen: Screen, request: PlanRequest, plan: Plan) -> None:
     """Component, parameters, memory in bf16, trainable or frozen; then the two shares."""
     asked = request.arguments.experts
     title = f"{request.arguments.model.model}, {counted(asked.num_experts, 'expert')} of rank {asked.lora_r}"
+    if asked.shared_r:
+        title += f", a shared one of rank {asked.shared_r}"
     table = Table(title, ("component", "parameters", "bf16, MB", "share", ""), words=("",))
     total = sum(item.total for item in plan.components)
 
@@ -73,10 +75,10 @@ def show_components(screen: Screen, request: PlanRequest, plan: Plan) -> None:
 
 def listed(components: list[Component]) -> list[Component]:
     """The components with a line for each expert, or with one for many."""
-    base, expert, router = components
+    base, expert, *others = components
     if expert.num > EXPERTS_LISTED:
-        return [base, expert._replace(name=f"each of {expert.num:,} experts"), router]
-    return [base, *(expert._replace(name=f"expert_{index}") for index in range(expert.num)), router]
+        return [base, expert._replace(name=f"each of {expert.num:,} experts"), *others]
+    return [base, *(expert._replace(name=f"expert_{index}") for index in range(expert.num)), *others]
 
 
 def show_workload(screen: Screen, request: PlanRequest, plan: Plan) -> None:

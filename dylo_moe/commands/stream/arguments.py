@@ -17,6 +17,11 @@ DENSE = "dense"
 
 NOT_OFFERED = {
     "num_experts": "the pool grows with the data",
+    **dict.fromkeys(
+        ("shared_r", "shared_alpha"),
+        "a shared expert is frozen while a pool grows, so that one which begins empty would never train it; a "
+        "--checkpoint of dylora train may have one",
+    ),
     "router_policy": "a pool that grows needs a gate that learns",
     **dict.fromkeys(
         ("eval_benchmark", "eval_benchmark_steps", "allow_code_execution", "sandbox"),

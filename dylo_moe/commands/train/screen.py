@@ -110,6 +110,9 @@ def show_model(screen: Screen, model: DyLoRAMoE) -> None:
     expert = model.experts[0]
     router = sum(parameter.numel() for parameter in model.router.parameters())
     each = f"{expert.parameters:,} parameters" + (" each" if len(model.experts) > 1 else "")
+    shared = model.experts.shared
+    if shared is not None:
+        each += f", a shared one of rank {shared.rank} with {shared.parameters:,}"
     screen.say(
         f"{model.base_id}: {frozen:,} parameters frozen, {trainable:,} trained: "
         f"{counted(len(model.experts), 'expert')} of rank {expert.rank} with {each}, a router of {router:,}",
