@@ -290,6 +290,17 @@ def test_recipes_leave_out_what_has_no_meaning(tmp_path):
     assert all(arms[arm][name] == settings[name] for arm in TRAINED for name in same)
 
 
+def test_single_loras_have_the_rank_of_a_shared_expert_too(tmp_path):
+    sizes = ("--num_experts", "4", "--lora_r", "4", "--lora_alpha", "8", "--shared_r", "16", "--shared_alpha", "16")
+    settings = settings_with(tmp_path, *sizes)
+    arms = {arm: settings_of_arm(arm, settings, seed=3) for arm in TRAINED}
+    for arm, rank in (("lora_total", 4 * 4 + 16), ("lora_active", 4 + 16)):
+        assert (arms[arm]["lora_r"], arms[arm]["lora_alpha"]) == (rank, 2 * rank)
+        assert not {"shared_r", "shared_alpha"} & arms[arm].keys()
+    for arm in ("uniform", "random", "ours"):
+        assert (arms[arm]["shared_r"], arms[arm]["shared_alpha"]) == (16, 16)
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -303,6 +314,7 @@ def test_recipes_leave_out_what_has_no_meaning(tmp_path):
         (["--early_stopping_patience", "2"], "all arms train on the same tokens"),
         (["--load_best_model_at_end", "true"], "the very rows"),
         (["--router_policy", "random"], "an arm of its own"),
+        (["--lora_r", "4", "--lora_alpha", "2", "--shared_r", "3"], "rank 11 has no whole lora_alpha"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(more, words, tmp_path):

@@ -436,11 +436,23 @@ def test_an_exported_expert_holds_the_shared_one_too(kind, with_shared, tmp_path
         stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(with_shared / "base"), output / name)
         with model.route_to(name):
             ours = model(input_ids=ids).logits
-        laws.close("an exported expert beside a shared one", stock(input_ids=ids).logits, ours, atol=1e-4)
+        laws.close("an exported expert beside a shared one", stock(input_ids=ids).logits, ours, atol=1e-5)
     if kind == "growing":
         model.router.set_row("base", torch.zeros(model.router.hidden_size), torch.tensor(1e4))
         assert expert_for(model, [5, 6]) == "shared"
         assert "`shared` is what serves every request" in (output / "README.md").read_text()
+
+
+def test_it_is_listed_and_can_be_asked_alone(with_shared, capsys):
+    checkpoint = str(with_shared / "growing")
+    assert main(["experts", "list", checkpoint]) == 0
+    rows = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
+    parameters = DyLoRAMoE.from_pretrained(checkpoint).experts.shared.parameters
+    assert rows["shared"] == f"shared 6 {parameters:,} frozen of every token, beside its experts"
+    words = ["generate", "--checkpoint", checkpoint, "--prompt", "w1 w2", "--max_new_tokens", "3"]
+    assert main([*words, "--expert", "shared"]) == 0
+    assert main([*words, "--expert", "nobody"]) == 2
+    assert "and shared is the shared expert alone" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -26,12 +26,12 @@ TABLES = (
 
 @pytest.fixture(scope="module")
 def words(tiny_folder, tmp_path_factory):
-    """The words of a training of two steps on four datasets with long names, without its folder."""
+    """The words of a training of two steps, with a shared expert, on four datasets with long names."""
     folder = tmp_path_factory.mktemp("data")
     for place, name in enumerate(NAMES):
         rows = (tiny_folder / ("low.jsonl" if place % 2 else "high.jsonl")).read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(rows[place // 2 :: 2]))
-    flags = train_flags(tiny_folder, folder / "run", "--max_steps", "2")
+    flags = train_flags(tiny_folder, folder / "run", "--max_steps", "2", "--shared_r", "6")
     return ["train", *flags, "--datasets", *(str(folder / f"{name}.jsonl") for name in NAMES)]
 
 
@@ -72,6 +72,7 @@ def test_a_training_prints_tables_that_fit_and_logs_what_it_says(words, run, pri
     out, err = printed(*words)
     assert err == ""
     check_tables(out)
+    assert "a shared one of rank 6 with 5,568, a router of" in " ".join(out.split())
     assert f"checkpoint   {run}/checkpoint\n" in out
     logged = {record.getMessage() for record in caplog.records if record.name == "dylo_moe.train"}
     assert {line for line in out.splitlines() if line.startswith(("step ", "checkpoint ", "No expert"))} <= logged

@@ -105,6 +105,17 @@ def test_what_is_counted_is_the_built_model(config_folder):
     assert [path.name for path in config_folder.iterdir()] == ["config.json"]
 
 
+def test_a_shared_expert_is_counted(config_folder):
+    real = tiny_moe(num_experts=3, lora=LORA, shared_rank=6)
+    plan, without = (planned(config_folder, *more) for more in (("--shared_r", "6"), ()))
+    shared = real.experts.shared.parameters
+    assert plan.components[2] == Component("shared expert", shared, True)
+    assert sum(part.total for part in plan.components) == sum(item.numel() for item in real.parameters())
+    assert plan.checkpoint_bytes - without.checkpoint_bytes == 3 * 4 * shared
+    states = [peak(config_folder, *more).parts[OPTIMIZER] for more in (("--shared_r", "6"), ())]
+    assert states[0] - states[1] == 2 * 4 * shared
+
+
 def test_memory_of_one_expert_served_and_trained(config_folder):
     plan = planned(config_folder)
     one = plan.components[1].parameters
@@ -155,6 +166,8 @@ DEEP = {"num_hidden_layers": 6}
         ("llama", {}, ("--num_experts", "9")),  # of which only the selected are computed, and a few followed
         ("llama", {}, ("--num_experts", "9", "--top_k", "2")),
         ("llama", {}, ("--num_experts", "9", "--router_policy", "uniform")),
+        ("llama", {}, ("--num_experts", "9", "--shared_r", "6")),
+        ("llama", DEEP, ("--shared_r", "6", "--top_k", "3")),
         ("llama", DEEP, ()),
         ("llama", DEEP, ("--gradient_checkpointing", "true")),
         ("llama", DEEP, ("--router_layer", "2")),  # layers of two kinds: without experts and with
@@ -253,9 +266,9 @@ def printed(words: list[str], capsys) -> str:
 
 def test_without_data_the_reason_is_given_and_the_rest_is_planned(config_folder, capsys):
     words = ["--model", str(config_folder), "--num_experts", "1", "--lora_r", "4", "--datasets", "nowhere.jsonl"]
-    out = printed([*words, "--max_seq_length", "64", "--use_cpu"], capsys)
+    out = printed([*words, "--max_seq_length", "64", "--use_cpu", "--shared_r", "6"], capsys)
     assert re.search(r"tokens per epoch, steps: not known: \w+", out)
-    assert "1 expert of rank 4" in " ".join(out.split()) and "a training checkpoint" in out
+    assert "1 expert of rank 4, a shared one of rank 6" in " ".join(out.split()) and "a training checkpoint" in out
     assert "estimated peak on cpu: 8 rows of 64 tokens" in out and "Python and libraries" in out
 
 

@@ -311,6 +311,7 @@ def test_stages_are_in_the_order_of_their_numbers(tmp_path):
     ("more", "message"),
     [
         (("--num_experts", "3"), "--num_experts is not offered: the pool grows"),
+        (("--shared_r", "3"), "--shared_r is not offered: a shared expert is frozen while a pool grows"),
         (("--learning_rate", "1e-3"), "--seeding_learning_rate"),
         (("--ranks", "8,16"), "ranks has 2 values for 3 datasets"),
         (("--ranks", "8", "--chunk_examples", "5"), "ranks cannot apply"),

@@ -34,12 +34,12 @@ PLANTED = "hf_PlantedPlantedPlantedPlanted"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run in a process that holds secrets."""
+    """A run with a shared expert, in a process that holds secrets."""
     folder = tiny_run_folder(tmp_path_factory.mktemp("tiny"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HF_TOKEN", "WANDB_API_KEY", "USER", "LOGNAME", "HOSTNAME"):
             patch.setenv(name, PLANTED)
-        train(parse_train(flags(folder, folder / "out")))
+        train(parse_train(flags(folder, folder / "out", "--shared_r", "6")))
     return folder / "out"
 
 
@@ -79,8 +79,10 @@ def test_a_runs_card_has_its_facts(finished):
     facts, found = json.loads((finished / "run.json").read_text()), tables(card)
     held = read_manifest(finished / "checkpoint")
     assert [row[:3] for row in found["Experts"][1:]] == [
-        [expert["name"], str(expert["rank"]), f"{expert['parameters']:,}"] for expert in held["experts"]
+        [expert["name"], str(expert["rank"]), f"{expert['parameters']:,}"]
+        for expert in [*held["experts"], held["shared"]]
     ]
+    assert "One more expert, `shared`, serves every token beside them." in card
     assert [[row[0], row[2], row[3]] for row in found["Data"][1:]] == [
         [item["name"], str(item["train"]), str(item["evaluation"])] for item in facts["data"]
     ]
@@ -166,7 +168,8 @@ def test_the_facts_are_those_of_the_model(finished):
     base, model = tiny_base("llama", eos_token_id=2), DyLoRAMoE.from_pretrained(finished / "checkpoint")
     assert facts["base"]["parameters"] == facts["frozen"] == sum(value.numel() for value in base.parameters())
     assert facts["base"]["class"] == "LlamaForCausalLM"
-    experts = sum(expert.parameters for expert in model.experts)
+    experts = sum(expert.parameters for expert in model.experts.everyone)
+    assert facts["shared"] == {"rank": 6, "parameters": model.experts.shared.parameters}
     assert facts["trainable"] == experts + facts["router"]["parameters"]
     assert sum(item["share"] for item in facts["data"]) == pytest.approx(1)
     assert facts["versions"]["torch"] == torch.__version__ == versions()["torch"]
