@@ -48,9 +48,9 @@ class DyLoRAMoE(RoutedForward):
 
     One forward pass: the router reads hidden states of the frozen part of the model, so what an expert
     learns never changes where tokens are sent. LoRA is Hu et al. 2021 (arXiv:2106.09685), the mixture
-    per token Shazeer et al. 2017 (arXiv:1701.06538, eq. 1) with LoRA experts on frozen weights, the shared expert
-    DeepSeekMoE's (Dai et al. 2024, arXiv:2401.06066, section 3.2); we
-    differ in one gate for the whole model, and in features that are a causal exponential mean.
+    per token Shazeer et al. 2017 (arXiv:1701.06538, eq. 1) with LoRA experts on frozen weights, the shared
+    expert that of Dai et al. 2024 (arXiv:2401.06066, section 3.2); we differ in one gate for the whole model,
+    and in features that are a causal exponential mean.
 
     It is a PeftModel, and each expert is an ordinary adapter in it. Make it with `from_base` or
     `from_pretrained`.

@@ -182,8 +182,10 @@ def _limits(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        of_shared = f" and shared_r {experts.shared_r:,}" if experts.shared_r else ""
+        what = "these experts do" if of_shared else "one expert of that rank does"
         raise UsageError(
-            f"lora_r is {experts.lora_r:,}: one expert of that rank does not fit into this machine's memory"
+            f"lora_r is {experts.lora_r:,}{of_shared}: {what} not fit into this machine's memory"
         ) from error
     if growth is None:
         shared = 0 if outline.experts.shared is None else outline.experts.shared.parameters

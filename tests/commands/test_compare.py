@@ -287,6 +287,7 @@ def test_recipes_leave_out_what_has_no_meaning(tmp_path):
     assert arms["random"]["router_layer"] == "final" and "router_layer" not in arms["uniform"]
     same = settings.keys() - {"num_experts", "lora_r", "lora_alpha", "top_k", "router_layer", "granularity"}
     same -= {"router_half_life", "router_top_p", "balance_coefficient", "z_loss_coefficient", "entropy_coefficient"}
+    same -= {"shared_r", "shared_alpha"}
     assert all(arms[arm][name] == settings[name] for arm in TRAINED for name in same)
 
 
