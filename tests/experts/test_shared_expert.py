@@ -23,6 +23,7 @@ from reference.tiny import (
     tokens,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dylo_moe import DyLoRAMoE, RouterConfig
 from dylo_moe.continual.config import GrowthConfig
@@ -143,7 +144,7 @@ def test_the_sum_and_its_gradients_equal_the_naive_ones_on_every_path(laws, monk
     direction = torch.randn(expected.shape)
     pairs = zip(*(torch.autograd.grad((y * direction).sum(), leaves) for y in (found, expected)), strict=True)
     for mine, theirs in pairs:
-        laws.close("its gradients equal the naive ones", mine, theirs, atol=2e-4)
+        laws.close("gradients with a shared expert equal the naive ones", mine, theirs, atol=2e-4)
     weights = chosen if top_k == 1 else raw.detach() * chosen
     with torch.no_grad():
         laws.close(law, ours(weights), naive(routed, x, weights, mask), atol=2e-5)
@@ -190,8 +191,7 @@ def test_it_is_beside_the_pool_and_scaled_as_the_others():
 
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("path", ["dense", "sparse"])
-def test_what_a_token_is_routed_to_is_what_route_to_computes(laws, monkeypatch, path, top_k):
-    """Where all tokens of a row go to one expert; else the layers are the naive sum of the routing that is shown."""
+def test_every_linear_of_a_model_is_the_naive_sum_of_the_routing_that_is_shown(laws, monkeypatch, path, top_k):
     force_path(monkeypatch, path)
     model, ids = moe(top_k=top_k), tokens(2, 12)
     seen = []
@@ -211,7 +211,7 @@ def test_what_a_token_is_routed_to_is_what_route_to_computes(laws, monkeypatch, 
         expected = naive_routed_linear(
             x, weight=layer.base_layer.weight, bias=layer.base_layer.bias, experts=experts, names=names, weights=weights
         )
-        laws.close("every linear of a model equals the naive sum", y, expected, atol=2e-5)
+        laws.close("every linear with a shared expert equals the naive sum", y, expected, atol=2e-5)
 
 
 @torch.no_grad()
@@ -297,6 +297,39 @@ def test_gradients_of_both_paths_agree_with_padding_and_checkpointing(monkeypatc
     assert sum(f".{SHARED}." in name for name in found["dense"]) == 2 * len(model.experts.layers)
     for path in ("sparse", "checkpointed"):
         assert_same_gradients(found[path], found["dense"], relative=1e-4)
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_it_costs_the_products_of_one_adapter(monkeypatch, path, top_k):
+    """In the forward exactly; with the backward at most three times that: the first linears need no gradient of x."""
+    force_path(monkeypatch, path)
+    ids, counts = tokens(2, 30), []
+    for model in (moe(top_k=top_k).train(), without_shared(moe(top_k=top_k)).train()):
+        with Products() as products:
+            loss = model(input_ids=ids, labels=ids).loss
+            forward = products.count
+            loss.backward()
+        counts.append((forward, products.count))
+    one = ids.numel() * moe().experts.shared.parameters
+    (forward, whole), (forward_without, whole_without) = counts
+    assert forward - forward_without == one
+    assert 2 * one < whole - whole_without <= 3 * one
 
 
 def test_it_is_frozen_and_unfrozen_by_its_name():
