@@ -215,17 +215,23 @@ def test_dense_seeding_and_ranks_of_their_own(done, tmp_path):
 
 
 def test_a_joint_checkpoint_goes_on(tmp_path, capsys):
+    """Also with a shared expert, which is trained jointly, and serves the new skill as it is."""
     folder = skill_files(tmp_path)
-    assert main(["train", *flags(folder, folder / "joint")]) == 0
+    assert main(["train", *flags(folder, folder / "joint", "--shared_r", "3")]) == 0
     checkpoint = folder / "joint" / "checkpoint"
     assert main(on(checkpoint, folder, tmp_path / "refused", "else")) == 2
     assert "--known_datasets" in capsys.readouterr().err
     known = ("--known_datasets", f"{folder / 'low.jsonl'},{folder / 'sea.jsonl'}")
-    before = DyLoRAMoE.from_pretrained(str(checkpoint)).router.state_dict()
+    joint = DyLoRAMoE.from_pretrained(str(checkpoint))
+    before, shared = joint.router.state_dict(), joint.experts.state("shared")
+    assert joint.experts.shared.trainable and all(tensor.any() for tensor in shared.values())
     assert main(on(checkpoint, folder, tmp_path / "run", "else", more=known)) == 0
     [stage] = read_matrix(tmp_path / "run" / "matrix.json").stages
     assert stage.decision["action"] == "grown"
-    after = DyLoRAMoE.from_pretrained(str(tmp_path / "run" / "checkpoint")).router.state_dict()
+    grown = DyLoRAMoE.from_pretrained(str(tmp_path / "run" / "checkpoint"))
+    after = grown.router.state_dict()
+    assert not grown.experts.shared.trainable
+    assert all(torch.equal(shared[name], tensor) for name, tensor in grown.experts.state("shared").items())
     rows = [name for name in before if name.startswith("gate")]
     assert rows and all(torch.equal(before[name], after[name]) for name in rows)
 
