@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, TaskType
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.base.frozen import decoder_layers
-from dylo_moe.experts.config import ALL_LINEAR, ExpertConfig
+from dylo_moe.experts.config import ALL_LINEAR, ExpertConfig, whole_if_it_is
 from dylo_moe.utils.words import listed
 
 LORA_FIELDS = {
@@ -44,8 +44,9 @@ def lora_config(config: ExpertConfig) -> LoraConfig:
     targets = config.lora_targets
     return LoraConfig(
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=cast(int, config.lora_alpha),  # PEFT takes fractions too
         lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     )
 
@@ -71,7 +72,7 @@ def config_at(config: LoraConfig, rank: int | None, *, alpha: float | None = Non
     if alpha is None and rank != config.r:
         alpha = config.lora_alpha * (rank / config.r) ** (0.5 if config.use_rslora else 1.0)
     if alpha is not None:
-        config.lora_alpha = int(alpha) if float(alpha).is_integer() else alpha  # type: ignore[assignment]
+        config.lora_alpha = cast(int, whole_if_it_is(alpha))  # PEFT takes fractions too
     config.r = rank
     return config
 

@@ -7,6 +7,7 @@ import math
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from dylo_moe.experts.config import lora_scale
 from dylo_moe.model.model_card import hardware_lines
 from dylo_moe.report import run_charts
 from dylo_moe.report.charts import Key, colour_class, mean, number
@@ -72,6 +73,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("base", short_name(without_secrets(str(base.get("id") or record.settings.get("model") or "not known")))),
         ("base parameters", in_short(base.get("parameters"))),
         ("experts", _experts(record)),
+        ("an expert's scale", _scale(record.settings)),
         ("parameters trained", in_short(facts.get("trainable"))),
         ("datasets", f"{len(record.domains):,}" if record.domains else "not known"),
         ("optimizer steps", f"{steps:,}" + (f" of {planned:,.0f}" if planned > 0 else "")),
@@ -79,6 +81,14 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("tokens per second", count(mean([value for _, value in record.points("tokens_per_second")]))),
         ("from first to last log", _duration(record)),
     ]
+
+
+def _scale(settings: dict[str, Any]) -> str:
+    """The factor s of an expert's delta s B A x, of a run whose settings say it."""
+    alpha, rank = finite(settings.get("lora_alpha")), finite(settings.get("lora_r"))
+    if alpha is None or not rank or rank < 1:
+        return "not known"
+    return number(lora_scale(alpha, int(rank), use_rslora=settings.get("use_rslora") is True))
 
 
 def _duration(record: Record) -> str:

@@ -6,8 +6,12 @@ import pickle
 
 import pytest
 import torch
+from reference.stock import load_stock
 from reference.tiny import FAMILIES, force_path, gradients, padded, scramble, tensors, tiny_base, tiny_moe, tokens
 
+from dylo_moe import DyLoRAMoE
+from dylo_moe.experts.adapter import lora_config
+from dylo_moe.experts.config import ExpertConfig, alpha_of_scale
 from dylo_moe.experts.layer import RoutedLayer
 
 
@@ -158,6 +162,20 @@ def test_another_rank_keeps_the_scaling_of_every_layer_or_is_refused(patterns, u
             torch.testing.assert_close(
                 layer.scaling["wide"], layer.scaling["expert_0"], msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("rank, alpha", [(4, 8), (3, 2.5)])
+def test_the_options_give_the_scale_that_stock_peft_has(use_rslora, rank, alpha, tmp_path):
+    config = ExpertConfig(num_experts=1, lora_r=rank, lora_alpha=alpha, lora_dropout=0.0, use_rslora=use_rslora)
+    model = scramble(DyLoRAMoE.from_base(tiny_base(), num_experts=1, lora=lora_config(config))).eval()
+    model.save_pretrained(str(tmp_path))
+    stock = load_stock(tmp_path / "experts" / "expert_0")
+    scales = [module.scaling["default"] for module in stock.modules() if hasattr(module, "lora_A")]
+    assert set(scales) == {config.scale} == {alpha / rank ** (0.5 if use_rslora else 1)}
+    torch.testing.assert_close(model(**batch()).logits, stock(**batch()).logits, rtol=1e-5, atol=1e-6)
+    again = alpha_of_scale(config.scale, rank, use_rslora=use_rslora)
+    assert again == pytest.approx(alpha, rel=1e-15) and (use_rslora or type(again) is type(alpha))
 
 
 @pytest.mark.parametrize("rank", [0, -3, 2.5, "4"])

@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from dylo_moe.commands.export.serving_rules import SERVER_RANKS
+from dylo_moe.experts.config import lora_scale
 from dylo_moe.utils.words import counted
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -146,7 +147,7 @@ def linears_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[s
 
 def _scaling(config: Mapping[str, Any], rank: int, alpha: float) -> float:
     """Compute the scaling of one linear as PEFT does."""
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return lora_scale(alpha, rank, use_rslora=bool(config.get("use_rslora")))
 
 
 def _folded(linear: Linear, common: float) -> Linear:

@@ -33,8 +33,8 @@ from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.words import counted
 
 CHECKPOINT_DECIDES = (  # noqa: SIM905
-    "model lora_r lora_alpha lora_dropout lora_targets top_k router_top_p router_layer granularity router_half_life "
-    "router_change_rate load_in_4bit"
+    "model lora_r lora_alpha use_rslora lora_dropout lora_targets top_k router_top_p router_layer granularity "
+    "router_half_life router_change_rate load_in_4bit"
 ).split()
 """Flags that describe a new model, and so cannot apply where --checkpoint gives one."""
 
