@@ -19,6 +19,9 @@ DROP = "drop"
 
 MIN_SEQ_LENGTH = 16
 
+MAX_SEARCH = 50
+"""The largest percentage of rows that can be kept for a search."""
+
 ROLES = ("system", "prompt", "input", "tests", "response", "messages", "text")
 """The roles that a column of a dataset can play."""
 
@@ -77,6 +80,13 @@ class DataConfig:
     )
     training_subset: float = field(default=100.0, metadata={"help": "Percent of each dataset's training rows to use."})
     eval_subset: float = field(default=100.0, metadata={"help": "Percent of each dataset's held-out rows to use."})
+    search_subset: float = field(
+        default=0.0,
+        metadata={
+            "help": "Percent of each dataset's rows, in whole documents, that no seed trains or holds out: "
+            "`dylora compare` searches settings on them."
+        },
+    )
     interleaved_sampling: bool = field(
         default=False,
         metadata={
@@ -114,6 +124,8 @@ class DataConfig:
             value = getattr(self, name)
             if not is_number(value) or not 0 < value <= 100:
                 problems.append(f"{name} is {value!r}; it must be a percentage above 0 and at most 100")
+        if not is_number(self.search_subset) or not 0 <= self.search_subset <= MAX_SEARCH:
+            problems.append(f"search_subset is {self.search_subset!r}; it must be a percentage from 0 to {MAX_SEARCH}")
         problems += choice_problems(self)
         workers = self.preprocessing_num_workers
         if workers is not None and (not isinstance(workers, int) or workers < 1):

@@ -26,6 +26,9 @@ from dylo_moe.utils.words import counted
 SAMPLE_TEXT_TOKENS = 24
 """The number of tokens at the start of a held-out plain text from which a sample is generated."""
 
+SEARCH_SEED = -1
+"""The seed that chooses the rows that are kept for a search; no run has it."""
+
 MAX_PASSES = 1000
 """The most times that a row may be seen in one epoch."""
 
@@ -35,8 +38,9 @@ _COLUMNS = ["input_ids", "labels", "length"]
 class DatasetCounts(NamedTuple):
     """How many rows of one dataset were read, and how each was used or why it was left out.
 
-    read = train + evaluation + unused + too_long + empty + malformed + duplicates + duplicates_across + held_out +
-    contaminated. `cut_prompt` and `cut_response` count rows that were kept. `left_out` is not part of `read`.
+    read = train + evaluation + search + unused + too_long + empty + malformed + duplicates + duplicates_across +
+    held_out + contaminated. `cut_prompt` and `cut_response` count rows that were kept. `left_out` is not part of
+    `read`.
     """
 
     name: str
@@ -45,6 +49,8 @@ class DatasetCounts(NamedTuple):
     read: int
     train: int
     evaluation: int
+    search: int
+    """Rows that are kept for a search of settings: neither trained nor held out."""
     cut_prompt: int
     """Rows that lost the start of their prompt."""
     cut_response: int
@@ -57,7 +63,7 @@ class DatasetCounts(NamedTuple):
     duplicates_across: int
     """Rows that repeat a row of another dataset."""
     held_out: int
-    """Rows that are not trained because their question is held out in some dataset."""
+    """Rows that are not trained because their question is held out, or kept for a search, in some dataset."""
     contaminated: int
     unused: int
     """Usable rows that training_subset and eval_subset leave out."""
@@ -75,6 +81,8 @@ class LoadedData(NamedTuple):
     train: Dataset
     """The rows of one epoch, mixed and shuffled."""
     evaluation: dict[str, Dataset]
+    search: dict[str, Dataset]
+    """The rows of each dataset that are kept for a search of settings; empty without `search_subset`."""
     counts: list[DatasetCounts]
     shares: list[Share]
     reasons: dict[str, list[Reason]]
@@ -99,7 +107,9 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
 
     The validation split of a dataset, if it has one, is held out; otherwise about a tenth of its rows is, by document:
     all rows of a file, or with the same question, are on the same side of the split. A row that repeats an earlier one
-    of any dataset is removed, and no question that is held out in one dataset is trained in another. All choices come
+    of any dataset is removed, and no question that is held out in one dataset is trained in another. With
+    `search_subset` some rows are kept apart first, the same ones for every seed: no seed trains them or holds them out,
+    nor a row with the same question in another dataset. All choices come
     from hashes of the seed and the texts, so one seed gives the same rows on every machine with the same texts and
     tokenizer, and a smaller subset is a part of a larger one.
 
@@ -124,6 +134,12 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
         names=names,
         train=concatenate_datasets(parts).select(epoch),
         evaluation={name: part.select(rows) for name, part, rows in zip(names, parts, split.judged, strict=True)},
+        search={
+            name: part.select(np.flatnonzero(marks))
+            for name, part, marks in zip(names, parts, split.search, strict=True)
+        }
+        if config.search_subset
+        else {},
         counts=[_count(place, table, split) for place, table in enumerate(tables)],
         shares=shares,
         reasons={table.name: table.reasons() for table in tables},
@@ -153,6 +169,8 @@ def _benchmarks(config: DataConfig) -> Benchmarks | None:
 class _Split(NamedTuple):
     """How the rows of each dataset are used, in the order of the datasets."""
 
+    search: list[NDArray[np.bool_]]
+    """Whether each row is kept for a search of settings."""
     held_out: list[NDArray[np.bool_]]
     """Whether each row is held out."""
     judged: list[NDArray[np.int64]]
@@ -164,18 +182,55 @@ class _Split(NamedTuple):
 
 
 def _split(tables: Sequence[TokenizedDataset], config: DataConfig, seed: int) -> _Split:
-    held_out = _hold_out(tables, seed)
-    usable = _not_held_out_elsewhere(tables, held_out)
+    search = _keep_for_search(tables, config.search_subset)
+    barred = [own | other for own, other in zip(search, _with_documents_of(tables, search), strict=True)]
+    held_out = _hold_out(tables, barred, seed)
+    usable = _not_held_out_elsewhere(tables, held_out, barred)
     judged = [_subset_of(table, held, config.eval_subset, seed) for table, held in zip(tables, held_out, strict=True)]
     kept = [_subset_of(table, use, config.training_subset, seed) for table, use in zip(tables, usable, strict=True)]
-    return _Split(held_out, judged, usable, kept)
+    return _Split(search, held_out, judged, usable, kept)
 
 
-def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.bool_]]:
-    """Mark the rows of each dataset that are held out."""
+def _keep_for_search(tables: Sequence[TokenizedDataset], percent: float) -> list[NDArray[np.bool_]]:
+    """Mark that percentage of the rows of each dataset, in whole documents, of which none is in a validation split."""
+    marks = [np.zeros(len(table.rows), bool) for table in tables]
+    if not percent:
+        return marks
+    given = _with_documents_of(tables, [table.good & table.given for table in tables])
+    for table, mark, is_judged in zip(tables, marks, given, strict=True):
+        places = np.flatnonzero(table.good & ~table.given & ~is_judged)
+        documents = (table.digests if table.is_one_document else table.documents)[places]
+        if len(np.unique(documents)) < 3:
+            raise ValueError(
+                f"{_rows_in_words(table)}: too few to keep search_subset ({percent:g} %) of them apart from those that "
+                "are trained and held out. Give more documents, or leave that dataset out"
+            )
+        mark[places] = hold_out(documents, SEARCH_SEED, percent / 100)
+    return marks
+
+
+def _with_documents_of(
+    tables: Sequence[TokenizedDataset], marks: Sequence[NDArray[np.bool_]]
+) -> list[NDArray[np.bool_]]:
+    """Mark the rows of each dataset whose document has a marked row in some dataset.
+
+    A dataset of one document is split by rows, so its own marks concern no other row of it.
+    """
+    marked = [np.unique(table.documents[mark]) for table, mark in zip(tables, marks, strict=True)]
+    found = []
+    for place, table in enumerate(tables):
+        others = [part for index, part in enumerate(marked) if index != place or not table.is_one_document]
+        found.append(np.isin(table.documents, np.concatenate(others)) if others else np.zeros(len(table.rows), bool))
+    return found
+
+
+def _hold_out(
+    tables: Sequence[TokenizedDataset], barred: Sequence[NDArray[np.bool_]], seed: int
+) -> list[NDArray[np.bool_]]:
+    """Mark the rows of each dataset that are held out, of those that are not barred by a search."""
     held_out = []
-    for table in tables:
-        places = np.flatnonzero(table.good)
+    for table, is_barred in zip(tables, barred, strict=True):
+        places = np.flatnonzero(table.good & ~is_barred)
         if table.reading.validation is not None:
             held_out.append(table.good & table.given)
             continue
@@ -192,18 +247,15 @@ def _hold_out(tables: Sequence[TokenizedDataset], seed: int) -> list[NDArray[np.
 
 
 def _not_held_out_elsewhere(
-    tables: Sequence[TokenizedDataset], held_out: Sequence[NDArray[np.bool_]]
+    tables: Sequence[TokenizedDataset], held_out: Sequence[NDArray[np.bool_]], barred: Sequence[NDArray[np.bool_]]
 ) -> list[NDArray[np.bool_]]:
-    """Mark the rows of each dataset that may be trained: those whose document is not held out in any dataset.
-
-    A dataset of one document was split by rows, so its own held-out rows exclude no other row of it.
-    """
-    judged = [np.unique(table.documents[held]) for table, held in zip(tables, held_out, strict=True)]
-    usable = []
-    for place, table in enumerate(tables):
-        others = [part for index, part in enumerate(judged) if index != place or not table.is_one_document]
-        elsewhere = np.isin(table.documents, np.concatenate(others)) if others else np.zeros(len(table.rows), bool)
-        usable.append(table.good & ~table.given & ~held_out[place] & ~elsewhere)
+    """Mark the rows of each dataset that may be trained: those that are not barred by a search, and whose document is
+    not held out in any dataset."""
+    elsewhere = _with_documents_of(tables, held_out)
+    usable = [
+        table.good & ~table.given & ~held & ~is_held & ~is_barred
+        for table, held, is_held, is_barred in zip(tables, held_out, elsewhere, barred, strict=True)
+    ]
     for table, use, held in zip(tables, usable, held_out, strict=True):
         if not use.any() or not held.any():
             raise ValueError(
@@ -275,24 +327,32 @@ def _fingerprint(tables: Sequence[TokenizedDataset], split: _Split, epoch: NDArr
     parts = {
         f"{place}: {what} rows": f"{len(rows)} rows, {of(table.digests[rows], table.trained[rows])}"
         for place, table in enumerate(tables)
-        for what, rows in (("training", split.kept[place]), ("held-out", split.judged[place]))
+        for what, rows in _parts_of(split, place)
     }
     everything = [np.concatenate([getattr(table, name) for table in tables]) for name in ("digests", "trained")]
     return {**parts, "the epoch's order": f"{len(epoch)} rows, {of(everything[0][epoch], everything[1][epoch])}"}
+
+
+def _parts_of(split: _Split, place: int) -> list[tuple[str, NDArray[np.int64]]]:
+    """The indices of the rows of one dataset that are used, by what they are used for."""
+    search = np.flatnonzero(split.search[place])
+    parts = [("training", split.kept[place]), ("held-out", split.judged[place])]
+    return [*parts, ("search", search)] if len(search) else parts
 
 
 # What is reported about the data
 
 
 def _count(place: int, table: TokenizedDataset, split: _Split) -> DatasetCounts:
-    held_out, judged, usable, kept = (part[place] for part in split)
-    used = np.concatenate([kept, judged])
+    search, held_out, judged, usable, kept = (part[place] for part in split)
+    used = np.concatenate([kept, judged, np.flatnonzero(search)])
     return DatasetCounts(
         name=table.name,
         documents=len(np.unique(table.documents[table.good])),
         read=len(table.rows),
         train=len(kept),
         evaluation=len(judged),
+        search=int(search.sum()),
         cut_prompt=int((table.cuts[used] & CUT_PROMPT > 0).sum()),
         cut_response=int((table.cuts[used] & CUT_RESPONSE > 0).sum()),
         too_long=table.num(Fate.TOO_LONG),
@@ -300,9 +360,9 @@ def _count(place: int, table: TokenizedDataset, split: _Split) -> DatasetCounts:
         malformed=table.num(Fate.MALFORMED),
         duplicates=int((table.duplicate_of == place).sum()),
         duplicates_across=int(((table.duplicate_of >= 0) & (table.duplicate_of != place)).sum()),
-        held_out=int((table.good & ~table.given & ~usable & ~held_out).sum()),
+        held_out=int((table.good & ~table.given & ~usable & ~held_out & ~search).sum()),
         contaminated=table.num(Fate.CONTAMINATED),
-        unused=int(usable.sum() + held_out.sum()) - len(used),
+        unused=int(usable.sum() + held_out.sum()) - len(kept) - len(judged),
         left_out=table.reading.left_out,
     )
 

@@ -46,8 +46,8 @@ def find_duplicates(
     return np.split(found, np.cumsum([len(part) for part in digests])[:-1])
 
 
-def hold_out(documents: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
-    """Choose about a tenth of [N] rows to hold out: whole documents, in a random order, as long as they fit.
+def hold_out(documents: NDArray[np.int64], seed: int, share: float = HELD_OUT_SHARE) -> NDArray[np.bool_]:
+    """Choose about a share of [N] rows to hold out: whole documents, in a random order, as long as they fit.
 
     Args:
         documents: [N] hashes of the document that each row belongs to.
@@ -62,7 +62,7 @@ def hold_out(documents: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
     unique, inverse, sizes = np.unique(documents, return_inverse=True, return_counts=True)
     if len(unique) < 2:
         raise ValueError(f"of {counted(len(unique), 'document')} none can be held out; give at least two")
-    room = max(1, round(HELD_OUT_SHARE * len(documents)))
+    room = max(1, round(share * len(documents)))
     order = np.argsort(order_keys(unique, seed))
     chosen = np.zeros(len(unique), bool)
     for place in order:

@@ -43,6 +43,7 @@ def held_out(
     data_dir: str | None = None,
     eval_subset: float | None = None,
     seed: int = 0,
+    for_search: bool = False,
 ) -> HeldOut:
     """Load the rows to evaluate a checkpoint on.
 
@@ -53,6 +54,7 @@ def held_out(
         data_dir: the mirror in which the data is now; None: the run's.
         eval_subset: percent of the held-out rows to use; None: as in the run.
         seed: the seed of the split, for a checkpoint that has no settings of a run.
+        for_search: load the rows that the run kept for a search of settings instead of those that it held out.
 
     Raises:
         ValueError: without `datasets`, if the checkpoint is not from a run of `dylora train` or its data has changed;
@@ -80,7 +82,8 @@ def held_out(
             notes.append(f"The rows are {eval_subset:g} % of each dataset's held-out rows, by --eval_subset.")
     else:
         notes.append(_of_other_data(settings, config))
-    return HeldOut(data.evaluation, _documents(data, config, tokenizer), notes)
+    rows = data.search if for_search else data.evaluation
+    return HeldOut(rows, _documents(data, rows, config, tokenizer), notes)
 
 
 def run_settings(record: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -122,10 +125,12 @@ def _of_other_data(settings: Mapping[str, Any] | None, config: DataConfig) -> st
     )
 
 
-def _documents(data: LoadedData, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """The document of each held-out row, found by the hash of the row's ids."""
+def _documents(
+    data: LoadedData, rows: Mapping[str, Dataset], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[str]]:
+    """The document of each of some rows of the data, found by the hash of the row's ids."""
     tables = tokenise_all(data.readings, text_format(tokenizer), config, None)  # from the cache of `load_data`
-    return {table.name: _of_rows(table, data.evaluation[table.name]) for table in tables}
+    return {table.name: _of_rows(table, rows[table.name]) for table in tables}
 
 
 def _of_rows(table: TokenizedDataset, rows: Dataset) -> list[str]:

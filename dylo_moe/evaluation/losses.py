@@ -33,6 +33,10 @@ DOCUMENTS = "documents"
 ROWS = "rows"
 
 
+class NotFinite(ValueError):
+    """Raised for a model whose loss is not finite."""
+
+
 class DatasetLosses(NamedTuple):
     """One model's losses on one dataset's held-out rows; the three lists go together."""
 
@@ -107,7 +111,7 @@ def measure(
         what: what is measured, such as "the base", in the line about the progress.
 
     Raises:
-        ValueError: for a loss that is not finite, naming the dataset.
+        NotFinite: for a loss that is not finite, naming the dataset.
     """
     collator = Collator(tokenizer)
     found = {}
@@ -115,14 +119,14 @@ def measure(
         for name, rows in held.rows.items():
             order = np.argsort(np.asarray(rows["length"]), kind="stable")
             sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-            title = f"evaluating {what} on {name}, in held-out rows"
+            title = f"evaluating {what} on {name}, in rows"
             with nullcontext(_say_nothing) if screen is None else screen.counting(title, len(rows)) as advance:
                 for start in range(0, len(rows), batch_size):
                     places = order[start : start + batch_size]
                     sums[places], tokens[places] = _row_losses(model, collator([rows[int(place)] for place in places]))
                     advance(len(places))
             if not np.isfinite(sums).all():
-                raise ValueError(f"the loss of {(~np.isfinite(sums)).sum()} held-out rows of {name!r} is not finite")
+                raise NotFinite(f"the loss of {(~np.isfinite(sums)).sum()} held-out rows of {name!r} is not finite")
             seen = np.flatnonzero(tokens)
             documents = [held.documents[name][place] for place in seen]
             found[name] = DatasetLosses(documents, sums[seen].tolist(), tokens[seen].tolist())

@@ -25,8 +25,6 @@ from dylo_moe.training.charts import (
     draw_shares,
     drawing,
     printable,
-    tick_labels,
-    ticks,
 )
 
 if TYPE_CHECKING:
@@ -43,9 +41,6 @@ LETTER = 9.5
 
 ROW_HEIGHT, LABEL_WIDTH, LABEL_LETTERS = 20, 130, 12
 """The height of a heatmap's row, the width of the names on its left, and how many letters of a name are shown."""
-
-INTERVAL_HEIGHT = 42
-"""The height of a row that shows an interval below its name."""
 
 MAX_POINTS, MAX_COLUMNS = 120, 60
 """The most points of a line and columns of a heatmap; a longer log is drawn as means of neighbouring points."""
@@ -136,13 +131,13 @@ def line_chart(
         return Chart(title, "", caption)
     legend = [Key(item.name, f"{colour_class(item.colour)}{_sign(item)}") for item in shown if item.known]
     with drawing(salt=title):
-        figure, axes = _figure(HEIGHT)
+        figure, axes = new_figure(HEIGHT)
         draw_lines(axes, shown, floor=floor, marks=marks)
         longest = max(len(label.get_text()) for label in axes.get_yticklabels())
-        _place(axes, max(LEFT, 12 + LETTER * longest), TOP, HEIGHT)
+        set_margins(axes, max(LEFT, 12 + LETTER * longest), TOP, HEIGHT)
         axes.text(4 / WIDTH, 1 - (TOP - 14) / HEIGHT, printable(unit), transform=figure.transFigure)
         hover = _draw_spots(axes, shown)
-        return Chart(title, _inline(figure, title, hover), caption, legend if len(series) > 1 else ())
+        return Chart(title, as_svg(figure, title, hover), caption, legend if len(series) > 1 else ())
 
 
 def _sign(series: Series) -> str:
@@ -173,8 +168,8 @@ def heatmap(title: str, rows: Sequence[tuple[str, list[tuple[float, float | None
     steps = [number(step) for step, _ in shown[0][1]]
     with drawing(salt=title):
         height = ROW_HEIGHT * len(shown) + BOTTOM
-        figure, axes = _figure(height)
-        _place(axes, LABEL_WIDTH, 0, height)
+        figure, axes = new_figure(height)
+        set_margins(axes, LABEL_WIDTH, 0, height)
         draw_shares(axes, [[share for _, share in points] for _, points in shown]).set_gid("cells")
         ends = (0, len(steps) - 1) if len(steps) > 1 else (0,)
         axes.set_xticks([place + 0.5 for place in ends], [steps[place] for place in ends])
@@ -186,7 +181,7 @@ def heatmap(title: str, rows: Sequence[tuple[str, list[tuple[float, float | None
             ]
         }
         hover |= _draw_names(axes, [name for name, _ in shown])
-        return Chart(title, _inline(figure, title, hover), _explained("", len(rows[0][1]), MAX_COLUMNS))
+        return Chart(title, as_svg(figure, title, hover), _explained("", len(rows[0][1]), MAX_COLUMNS))
 
 
 def _draw_names(axes: Axes, names: Sequence[str]) -> dict[str, list[str]]:
@@ -201,55 +196,8 @@ def _draw_names(axes: Axes, names: Sequence[str]) -> dict[str, list[str]]:
     return {f"name {row}": [name] for row, name in enumerate(names)}
 
 
-class Measured(NamedTuple):
-    """A value with the ends of its interval, as one row of a chart."""
-
-    name: str
-    value: float
-    ends: tuple[float, float] | None
-    """None where the interval is not known."""
-    colour: int
-
-
-def interval_chart(title: str, rows: Sequence[Measured], *, unit: str, mark: float | None = None) -> Chart:
-    """Draw a row for each value: a dot, its interval as a line, and its name above them.
-
-    Args:
-        unit: what the horizontal axis counts.
-        mark: where a vertical line stands, with which the values are compared.
-    """
-    shown = [row for row in rows if math.isfinite(row.value)]
-    if not shown:
-        return Chart(title, "")
-    known = [end for row in shown for end in (row.value, *(row.ends or ()))] + ([] if mark is None else [mark])
-    places = ticks(min(known), max(known), most=5)
-    with drawing(salt=title):
-        height = INTERVAL_HEIGHT * len(shown) + BOTTOM
-        figure, axes = _figure(height, unit)
-        _place(axes, RIGHT, 0, height)
-        axes.set(xlim=(places[0], places[-1]), ylim=(len(shown), 0), yticks=[])
-        axes.set_xticks(places, tick_labels(places))
-        axes.grid(axis="x", clip_on=False)
-        if mark is not None:
-            axes.axvline(mark, color=AXIS, linewidth=1, linestyle=(0, (3, 4)), clip_on=False)
-        hover = {}
-        for place, row in enumerate(shown):
-            style: dict[str, Any] = {"color": colour(row.colour), "clip_on": False}
-            if row.ends is not None:
-                axes.plot(row.ends, [place + 0.7] * 2, linewidth=3, solid_capstyle="butt", **style)
-            dot: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 1.5, "gid": f"dots {place}"}
-            axes.plot([row.value], [place + 0.7], "o", markersize=10, **dot, **style)
-            hover[f"dots {place}"] = [f"{row.name}: {_with_ends(row)}"]
-            axes.text(0, place + 0.4, printable(row.name), transform=axes.get_yaxis_transform())
-        return Chart(title, _inline(figure, title, hover))
-
-
-def _with_ends(row: Measured) -> str:
-    return number(row.value) + ("" if row.ends is None else f" [{', '.join(map(number, row.ends))}]")
-
-
-def _figure(height: float, xlabel: str = "optimizer step") -> tuple[Figure, Axes]:
-    """Make a figure of the page's charts and its axes, which `_place` puts into their place."""
+def new_figure(height: float, xlabel: str = "optimizer step") -> tuple[Figure, Axes]:
+    """Make a figure of the page's charts and its axes, which `set_margins` puts into their place."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
@@ -258,12 +206,12 @@ def _figure(height: float, xlabel: str = "optimizer step") -> tuple[Figure, Axes
     return figure, axes
 
 
-def _place(axes: Axes, left: float, top: float, height: float) -> None:
+def set_margins(axes: Axes, left: float, top: float, height: float) -> None:
     """Give the axes of a figure of this height its margins; at the bottom is room for the horizontal axis' labels."""
     axes.set_position((left / WIDTH, BOTTOM / height, (WIDTH - left - RIGHT) / WIDTH, (height - top - BOTTOM) / height))
 
 
-def _inline(figure: Figure, title: str, hover: Mapping[str, list[str]]) -> str:
+def as_svg(figure: Figure, title: str, hover: Mapping[str, list[str]]) -> str:
     """Turn a figure into an SVG element that can stand inside HTML.
 
     Args:

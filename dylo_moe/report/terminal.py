@@ -30,6 +30,7 @@ COUNT_TITLES = {
     "read": "read",
     "train": "train",
     "evaluation": "held out",
+    "search": "for the search",
     "unused": "not used",
     "cut_prompt": "prompt cut",
     "cut_response": "response cut",

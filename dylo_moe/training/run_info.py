@@ -112,6 +112,7 @@ def dataset_facts(data: LoadedData) -> list[dict[str, Any]]:
                 "origin": _without_home(without_secrets(data.origins[count.name])),
                 "train": count.train,
                 "evaluation": count.evaluation,
+                "search": count.search,
                 "share": share.share,
                 "token_share": share.token_share,
                 "licence": source.licence if source is not None else None,

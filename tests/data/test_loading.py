@@ -35,7 +35,7 @@ def as_rows(data) -> list[dict]:
 def assert_accounted_for(data):
     for count in data.counts:
         gone = count.too_long + count.empty + count.malformed + count.duplicates + count.duplicates_across
-        gone += count.held_out + count.contaminated
+        gone += count.held_out + count.contaminated + count.search
         assert count.read == count.train + count.evaluation + count.unused + gone, count
 
 
@@ -95,6 +95,33 @@ def test_no_question_that_is_held_out_anywhere_is_trained_on(tmp_path):
         assert judged and trained and trained.isdisjoint(judged)
         assert data.counts[2].held_out >= 5 and data.counts[2].evaluation == 5
         assert_accounted_for(data)
+
+
+@pytest.mark.parametrize("percent", [0.0, 20.0])
+def test_rows_of_a_search_are_the_same_for_all_seeds_and_nobody_trains_or_judges_them(percent, tmp_path):
+    """Nor a question of them: questions come again within and across datasets, and in a validation split."""
+    rows = [{"prompt": f"question {i % 40}", "response": f"answer {i}"} for i in range(120)]
+    one = write_rows(tmp_path / "one.jsonl", rows)
+    two = write_rows(tmp_path / "two.jsonl", [{**row, "response": row["response"] + "!"} for row in rows])
+    (tmp_path / "given").mkdir()
+    other = [{**row, "response": row["response"] + "?"} for row in rows]
+    write_rows(tmp_path / "given" / "train.jsonl", [{"prompt": f"own {i}", "response": "a"} for i in range(20)] + other)
+    write_rows(tmp_path / "given" / "validation.jsonl", [{"prompt": f"own {i}", "response": "b"} for i in range(5)])
+
+    def questions(parts):
+        return {PLAIN.decode(row["input_ids"]).split("\n\n")[0] for part in parts for row in part}
+
+    found = []
+    for seed in range(4):
+        data = load([one, two, str(tmp_path / "given")], seed=seed, search_subset=percent)
+        assert_accounted_for(data)
+        assert [count.search for count in data.counts] == [len(data.search.get(name, ())) for name in data.names]
+        found.append({name: sorted(map(tuple, part["input_ids"])) for name, part in data.search.items()})
+        searched = questions(data.search.values())
+        assert searched.isdisjoint(questions([data.train])) and searched.isdisjoint(questions(data.evaluation.values()))
+        assert any(key.endswith("search rows") for key in data.fingerprint) == (percent > 0)
+    assert found[0] == found[1] == found[2] == found[3] and set(found[0]) == (set(data.names) if percent else set())
+    assert all(0.15 * count.read < count.search < 0.25 * count.read for count in data.counts) or not percent
 
 
 def test_files_of_the_same_name_in_two_datasets_are_two_documents(tmp_path):

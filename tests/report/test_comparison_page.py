@@ -80,7 +80,7 @@ def hostile(tmp_path_factory) -> Path:
 
 def test_each_figure_of_the_result_is_in_its_row(compared):
     page, content = read(write_report(str(compared))), json.loads((compared / "compare.json").read_text())
-    ((_, *arms),), (losses, differences) = texts_of(page, "arms"), texts_of(page, "datasets")
+    ((_, *arms), (_, *costs)), (losses, differences) = texts_of(page, "arms"), texts_of(page, "datasets")
     assert losses[0] == differences[0] == ["arm", "low", "high"]
 
     def shown(item, form):
@@ -88,6 +88,7 @@ def test_each_figure_of_the_result_is_in_its_row(compared):
 
     verdicts = {"wins": "ours wins", "ties": "a tie", "loses": "ours loses", None: ""}
     for row, loss, (arm, item) in zip(arms, losses[1:], content["arms"].items(), strict=True):
+        assert [f"{item[name]:,}" for name in ("parameters", "active")] == costs.pop(0)[1:3]
         assert row[0] == loss[0] == ARMS[arm] and row[1] == verdicts[item["ours"]]
         assert row[2] == shown(item["losses"]["mean"], "{:.4f}")
         assert row[3] == f"{min(item['by_seed']):.4f} to\n{max(item['by_seed']):.4f}"

@@ -33,14 +33,13 @@ from dylo_moe.report.charts import (
     RIGHT,
     TOP,
     WIDTH,
-    Measured,
     colour_class,
     heatmap,
-    interval_chart,
     line_chart,
     number,
     thinned,
 )
+from dylo_moe.report.interval_charts import SHIFT, Measured, curve_chart, interval_chart
 from dylo_moe.report.pages import write_report
 from dylo_moe.training.charts import Series, step_ticks, tick_labels, ticks
 from dylo_moe.utils.redact import short_name
@@ -350,6 +349,33 @@ def test_an_interval_lies_where_its_ends_say():
     wanted = [left + (value - low) / (high - low) * (right - left) for value in (1.5, 2.75, 2.0, 1.25)]
     assert found == pytest.approx(wanted, abs=0.01)
     assert ">a: 2 [1.5, 2.75]<" in svg and ">b: 1.25<" in svg and ">nats<" in svg
+
+
+def test_a_curve_has_its_values_and_their_ends_at_their_places():
+    """Both curves have values at 100 and 400; they stand `SHIFT` of the axis apart, half to each side."""
+    one = [(100.0, Measured("a", 2.0, (1.5, 2.75), 0)), (400.0, Measured("a", 1.0, None, 0))]
+    two = [(100.0, Measured("b", 3.0, (2.5, 3.25), 1)), (400.0, Measured("b", math.nan, None, 1))]
+    svg = curve_chart("x", [one, two], unit="nats", xlabel="tokens").svg
+    axes = [
+        [(float(at), value_of(text)) for at, text in re.findall(pattern, svg)]
+        for pattern in (
+            r'<g class="xtick">.*?<text [^>]*?x="([\d.]+)"[^>]*>([^<]+)<',
+            r'<g class="ytick"><g class="line2d"><path d="M [\d.]+ ([\d.]+) .*?<text[^>]*>([^<]+)<',
+        )
+    ]
+
+    def at(axis, value):
+        (first, low), (last, high) = axis[0], axis[-1]
+        return first + (value - low) / (high - low) * (last - first)
+
+    assert [value for _, value in axes[0]] == [100, 400]
+    shift = SHIFT * 300 / 2
+    wanted = [(100 - shift, 2.0), (400 - shift, 1.0), (100 + shift, 3.0)]
+    assert spots(svg, "dots") == [pytest.approx([at(axes[0], x), at(axes[1], y)], abs=0.01) for x, y in wanted]
+    bars = [[float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)] for path in lines_of(svg)]
+    for ends in ((1.5, 2.75), (2.5, 3.25)):
+        assert pytest.approx([at(axes[1], end) for end in ends], abs=0.01) in bars
+    assert ">a, 100: 2 [1.5, 2.75]<" in svg and ">b, 100: 3 [2.5, 3.25]<" in svg and ">tokens<" in svg
 
 
 @given(st.lists(st.floats(-1e3, 1e3), max_size=700))

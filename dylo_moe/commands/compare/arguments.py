@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from dylo_moe.commands.compare.grid import Cell, grid_cells, plain
 from dylo_moe.commands.train.arguments import TRAIN_CONFIGS
 from dylo_moe.evaluation.arguments import LOSSES, TASKS, EvalArguments
 from dylo_moe.parsing.command_line import CommandLine, refusal_of
 from dylo_moe.training.arguments import TrainerOptions
+from dylo_moe.utils.checks import POSITIVE
 
 BASE_ARM = "base"
 
@@ -37,6 +39,16 @@ NOT_OFFERED = {
 }
 """Flags of `dylora train` that would have no effect or a wrong one here, each with the reason."""
 
+REPLACED_BY = {
+    "learning_rates": ("learning_rate",),
+    "scales": ("lora_alpha", "shared_alpha"),
+    "budgets": ("max_steps",),
+}
+"""Each list of values that are compared, with the flags of `dylora train` whose one value it replaces."""
+
+SEARCH_SUBSET = 10.0
+"""The percentage of rows that a grid is searched on, where --search_subset does not say another."""
+
 OF_CODE = ("timeout_seconds", "memory_mib", "limit", "max_new_tokens")
 """Flags of `dylora eval` that have no meaning without a task that runs code."""
 
@@ -62,6 +74,30 @@ class CompareArguments:
         default_factory=lambda: [LOSSES],
         metadata={"help": "The evaluations: " + ", ".join(TASKS) + "; losses are always measured."},
     )
+    learning_rates: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Learning rates to search (1e-3 2e-3 4e-3): every arm is trained with each, and compared at its "
+            "own best, which is chosen on rows that are neither trained nor held out (--search_subset, here 10)."
+        },
+    )
+    scales: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Scales to search with the learning rates (1 2 4): the factor s of an adapter's s B A x; alpha "
+            "follows from it and the rank of each arm's adapters."
+        },
+    )
+    budgets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Optimizer steps to compare at, rising (60 120 240): each is a training of its own with its own "
+            "schedule. The grid is searched at the first."
+        },
+    )
+    search_every_budget: bool = field(
+        default=False, metadata={"help": "Search the grid at every budget, not at the first alone."}
+    )
     timeout_seconds: float = field(
         default=EvalArguments.timeout_seconds, metadata=dict(EVAL["timeout_seconds"].metadata)
     )
@@ -70,7 +106,7 @@ class CompareArguments:
     max_new_tokens: int = field(default=EvalArguments.max_new_tokens, metadata=dict(EVAL["max_new_tokens"].metadata))
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = self._take_grid()
         for name in ("seeds", "arms", "tasks"):
             values = [part.strip() for item in getattr(self, name) for part in str(item).split(",") if part.strip()]
             setattr(self, name, list(dict.fromkeys(values)))
@@ -86,10 +122,62 @@ class CompareArguments:
             raise ValueError("; ".join(problems))
         self.arms = [arm for arm in ARMS if arm in self.arms]
 
+    def _take_grid(self) -> list[str]:
+        """Split the lists of the grid and the budgets, write each value in one way, and return what is wrong."""
+        problems = []
+        for name in REPLACED_BY:
+            texts = [part.strip() for item in getattr(self, name) for part in str(item).split(",") if part.strip()]
+            kind, is_right = ("whole numbers", _is_count) if name == "budgets" else ("finite numbers", _is_positive)
+            wrong = [text for text in texts if not is_right(text)]
+            if wrong:
+                problems.append(f"{name} has {', '.join(wrong)}; it must be {kind} above 0")
+                continue
+            values = [float(text) for text in texts]
+            setattr(self, name, [plain(value) for value in values])
+            again = sorted({plain(value) for value in values if values.count(value) > 1})
+            if again:
+                problems.append(f"{name} has {', '.join(again)} more than once")
+            elif name == "budgets" and values != sorted(values):
+                problems.append(f"budgets is {' '.join(self.budgets)}; they must rise")
+        if self.search_every_budget and not (self.budgets and (self.learning_rates or self.scales)):
+            problems.append("search_every_budget is given without --budgets and a grid (--learning_rates, --scales)")
+        return problems
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether each arm's learning rate or scale is searched."""
+        return bool(self.learning_rates or self.scales)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells of the grid; without one the single cell of the flags' own values."""
+        return grid_cells([float(rate) for rate in self.learning_rates], [float(scale) for scale in self.scales])
+
+    @property
+    def steps(self) -> list[int | None]:
+        """The budgets in optimizer steps; without any, None alone: the length of training that the flags say."""
+        return [int(budget) for budget in self.budgets] or [None]
+
+    @property
+    def searched_steps(self) -> list[int | None]:
+        """The budgets at which the grid is searched."""
+        return self.steps if self.search_every_budget else self.steps[:1]
+
     @property
     def benchmarks(self) -> list[str]:
         """The tasks that run code."""
         return [task for task in self.tasks if task != LOSSES]
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return POSITIVE.holds(float(text))
+    except ValueError:
+        return False
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def compare_refusal(name: str) -> str | None:
@@ -102,12 +190,15 @@ COMPARE_LINE = CommandLine(
     kinds=(*TRAIN_CONFIGS, CompareArguments),
     usage="dylora compare [--config RECIPE] [--FLAG VALUE ...]",
     description="Train and evaluate on the same data, tokens and seeds: the base, one LoRA of equal total parameters, "
-    "one of equal active parameters, uniform routing, random routing, and ours; one table says whether ours wins. "
+    "one of equal active parameters, uniform routing, random routing, and ours; one table says whether ours wins. With "
+    "--learning_rates and --scales each arm is compared at its own best, and with --budgets at several lengths. "
     "Started again after a kill, it resumes where it was.",
     refusal=compare_refusal,
     trainer=TrainerOptions,
     examples=(
         "dylora compare --config compare --output_dir runs/compare",
         "dylora compare --config compare --seeds 1 2 3 --arms lora_total ours --output_dir runs/seeds",
+        "dylora compare --config compare --learning_rates 1e-3 2e-3 4e-3 --scales 1 2 4 --output_dir runs/searched",
+        "dylora compare --config compare --learning_rates 1e-3 2e-3 --budgets 60 120 240 --output_dir runs/budgets",
     ),
 )

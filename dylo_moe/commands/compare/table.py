@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dylo_moe.commands.compare.arguments import ARMS, BASE_ARM, OURS
+from dylo_moe.commands.compare.grid import OWN_CELL, Cell
 from dylo_moe.evaluation.losses import Estimate, Estimates, Losses, estimates, mean_loss
 from dylo_moe.report.comparison_record import LOSES, TIES, UNKNOWN, WINS
 from dylo_moe.utils.markdown import Markdown, markdown_table
@@ -33,6 +34,10 @@ class ArmRun(NamedTuple):
     """The number of real tokens that the arm was trained on."""
     pass_at_1: dict[str, Rate]
     """The pass rate of each benchmark."""
+    seconds: float = 0.0
+    """The seconds of the training's steps, without evaluations and saving."""
+    cell: Cell = OWN_CELL
+    """The learning rate and the scale that it was trained with; empty for the base."""
 
 
 class ArmLine(NamedTuple):
@@ -51,6 +56,9 @@ class ArmLine(NamedTuple):
     difference_by_seed: list[float]
     """This arm's mean loss minus ours, for each seed; empty for ours itself."""
     pass_at_1: dict[str, list[Rate]]
+    seconds: list[float]
+    cell: Cell
+    """The learning rate and the scale of the arm's adapters; empty for the base."""
 
     @property
     def verdict(self) -> str | None:
@@ -98,6 +106,8 @@ def make_lines(runs: Mapping[str, Sequence[ArmRun]], *, seed: int = 0) -> list[A
                 means,
                 [] if arm == OURS else [one - other for one, other in zip(means, of_ours, strict=True)],
                 rates,
+                [run.seconds for run in mine],
+                mine[0].cell,
             )
         )
     return lines
@@ -154,6 +164,7 @@ def header(lines: Sequence[ArmLine]) -> list[str]:
         "parameters",
         "active",
         "tokens",
+        *(["rate", "scale", "seconds"] if _has_cells(lines) else []),
         *lines[0].losses.datasets,
         "mean",
         *(["range over seeds"] if several else []),
@@ -163,8 +174,17 @@ def header(lines: Sequence[ArmLine]) -> list[str]:
     ]
 
 
-def cells(line: ArmLine) -> list[list[str]]:
-    """List the cells of a line, each of one or two parts: a figure, and its interval or range."""
+def _has_cells(lines: Sequence[ArmLine]) -> bool:
+    """Whether it is known how the arms were trained."""
+    return any(line.cell != OWN_CELL for line in lines)
+
+
+def cells(line: ArmLine, *, with_cell: bool = False) -> list[list[str]]:
+    """List the cells of a line, each of one or two parts: a figure, and its interval or range.
+
+    Args:
+        with_cell: whether the table has columns for learning rate, scale and seconds.
+    """
     several = len(line.by_seed) > 1
     own = [_figure(item, "{:.3f}") for item in (*line.losses.datasets.values(), line.losses.mean)]
     difference = [["-"]] if line.difference is None else [_figure(line.difference.mean, "{:+.4f}")]
@@ -174,12 +194,19 @@ def cells(line: ArmLine) -> list[list[str]]:
         [f"{line.parameters:,}"],
         [f"{line.active:,}"],
         [f"{sum(line.tokens) // len(line.tokens):,}"],
+        *(_trained_with(line) if with_cell else []),
         *own,
         *([_range(line.by_seed, "{:.3f}")] if several else []),
         *difference,
         *([_range(line.difference_by_seed, "{:+.4f}")] if several else []),
         *rates,
     ]
+
+
+def _trained_with(line: ArmLine) -> list[list[str]]:
+    values = ["-" if value is None else f"{value:.4g}" for value in line.cell]
+    seconds = sum(line.seconds) / len(line.seconds)
+    return [*([value] for value in values), [f"{seconds:,.0f}" if seconds else "-"]]
 
 
 def _figure(item: Estimate, form: str) -> list[str]:
@@ -204,11 +231,16 @@ def _rates(rates: Sequence[Rate]) -> list[str]:
     return [mean, "not known" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"]
 
 
-def as_table(lines: Sequence[ArmLine]) -> Table:
-    """Make the table for a terminal."""
-    table = Table("held-out loss, nats per token, with 95 % intervals", header(lines))
+def as_table(lines: Sequence[ArmLine], prefix: str = "") -> Table:
+    """Make the table for a terminal.
+
+    Args:
+        prefix: what stands before the title, such as a budget.
+    """
+    table = Table(f"{prefix}held-out loss, nats per token, with 95 % intervals", header(lines))
     for line in lines:
-        table.add_row(*(tuple(parts) for parts in cells(line)), style="bold" if line.arm == OURS else "")
+        parts_of_cells = cells(line, with_cell=_has_cells(lines))
+        table.add_row(*(tuple(parts) for parts in parts_of_cells), style="bold" if line.arm == OURS else "")
     return table
 
 
@@ -216,7 +248,7 @@ def as_markdown(lines: Sequence[ArmLine], said: Sequence[str]) -> str:
     """Write the table as Markdown, with the sentences below it."""
     titles, rows = header(lines), []
     for line in lines:
-        texts = [" ".join(parts) for parts in cells(line)]
+        texts = [" ".join(parts) for parts in cells(line, with_cell=_has_cells(lines))]
         rows.append([Markdown(f"**{text}**" if line.arm == OURS else text) for text in texts])
     table = markdown_table(titles, rows, right=range(1, len(titles)))
     return "\n".join([table, "", *(f"- {text}" for text in said)]) + "\n"
@@ -227,15 +259,21 @@ def as_json(lines: Sequence[ArmLine], said: Sequence[str]) -> dict[str, Any]:
     return {
         "unit": "nats per token",
         "level": 0.95,
-        "arms": {
-            line.arm: {
-                **line._asdict(),
-                "title": ARMS[line.arm],
-                "losses": line.losses.as_json(),
-                "difference": None if line.difference is None else line.difference.as_json(),
-                "ours": line.verdict,
-            }
-            for line in lines
-        },
+        "arms": lines_json(lines),
         "sentences": list(said),
+    }
+
+
+def lines_json(lines: Sequence[ArmLine]) -> dict[str, Any]:
+    """Write the lines as JSON values, by arm."""
+    return {
+        line.arm: {
+            **line._asdict(),
+            "title": ARMS[line.arm],
+            "losses": line.losses.as_json(),
+            "difference": None if line.difference is None else line.difference.as_json(),
+            "ours": line.verdict,
+            "cell": line.cell._asdict(),
+        }
+        for line in lines
     }
