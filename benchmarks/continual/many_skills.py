@@ -9,8 +9,9 @@ library and gate, the share of held-out tokens that are routed to their own expe
 base's loss less the routed one, as a share of the base's loss less that of the skill's own expert.
 
 The trained experts and their losses are kept in the folder, for they do not depend on the gate. So the command can be
-interrupted and run again, and another gate is measured without training: delete FOLDER/measured.json. One seed, one
-thread; the first run takes about an hour on a core that nothing else uses.
+interrupted and run again, and another gate is measured without training: delete FOLDER/measured.json. With `--rows 0`
+nothing is trained, and growth, memory and routing are measured alone, in a few minutes. One seed, one thread; the first
+run takes about an hour on a core that nothing else uses.
 """
 
 from __future__ import annotations
@@ -111,15 +112,15 @@ def names_of(count: int) -> list[str]:
 
 
 def learn(model: DyLoRAMoE, skill: Skill, folder: Folder, *, num_rows: int) -> dict[str, Any]:
-    """Add a skill to the model and train its expert, or take the trained one; returns what was decided, and the
-    growth's seconds of CPU time."""
+    """Add a skill to the model and train its expert (unless `num_rows` is 0), or take the trained one; returns what was
+    decided, and the growth's seconds of CPU time."""
     sample = [{"input_ids": ids} for ids in skill.train.input_ids.split(BATCH_ROWS)]
     start = time.process_time()
     decision = model.add_skill(skill.name, sample, seed=SEED)
     seconds, path = time.process_time() - start, folder.expert(skill.name)
     if path.exists():
         set_peft_model_state_dict(model, load_file(path), adapter_name=skill.name)
-    else:
+    elif num_rows:
         with model.route_to(skill.name):
             train(model, skill.train.take(slice(num_rows)), high_rate=2e-3, seed=SEED)
         save_tensors(model.experts.state(skill.name), path)
@@ -157,7 +158,7 @@ def num_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(model: DyLoRAMoE, skills: Sequence[Skill], folder: Folder) -> dict[str, Any]:
+def measure(model: DyLoRAMoE, skills: Sequence[Skill], folder: Folder, *, with_losses: bool) -> dict[str, Any]:
     """Routing, losses and memory of the model as it is, over the skills that it has learned."""
     experts = [parameter for expert in model.experts for parameter in model.experts.parameters(expert.name)]
     record: dict[str, Any] = {
@@ -171,10 +172,10 @@ def measure(model: DyLoRAMoE, skills: Sequence[Skill], folder: Folder) -> dict[s
         "skills": {},
     }
     for skill in skills:
-        base, own = alone(model, skill, folder)
-        routed = loss_of(model, skill.held_out)
-        right = share_right(model, skill.held_out, skill.name)
-        record["skills"][skill.name] = {"base": base, "own": own, "routed": routed, "right": right}
+        found = record["skills"][skill.name] = {"right": share_right(model, skill.held_out, skill.name)}
+        if with_losses:
+            found["base"], found["own"] = alone(model, skill, folder)
+            found["routed"] = loss_of(model, skill.held_out)
     return record
 
 
@@ -198,10 +199,10 @@ def run(arguments: argparse.Namespace, folder: Folder) -> None:
         )
         skills.append(read._replace(name=name))
         result["growth"][name] = learn(model, skills[-1], folder, num_rows=arguments.rows)
-        losses = alone(model, skills[-1], folder)
-        print(f"{len(skills)} {name}: {result['growth'][name]}, base and own {losses}", flush=True)
+        losses = f", base and own {alone(model, skills[-1], folder)}" if arguments.rows else ""
+        print(f"{len(skills)} {name}: {result['growth'][name]}{losses}", flush=True)
         if len(skills) in MEASURED_AT:
-            result["at"][len(skills)] = measure(model, skills, folder)
+            result["at"][len(skills)] = measure(model, skills, folder, with_losses=bool(arguments.rows))
             folder.write("measured", result)
 
 
@@ -219,9 +220,10 @@ def show(result: dict[str, Any]) -> None:
         kept = {
             name: (item["base"] - item["routed"]) / (item["base"] - item["own"])
             for name, item in record["skills"].items()
+            if "base" in item
         }
         cells = [f"{count}", f"{sum(seconds) / len(seconds):.2f}", parts, f"{record['rss'] / 1e6:,.0f}"]
-        for found in (right, kept):
+        for found in filter(None, (right, kept)):
             worst = min(found, key=found.__getitem__)
             cells.append(f"{sum(found.values()) / len(found):.3f} / {found[worst]:.3f} ({worst})")
         print("| " + " | ".join(cells) + " |")
@@ -237,7 +239,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--skills", type=int, default=MEASURED_AT[-1], help="how many")
-    parser.add_argument("--rows", type=int, default=16, help="rows of 256 tokens that an expert is trained on")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="rows of 256 tokens that an expert is trained on; 0: the gate alone"
+    )
     parser.add_argument("--sample", type=int, default=64, help="rows from which the library knows a skill")
     parser.add_argument("--held_out", type=int, default=8, help="held-out rows of 256 tokens, a skill")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")

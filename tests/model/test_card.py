@@ -194,7 +194,7 @@ def test_no_secret_reaches_the_card_or_the_facts(finished):
 def test_no_home_folder_reaches_the_facts(monkeypatch):
     """A path below it tells a user's name."""
     monkeypatch.setenv("HOME", "/home/someone")
-    model, item = grown(), {"train": 3, "evaluation": 1}
+    model, item = grown(), {"train": 3, "evaluation": 1, "search": 0}
     model.base_id = "/home/someone/models/base"
     data = SimpleNamespace(
         counts=[SimpleNamespace(name="d", **item)],
