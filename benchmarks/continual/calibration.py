@@ -93,7 +93,7 @@ class Gate:
         read = read_tokens(self._embeddings[ids], mask=mask) if rate else states.mean
         logits = read.double() @ self._rows.T + self._bias
         if rate:
-            logits = filtered(evidence_of(logits), mask=mask, change_rate=rate)
+            logits = filtered(evidence_of(logits), change_rate=rate)
         places = places_of(states.mass[..., 0], half_life=self._router.router_half_life)
         return logits / temperatures.double()[places][..., None]
 

@@ -182,7 +182,7 @@ def measure(model: DyLoRAMoE, skills: Sequence[Skill], folder: Folder, *, with_l
 def run(arguments: argparse.Namespace, folder: Folder) -> None:
     """Learn the skills in turn, and measure at each of `MEASURED_AT`."""
     tokenizer = load_tokenizer(arguments.model)
-    base = load_base(arguments.model, dtype=getattr(torch, arguments.dtype))
+    base = load_base(arguments.model, dtype=arguments.dtype)
     model = DyLoRAMoE.from_base(
         base, lora=lora_config(RANK), allow_expert_growth=True, growth=GrowthConfig(known_skill=GROW)
     )

@@ -31,7 +31,7 @@ from dylo_moe.continual.config import FRESH, GROW, NEAREST, GrowthConfig
 def pool(arguments: argparse.Namespace, start_from: str) -> DyLoRAMoE:
     """An empty pool that grows with every skill."""
     growth = GrowthConfig(known_skill=GROW, start_from=start_from)
-    base = load_base(arguments.model, dtype=getattr(torch, arguments.dtype))
+    base = load_base(arguments.model, dtype=arguments.dtype)
     return DyLoRAMoE.from_base(base, lora=lora_config(RANK), allow_expert_growth=True, growth=growth)
 
 
@@ -101,9 +101,7 @@ def table(arguments: argparse.Namespace) -> list[str]:
 
 def loaded(arguments: argparse.Namespace, checkpoint: Path) -> DyLoRAMoE:
     """A pool as it was saved."""
-    return DyLoRAMoE.from_pretrained(
-        str(checkpoint), base=load_base(arguments.model, dtype=getattr(torch, arguments.dtype))
-    )
+    return DyLoRAMoE.from_pretrained(str(checkpoint), base=load_base(arguments.model, dtype=arguments.dtype))
 
 
 def row(what: str, found: list[float], start: str = "") -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dylo_moe import DyLoRAMoE
 from dylo_moe.base.loading import load_base, load_tokenizer
+from dylo_moe.commands.stream.data import chunks
 from dylo_moe.continual.base_texts import write_texts
 from dylo_moe.continual.change_points import change_points
 from dylo_moe.data.collator import Collator
@@ -123,10 +124,7 @@ def cut(texts: Sequence[Tensor], size: int) -> list[list[Tensor]]:
 
 def chunks_of(everything: Sequence[Row], changes: Sequence[int], size: int) -> list[Chunk]:
     """The stream of all tasks in chunks of so many rows, then the same once more; a chunk ends before each change."""
-    once = []
-    for first, last in pairwise([0, *changes, len(everything)]):
-        starts = [first + size * number for number in range(max((last - first) // size, 1))]
-        once += [list(everything[start:end]) for start, end in pairwise([*starts, last])]
+    once = [list(everything[start:end]) for start, end in chunks(len(everything), changes, size)]
     return [Chunk(part, is_again) for is_again in (False, True) for part in once]
 
 

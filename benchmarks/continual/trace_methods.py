@@ -44,7 +44,7 @@ class Setting:
 
     def base(self) -> PreTrainedModel:
         """The base, as it was read from its files."""
-        return load_base(self.model, dtype=getattr(torch, self.dtype))
+        return load_base(self.model, dtype=self.dtype)
 
 
 @dataclass(frozen=True)

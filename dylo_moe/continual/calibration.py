@@ -67,8 +67,9 @@ def held_out_nats(
             means={skill: rest_D},
         )
         if change_rate:
-            tokens = [text.tokens(half_life).double() @ row_ED.T + bias_E for text in fold]
-            logits_TE = torch.cat([_believed(logits_TE, change_rate) for logits_TE in tokens])
+            of_texts = [text.tokens(half_life).double() @ row_ED.T + bias_E for text in fold]
+            beliefs = [filtered(evidence_of(of_text)[None], change_rate=change_rate)[0] for of_text in of_texts]
+            logits_TE = torch.cat(beliefs)
         else:
             logits_TE = means_TD.double() @ row_ED.T + bias_E
         for column, temperature in enumerate(TEMPERATURES):
@@ -76,13 +77,6 @@ def held_out_nats(
             nats_PG[:, column].index_add_(0, place_T, loss_T)
         nats_PG[:, -1] += place_T.bincount(minlength=NUM_PLACES)
     return nats_PG * len(members)
-
-
-def _believed(logits_TE: Tensor, change_rate: float) -> Tensor:
-    """What the filter makes of the gate's logits for the tokens of one text: logarithms of probabilities."""
-    evidence_1TE = evidence_of(logits_TE)[None]
-    mask_1T = torch.ones(evidence_1TE.shape[:2], dtype=torch.bool)
-    return filtered(evidence_1TE, mask=mask_1T, change_rate=change_rate)[0]
 
 
 def _without(skill: Skill, tokens_TD: Tensor, scatter_DD: Tensor) -> tuple[Tensor, Tensor]:

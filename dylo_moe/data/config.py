@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dylo_moe.utils.checks import choice_problems, is_number, is_share
+from dylo_moe.utils.words import split_at_commas
 
 DEFAULT_DATASETS = ("code_alpaca", "mbpp")
 
@@ -115,7 +116,7 @@ class DataConfig:
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
                 problems.append(f"{name} is {value!r}; it must be a list of strings")
             else:
-                setattr(self, name, [part.strip() for item in value for part in item.split(",") if part.strip()])
+                setattr(self, name, split_at_commas(value))
         if not self.datasets:
             problems.append("datasets is empty; give at least one dataset")
         if not isinstance(self.max_seq_length, int) or self.max_seq_length < MIN_SEQ_LENGTH:

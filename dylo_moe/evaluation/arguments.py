@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dylo_moe.evaluation.names import BENCHMARKS, STYLES
 from dylo_moe.evaluation.sandbox.isolation import BUBBLEWRAP, SANDBOXES, Limits
 from dylo_moe.utils.checks import COUNT, PERCENT, POSITIVE, SEED, Range, range_problems
+from dylo_moe.utils.words import split_at_commas
 
 LOSSES = "losses"
 
@@ -147,4 +148,4 @@ class EvalArguments:
 
 
 def _split(values: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(part.strip() for value in values for part in value.split(",") if part.strip()))
+    return list(dict.fromkeys(split_at_commas(values)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from dylo_moe.model.checkpoint import expert_entries
 from dylo_moe.routing.config import RANDOM, SHARED, UNIFORM
 from dylo_moe.utils.markdown import code, markdown_table, plain
 from dylo_moe.utils.redact import bytes_in_words, open_settings, short_name, without_secrets
@@ -127,7 +128,7 @@ model = PeftModel.from_pretrained(base, {first})
 def _experts(manifest: dict[str, Any]) -> str:
     rows = [
         [expert["name"], expert["rank"], f"{expert['parameters']:,}", _state(expert), expert.get("skill") or ""]
-        for expert in [*manifest["experts"], *([manifest[SHARED]] if SHARED in manifest else [])]
+        for expert in expert_entries(manifest)
     ]
     return "## Experts\n\n" + markdown_table(["expert", "rank", "parameters", "state", "grown for"], rows, right={1, 2})
 

@@ -16,7 +16,7 @@ from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
 from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, router_cache_layer
 from dylo_moe.routing.config import SHARED
-from dylo_moe.routing.features import RouterState, causal_exponential_mean, read_tokens
+from dylo_moe.routing.features import RouterState, causal_sums, read_tokens
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
 from dylo_moe.routing.router import Router, force_routing, make_dispatch
 from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
@@ -250,11 +250,11 @@ class RoutingHooks:
             return None
         starts = text_starts(context.position_ids, mask=mask)
         state = None if memory is None else memory.state
-        _, states = causal_exponential_mean(
-            hidden, mask=mask, half_life=self.router.config.router_half_life, state=state, starts=starts
-        )
+        tokens = read_tokens(hidden, mask=mask)
+        half_life = self.router.config.router_half_life
+        states = causal_sums(tokens, mask=mask, half_life=half_life, state=state, starts=starts)
         before = None if state is None else state.belief
-        belief = self.router.believe(read_tokens(hidden, mask=mask), mask=mask, belief=before, starts=starts)
+        belief = self.router.believe(tokens, mask=mask, belief=before, starts=starts)
         states = states._replace(belief=belief)
         if memory is not None:
             memory.store(states, all_of_them=self.prompt is not None and self.prompt.drafts)
@@ -275,9 +275,8 @@ class RoutingHooks:
             states = decided.each(lambda part: part[:, None].expand(batch, seq, -1))
         elif hidden is not None:
             starts = text_starts(context.position_ids, mask=mask)
-            _, states = causal_exponential_mean(
-                hidden, mask=mask, half_life=self.router.config.router_half_life, starts=starts
-            )
+            half_life = self.router.config.router_half_life
+            states = causal_sums(read_tokens(hidden, mask=mask), mask=mask, half_life=half_life, starts=starts)
             ends = prompt_ends(mask, starts=starts, prompt_lengths=context.prompt_lengths, labels=context.labels)
             states = states.each(lambda part: part.gather(1, ends[..., None].expand_as(part)))
             decided = states.last

@@ -39,8 +39,8 @@ def evidence_of(logits: Tensor) -> Tensor:
 def filtered(
     evidence: Tensor,
     *,
-    mask: Tensor,
     change_rate: float,
+    mask: Tensor | None = None,
     belief: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> Tensor:
@@ -52,8 +52,8 @@ def filtered(
 
     Args:
         evidence: [batch, seq, members], see `evidence_of`.
-        mask: bool [batch, seq], False on padding.
         change_rate: r, above 0 and below 1.
+        mask: bool [batch, seq], False on padding; None: no padding.
         belief: [batch, members], the result after the last token of the call before; None: all members alike.
         starts: bool [batch, seq], True on the first token of another packed text.
 
@@ -62,6 +62,8 @@ def filtered(
     """
     batch, seq, members = evidence.shape
     p_BE = evidence.new_full((batch, members), 1 / members) if belief is None else belief.to(evidence.dtype).exp()
+    if mask is None:
+        mask = torch.ones(batch, seq, dtype=torch.bool, device=evidence.device)
     starts = torch.zeros_like(mask) if starts is None else starts
     read = _one_by_one if members > MOST_MULTIPLIED else _together
     log_p = []

@@ -111,16 +111,32 @@ def causal_exponential_mean(
     Returns:
         fp32 [batch, seq, hidden] (zeros before the first real token), and the state after each token.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        states = _causal_sums(hidden, mask, half_life, state, starts)
-        return states.mean, states
+    tokens = read_tokens(hidden, mask=mask)
+    states = causal_sums(tokens, mask=mask, half_life=half_life, state=state, starts=starts)
+    return states.mean, states
 
 
-def _causal_sums(
-    hidden: Tensor, mask: Tensor, half_life: float, state: RouterState | None, starts: Tensor | None
+def causal_sums(
+    tokens: Tensor,
+    *,
+    mask: Tensor,
+    half_life: float,
+    state: RouterState | None = None,
+    starts: Tensor | None = None,
 ) -> RouterState:
-    batch, seq, width = hidden.shape
-    x_BSD = read_tokens(hidden, mask=mask)
+    """The router's memory after each token, without a belief; the arguments are those of `causal_exponential_mean`.
+
+    Args:
+        tokens: fp32 [batch, seq, hidden], see `read_tokens`.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        return _sums(tokens, mask, half_life, state, starts)
+
+
+def _sums(
+    x_BSD: Tensor, mask: Tensor, half_life: float, state: RouterState | None, starts: Tensor | None
+) -> RouterState:
+    batch, seq, width = x_BSD.shape
     if state is None:
         state = RouterState(x_BSD.new_zeros(batch, width), x_BSD.new_zeros(batch, 1))
     total_BD, mass_B1 = state.total, state.mass

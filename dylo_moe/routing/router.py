@@ -210,14 +210,14 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def believe(
-        self, tokens: Tensor, *, mask: Tensor, belief: Tensor | None = None, starts: Tensor | None = None
+        self, tokens: Tensor, *, mask: Tensor | None = None, belief: Tensor | None = None, starts: Tensor | None = None
     ) -> Tensor | None:
         """The logarithms of the members' probabilities after each token, fp32 [batch, seq, members]; None where the
         router does not filter (`RouterConfig.change_rate`).
 
         Args:
             tokens: fp32 [batch, seq, hidden], see `dylo_moe.routing.features.read_tokens`.
-            mask: bool [batch, seq], False on padding.
+            mask: bool [batch, seq], False on padding; None: no padding.
             belief: [batch, members], after the last token of the call before; of another pool's members it is let go.
             starts: bool [batch, seq], True on the first token of another packed text.
         """
@@ -234,10 +234,7 @@ class Router(nn.Module):
         Args:
             text: total [tokens, hidden], mass [tokens, 1], of a text from its first token on.
         """
-        if not self.config.change_rate:
-            return text._replace(belief=None)
-        tokens = text.tokens(self.config.router_half_life)[None]
-        belief = self.believe(tokens, mask=tokens.new_ones(tokens.shape[:2]).bool())
+        belief = self.believe(text.tokens(self.config.router_half_life)[None])
         return text._replace(belief=None if belief is None else belief[0])
 
     def posterior_logits(self, states: RouterState) -> Tensor:

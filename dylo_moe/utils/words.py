@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def listed(names: Sequence[str], *, most: int = 3) -> str:
     """List the first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def split_at_commas(values: Iterable[object]) -> list[str]:
+    """The items of a list of which some may hold several, separated by commas; empty ones are left out."""
+    return [part.strip() for value in values for part in str(value).split(",") if part.strip()]
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from reference.routed_linear import Delta, naive_routed_linear
+from reference.routed_linear import Delta, call, naive_routed_linear
 from reference.tiny import force_path
 from torch import nn
 
@@ -13,7 +13,7 @@ from dylo_moe.experts import memory_layout as storage
 from dylo_moe.experts.layer import RoutedLinear, compute_dtype
 from dylo_moe.experts.memory_layout import pack
 from dylo_moe.routing.dispatch import Dense, Grouped
-from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
+from dylo_moe.routing.forward_context import ContextSlot
 from dylo_moe.routing.router import Routing, force_routing, make_dispatch, select_top_k
 
 NAMES = ("a", "b", "c", "d")
@@ -44,16 +44,6 @@ def routed_linear(*, width=(10, 7), ranks=RANKS, dtype=torch.float32, bias=True,
     routed.bind(ContextSlot(), NAMES)
     pack(routed)
     return routed.train()
-
-
-def call(routed, x, dispatch):
-    context = ForwardContext()
-    context.dispatch = dispatch
-    routed.context_slot.enter(context)
-    try:
-        return routed(x)
-    finally:
-        routed.context_slot.end()
 
 
 def routing_case(batch, seq, top_k, *, runs=(), padding=False):

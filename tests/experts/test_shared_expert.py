@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from reference.checkpoints import contents, load
 from reference.decoding import prompts, uncached
-from reference.routed_linear import Delta, naive_routed_linear
+from reference.routed_linear import Delta, call, naive_routed_linear
 from reference.tiny import (
     LORA,
     assert_same_gradients,
@@ -32,7 +32,7 @@ from dylo_moe.experts.memory_layout import pack
 from dylo_moe.model.checkpoint import CheckpointError
 from dylo_moe.model.loading import load_into
 from dylo_moe.routing.config import BASE, SHARED
-from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
+from dylo_moe.routing.forward_context import ContextSlot
 from dylo_moe.routing.router import Routing, force_routing, make_dispatch
 
 NAMES = ("a", "b", "c", BASE)
@@ -87,16 +87,6 @@ def routed_linear():
     routed.bind(ContextSlot(), NAMES, shared=SHARED)
     pack(routed)
     return routed
-
-
-def call(routed, x, dispatch):
-    context = ForwardContext()
-    context.dispatch = dispatch
-    routed.context_slot.enter(context)
-    try:
-        return routed(x)
-    finally:
-        routed.context_slot.end()
 
 
 def naive(routed, x, weights, uses):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dylo_moe.routing.forward_context import ForwardContext
+
 
 class Delta(NamedTuple):
     """One expert: y = scaling * up (down x)."""
@@ -18,6 +20,17 @@ class Delta(NamedTuple):
     down: Tensor
     up: Tensor
     scaling: float
+
+
+def call(routed, x, dispatch):
+    """The output of a routed linear by itself, in a forward with this dispatch."""
+    context = ForwardContext()
+    context.dispatch = dispatch
+    routed.context_slot.enter(context)
+    try:
+        return routed(x)
+    finally:
+        routed.context_slot.end()
 
 
 def naive_routed_linear(

@@ -10,6 +10,7 @@ from dylo_moe.evaluation.arguments import LOSSES, TASKS, EvalArguments
 from dylo_moe.parsing.command_line import CommandLine, refusal_of
 from dylo_moe.training.arguments import TrainerOptions
 from dylo_moe.utils.checks import POSITIVE
+from dylo_moe.utils.words import split_at_commas
 
 BASE_ARM = "base"
 
@@ -108,8 +109,7 @@ class CompareArguments:
     def __post_init__(self) -> None:
         problems = self._take_grid()
         for name in ("seeds", "arms", "tasks"):
-            values = [part.strip() for item in getattr(self, name) for part in str(item).split(",") if part.strip()]
-            setattr(self, name, list(dict.fromkeys(values)))
+            setattr(self, name, list(dict.fromkeys(split_at_commas(getattr(self, name)))))
         if not self.seeds or not all(seed.isdigit() for seed in self.seeds):
             problems.append(f"seeds is {','.join(self.seeds) or 'empty'}; it must be whole numbers from 0 on")
         for name, known in (("arms", ARMS), ("tasks", TASKS)):
@@ -126,7 +126,7 @@ class CompareArguments:
         """Split the lists of the grid and the budgets, write each value in one way, and return what is wrong."""
         problems = []
         for name in REPLACED_BY:
-            texts = [part.strip() for item in getattr(self, name) for part in str(item).split(",") if part.strip()]
+            texts = split_at_commas(getattr(self, name))
             kind, is_right = ("whole numbers", _is_count) if name == "budgets" else ("finite numbers", _is_positive)
             wrong = [text for text in texts if not is_right(text)]
             if wrong:

@@ -16,6 +16,7 @@ from dylo_moe.evaluation.losses import Losses, from_json, mean_loss
 from dylo_moe.experts.config import lora_scale
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.routing.config import UNIFORM
+from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.file_names import MANIFEST, RESULT
 from dylo_moe.utils.words import counted
 
@@ -101,6 +102,12 @@ def failure(place: ArmFolder) -> str | None:
     if not place.search_losses.is_file():
         return None
     return json.loads(place.search_losses.read_text(encoding="utf-8")).get("diverged")
+
+
+def note_failure(place: ArmFolder, reason: str) -> None:
+    """Note that a cell diverged, so that it is neither trained nor measured again; see `failure`."""
+    place.search_losses.parent.mkdir(parents=True, exist_ok=True)
+    write_json(place.search_losses, {"of": None, "diverged": reason})
 
 
 def search_loss(place: ArmFolder) -> float | None:

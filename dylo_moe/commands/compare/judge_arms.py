@@ -12,7 +12,14 @@ import torch
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.commands.compare.arguments import BASE_ARM
-from dylo_moe.commands.compare.arm_folder import ArmFolder, failure, identity, read_benchmarks, read_losses
+from dylo_moe.commands.compare.arm_folder import (
+    ArmFolder,
+    failure,
+    identity,
+    note_failure,
+    read_benchmarks,
+    read_losses,
+)
 from dylo_moe.commands.compare.processes import run_program
 from dylo_moe.commands.compare.request import CompareRequest
 from dylo_moe.evaluation.held_out import HeldOut, held_out
@@ -44,8 +51,7 @@ class Judge:
                 try:
                     self._measure(place, place.checkpoint, for_search=True)
                 except NotFinite as error:
-                    place.search_losses.parent.mkdir(exist_ok=True)
-                    write_json(place.search_losses, {"of": None, "diverged": str(error)})
+                    note_failure(place, str(error))
                     self._screen.warn(f"{place.title}: {error}, so this cell cannot be the best one")
 
     def held_out(self, places: Sequence[ArmFolder]) -> None:

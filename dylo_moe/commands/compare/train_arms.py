@@ -7,12 +7,11 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 
-from dylo_moe.commands.compare.arm_folder import ArmFolder, failure
+from dylo_moe.commands.compare.arm_folder import ArmFolder, failure, note_failure
 from dylo_moe.commands.compare.processes import run_program
 from dylo_moe.commands.compare.request import CompareRequest, settings_of_arm
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.training.run_folder import save_config
-from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.words import counted
 
@@ -85,8 +84,7 @@ def train_all(
         except ValueError as error:
             if not is_search or not DIVERGED.search(str(error)):
                 raise
-            place.search_losses.parent.mkdir(exist_ok=True)
-            write_json(place.search_losses, {"of": None, "diverged": str(error)})
+            note_failure(place, str(error))
             screen.warn(f"{place.title}: the training diverged, so this cell cannot be the best one ({error})")
         progress.advance(place)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dylo_moe.parsing.command_line import CommandLine
 from dylo_moe.routing.config import BASE
 from dylo_moe.utils.checks import COUNT, PERCENT, SEED, range_problems
+from dylo_moe.utils.words import split_at_commas
 
 VLLM, MERGED = "vllm", "merged"
 
@@ -75,7 +76,7 @@ class ExportArguments:
     )
 
     def __post_init__(self) -> None:
-        self.datasets = [part.strip() for item in self.datasets for part in item.split(",") if part.strip()]
+        self.datasets = split_at_commas(self.datasets)
         problems = range_problems(vars(self), {"batch_size": COUNT, "eval_subset": PERCENT, "seed": SEED})
         if self.to == MERGED and (self.expert is None) == (self.mixture is None):
             given = "neither is given" if self.expert is None else "both are given"

@@ -97,18 +97,20 @@ def stages_of(request: StreamRequest, data: LoadedData, changes: Sequence[int] =
         ranks: Sequence[int | None] = request.stream.ranks or [None] * len(names)
         return [StageData(name, rows_of(data, name), rank) for name, rank in zip(names, ranks, strict=True)]
     rows = stream_rows(request, data)
-    parts = pairwise([0, *changes, len(rows)])
-    chunks = [chunk for start, end in parts for chunk in _chunks(start, end, size)]
     return [
         StageData(f"chunk_{number}", rows.select(range(start, end)), None)
-        for number, (start, end) in enumerate(chunks, 1)
+        for number, (start, end) in enumerate(chunks(len(rows), changes, size), 1)
     ]
 
 
-def _chunks(start: int, end: int, size: int) -> list[tuple[int, int]]:
-    """The chunks of some rows; the last one also takes the remaining rows, which are too few for a chunk."""
-    starts = [start + size * number for number in range(max((end - start) // size, 1))]
-    return list(pairwise([*starts, end]))
+def chunks(num_rows: int, changes: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Where the chunks of a stream begin and end. One ends before each change; the last one before it also takes the
+    remaining rows, which are too few for a chunk."""
+    found: list[tuple[int, int]] = []
+    for start, end in pairwise([0, *changes, num_rows]):
+        starts = [start + size * number for number in range(max((end - start) // size, 1))]
+        found += pairwise([*starts, end])
+    return found
 
 
 def rows_by_dataset(data: LoadedData, stage: StageData) -> dict[str, int]:
