@@ -30,11 +30,11 @@ from dylo_moe.model.checkpoint import (
     ROUTER_FILE,
     CheckpointError,
     checkpoint_in,
-    expert_entries,
     named_base,
     plain_config,
     read_manifest,
 )
+from dylo_moe.model.manifest import expert_entries
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.routing.config import SHARED, RouterConfig
 from dylo_moe.routing.features import NUM_PLACES

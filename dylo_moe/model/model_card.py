@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from dylo_moe.model.checkpoint import expert_entries
+from dylo_moe.model.manifest import expert_entries
 from dylo_moe.routing.config import RANDOM, SHARED, UNIFORM
 from dylo_moe.utils.markdown import code, markdown_table, plain
 from dylo_moe.utils.redact import bytes_in_words, open_settings, short_name, without_secrets

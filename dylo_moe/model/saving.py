@@ -17,16 +17,8 @@ from torch import Tensor
 
 from dylo_moe.base.fingerprint import fingerprint
 from dylo_moe.base.frozen import quantization
-from dylo_moe.model.checkpoint import (
-    ADAPTER_FILES,
-    CARD,
-    FORMAT_VERSION,
-    LIBRARY_FILE,
-    OWN_ENTRIES,
-    ROUTER_FILE,
-    format_version,
-    plain_config,
-)
+from dylo_moe.model.checkpoint import ADAPTER_FILES, CARD, LIBRARY_FILE, OWN_ENTRIES, ROUTER_FILE, plain_config
+from dylo_moe.model.manifest import FORMAT_VERSION, format_version
 from dylo_moe.model.model_card import model_card
 from dylo_moe.model.nonfinite import broken_weights
 from dylo_moe.model.peft_model import RoutedPeftModel

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dylo_moe.model.checkpoint import CheckpointError, expert_problem, read_manifest
+from dylo_moe.model.checkpoint import CheckpointError, read_manifest
+from dylo_moe.model.manifest import expert_problem
 from dylo_moe.parsing.parser import Parser, parse_with_checkpoint
 from dylo_moe.utils.errors import UsageError
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.model.checkpoint import CheckpointError, expert_entries, read_manifest
+from dylo_moe.model.checkpoint import CheckpointError, read_manifest
+from dylo_moe.model.manifest import expert_entries
 from dylo_moe.training.resume import Resumption, changes
 from dylo_moe.training.run_folder import checkpoints_in, fresh_folder
 from dylo_moe.utils.file_names import MANIFEST, RESULT

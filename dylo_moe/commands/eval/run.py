@@ -33,7 +33,8 @@ from dylo_moe.evaluation.results import (
 )
 from dylo_moe.evaluation.samples import SampleFile
 from dylo_moe.evaluation.sandbox.sandbox import Sandbox, open_sandbox
-from dylo_moe.model.checkpoint import expert_problem, named_base, read_manifest
+from dylo_moe.model.checkpoint import named_base, read_manifest
+from dylo_moe.model.manifest import expert_problem
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.eval_tables import TITLES, live_rate, show_example, show_results
 from dylo_moe.routing.config import BASE

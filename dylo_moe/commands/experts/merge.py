@@ -7,7 +7,8 @@ from typing import Any
 from dylo_moe.commands.experts.run import output_problems
 from dylo_moe.experts.expert import check_name
 from dylo_moe.experts.merging import LITTLE_KEPT, Merge
-from dylo_moe.model.checkpoint import expert_problem, manifest_or_problem
+from dylo_moe.model.checkpoint import manifest_or_problem
+from dylo_moe.model.manifest import expert_problem
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.utils.screen import Screen

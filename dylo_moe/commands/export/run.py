@@ -34,7 +34,8 @@ from dylo_moe.commands.export.request import ExportRequest
 from dylo_moe.commands.export.serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure
-from dylo_moe.model.checkpoint import ADAPTER_FILES, expert_problem, named_base, read_manifest
+from dylo_moe.model.checkpoint import ADAPTER_FILES, named_base, read_manifest
+from dylo_moe.model.manifest import expert_problem
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.routing.config import BASE, SHARED
 from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
