@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.data.encoding import IGNORED, encode_batch, text_format
-from dylo_moe.data.sources.formats import Example, RowError, ask
+from dylo_moe.data.sources.examples import Example, RowError, ask
 from dylo_moe.data.sources.machine_text import READERS, Passage
 
 NUM_TOKENS = 256

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dylo_moe.base.loading import load_base, load_tokenizer
 from dylo_moe.data.encoding import encode_batch, text_format
-from dylo_moe.data.sources.formats import Example, RowError, ask
+from dylo_moe.data.sources.examples import Example, RowError, ask
 from dylo_moe.data.sources.machine_text import Passage, read_machine_text
 from dylo_moe.routing.features import causal_exponential_mean
 

@@ -9,7 +9,8 @@ The path of a row, from top to bottom; `loading.load_data` takes all but the las
         sources/machine_text    text of installed packages, cut by sources/pieces
     tokenized           `SourceRows` -> `TokenizedDataset`: one column for each fact that decides about a row
         tokenizing              on all cores, and cached: each raw row goes through the three below
-            sources/formats             a raw row -> `Example`: a prompt and a response, or a text
+            sources/formats             a raw row -> `examples.Example`: a prompt and a response, or a text; the turns
+                                        of a conversation are read by sources/conversations
             contamination               does it hold a problem of HumanEval or MBPP?
             encoding                    `Example` -> token ids and labels, within max_seq_length
     splitting           duplicates are marked, some rows held out, and a share of the rest is used

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.data.config import ALL, CUT, DROP, RESPONSE
-from dylo_moe.data.sources.formats import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError
+from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError
 
 IGNORED = -100
 """The label of a token that the loss ignores."""

@@ -15,7 +15,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks, load_benchmarks
 from dylo_moe.data.encoding import TextFormat, text_format
 from dylo_moe.data.mixing import Share, epoch_rows, interleave, measure_shares, pass_over
-from dylo_moe.data.sources.formats import Fate
+from dylo_moe.data.sources.examples import Fate
 from dylo_moe.data.sources.locate import locate_for_training
 from dylo_moe.data.sources.read import SourceRows, read_dataset
 from dylo_moe.data.splitting import hold_out, order_keys, subset

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks
 from dylo_moe.data.encoding import TextFormat
-from dylo_moe.data.sources.formats import NOT_UTF8, NOT_UTF8_BUT_UTF16, Fate
+from dylo_moe.data.sources.examples import Fate
+from dylo_moe.data.sources.formats import NOT_UTF8, NOT_UTF8_BUT_UTF16
 from dylo_moe.data.sources.read import SourceRows
 from dylo_moe.data.splitting import find_duplicates
 from dylo_moe.data.tokenizing import tokenise

@@ -23,9 +23,10 @@ from dylo_moe.data import contamination, encoding
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks
 from dylo_moe.data.encoding import Encoded, TextFormat, encode_batch
-from dylo_moe.data.sources import formats, pieces
+from dylo_moe.data.sources import conversations, examples, formats, pieces
+from dylo_moe.data.sources.examples import Example, Fate, RowError, clean_text
 from dylo_moe.data.sources.files import RAW
-from dylo_moe.data.sources.formats import Columns, Example, Fate, RowError, clean_text, parse_json, read_row
+from dylo_moe.data.sources.formats import Columns, parse_json, read_row
 from dylo_moe.data.sources.pieces import cut_pieces
 
 CHARACTERS_PER_TOKEN = 3
@@ -235,7 +236,7 @@ def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None,
         str((config.max_seq_length, config.overlong, config.loss_on)),
         str(columns),
         "" if benchmarks is None else benchmarks.key,
-        *(inspect.getsource(module) for module in (contamination, encoding, formats, pieces)),
+        *(inspect.getsource(module) for module in (contamination, encoding, examples, conversations, formats, pieces)),
         Path(__file__).read_text(encoding="utf-8"),
     ]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

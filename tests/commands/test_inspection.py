@@ -17,7 +17,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.encoding import encode, text_format
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.sources.catalog import CATALOG
-from dylo_moe.data.sources.formats import ask
+from dylo_moe.data.sources.examples import ask
 from dylo_moe.report.terminal import COUNT_TITLES
 from dylo_moe.utils.screen import Screen
 
@@ -65,7 +65,7 @@ def test_prompt_trained_template_and_end_tokens_have_a_style_each():
 
 def test_what_is_green_is_what_the_loss_sees():
     """Also of a plain text, whose first token is predicted from nothing."""
-    from dylo_moe.data.sources.formats import Example
+    from dylo_moe.data.sources.examples import Example
 
     row = encode(text_format(PLAIN), Example((), "abc the"), max_seq_length=100)
     _, parts = styled(row, PLAIN)

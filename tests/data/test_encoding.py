@@ -8,7 +8,7 @@ from reference.texts import CHAT, END, FORGETFUL, PLAIN, STRICT, STRICT_TEMPLATE
 
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.encoding import encode, encode_batch, encode_prompt, text_format
-from dylo_moe.data.sources.formats import Example, Fate, Message, RowError, ask
+from dylo_moe.data.sources.examples import Example, Fate, Message, RowError, ask
 
 KINDS = pytest.mark.parametrize(
     ("tokenizer", "end"), [(PLAIN, END), (CHAT, END), (STRICT, "<turn_end>")], ids=["plain", "chat", "strict"]

@@ -4,18 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylo_moe.data.sources.formats import (
-    FORMATS,
-    Columns,
-    Example,
-    Fate,
-    Message,
-    RowError,
-    ask,
-    parse_json,
-    read_row,
-    recognise,
-)
+from dylo_moe.data.sources.examples import Example, Fate, Message, RowError, ask
+from dylo_moe.data.sources.formats import FORMATS, Columns, parse_json, read_row, recognise
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 CHAT = Example((Message(SYSTEM, "s"), Message(USER, "q"), Message(ASSISTANT, "a"), Message(USER, "r")), "b")

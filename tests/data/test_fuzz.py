@@ -19,7 +19,7 @@ from dylo_moe.cli import main
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.encoding import text_format
 from dylo_moe.data.loading import load_data
-from dylo_moe.data.sources.formats import Fate
+from dylo_moe.data.sources.examples import Fate
 from dylo_moe.data.sources.locate import locate
 from dylo_moe.data.sources.read import read_dataset
 from dylo_moe.data.tokenized import tokenise_all

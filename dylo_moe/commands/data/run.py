@@ -19,7 +19,7 @@ from dylo_moe.data.encoding import IGNORED, text_format
 from dylo_moe.data.loading import LoadedData, load_data
 from dylo_moe.data.packing import PackedTexts, padding_share
 from dylo_moe.data.sources.catalog import CATALOG
-from dylo_moe.data.sources.formats import Fate
+from dylo_moe.data.sources.examples import Fate
 from dylo_moe.data.sources.locate import locate_all, locate_for_training
 from dylo_moe.data.sources.read import SourceRows, read_dataset
 from dylo_moe.data.tokenized import TokenizedDataset as Rows

@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple, cast
 import xxhash
 from datasets import Features, Value
 
-from dylo_moe.data.sources.formats import NOT_TEXT, NOT_UTF8, NOT_UTF8_BUT_UTF16, printable
+from dylo_moe.data.sources.examples import printable
+from dylo_moe.data.sources.formats import NOT_TEXT, NOT_UTF8, NOT_UTF8_BUT_UTF16
 
 MAX_ROW_BYTES = 8 * 2**20
 """The longest line or element that is read as a row; a longer one would be millions of tokens."""

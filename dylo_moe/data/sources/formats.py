@@ -7,23 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from enum import IntEnum
 from typing import Any, NamedTuple
 
-USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
-
-SPEAKERS = {
-    "user": USER,
-    "human": USER,
-    "prompter": USER,
-    "assistant": ASSISTANT,
-    "gpt": ASSISTANT,
-    "model": ASSISTANT,
-    "bot": ASSISTANT,
-    "system": SYSTEM,
-}
-"""The role of a message's speaker, by the names that chat and ShareGPT data use for it."""
-
+from dylo_moe.data.sources.conversations import read_conversation
+from dylo_moe.data.sources.examples import SYSTEM, USER, Example, Fate, Message, RowError, clean_text
 
 NOT_UTF8 = "not UTF-8, as every text must be; convert its file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 """The reason for a text in another encoding; its place says the file and the line."""
@@ -32,70 +19,6 @@ NOT_UTF8_BUT_UTF16 = "UTF-16, not UTF-8, as every text must be; convert the file
 
 NOT_TEXT = "not text, so this kind of file is not read; give .jsonl, .json, .csv, .tsv, .parquet or a text"
 """The reason for a file of another kind, such as a workbook, an archive or an image."""
-
-
-class Fate(IntEnum):
-    """Whether a row was kept, or the kind of reason why it was left out."""
-
-    KEPT = 0
-    EMPTY = 1
-    MALFORMED = 2
-    TOO_LONG = 3
-    CONTAMINATED = 4
-
-
-class RowError(ValueError):
-    """A row that cannot be trained on: its fate, and the reason in a few words.
-
-    Args:
-        length: the row's length in tokens, if that is the reason.
-    """
-
-    def __init__(self, fate: Fate, reason: str, length: int = 0) -> None:
-        self.fate = fate
-        self.reason = printable(reason)
-        super().__init__(self.reason)
-        self.length = length
-
-
-def printable(text: str) -> str:
-    """Turn any text into one line that can be shown and stored."""
-    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(character if character.isprintable() else "?" for character in whole)
-
-
-class Message(NamedTuple):
-    """One turn of a conversation; `role` is system, user or assistant."""
-
-    role: str
-    content: str
-
-
-class Example(NamedTuple):
-    """One text to learn: a `response` to a `context`. Without context it is plain text, all of which is trained.
-
-    The context ends with a user's turn, and may begin with a system message. Earlier answers in it are trained as well.
-    """
-
-    context: tuple[Message, ...]
-    response: str
-    note: str = ""
-    """A remark about parts that were left out when the row was read; empty if none were."""
-
-    @property
-    def question(self) -> str:
-        """The first question; empty for plain text. Rows with the same question stay on one side of a split."""
-        return next((message.content for message in self.context if message.role == USER), "")
-
-    @property
-    def text(self) -> str:
-        """The context and the response as one text."""
-        return "\n".join([*(message.content for message in self.context), self.response])
-
-
-def ask(prompt: str, response: str) -> Example:
-    """The example of one question and its answer."""
-    return Example((Message(USER, prompt),), response)
 
 
 class Columns(NamedTuple):
@@ -192,7 +115,7 @@ def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
         names = ", ".join(sorted(str(name)[:40] for name in row)[:12]) or "none"
         raise RowError(Fate.MALFORMED, f"no known format has its columns ({names}); say which to read with --columns")
     if chosen.messages is not None:
-        return _conversation(row, chosen.messages)
+        return read_conversation(row, chosen.messages)
     if chosen.text is not None:
         return Example((), _text(row, chosen.text))
     assert chosen.prompt is not None and chosen.response is not None
@@ -219,24 +142,6 @@ def _preference(row: dict[str, Any]) -> str:
     )
 
 
-def clean_text(value: Any, name: str) -> str:
-    r"""Check that a value can be tokenised, and make its line ends \n. Raises RowError, naming the field, if it
-    cannot."""
-    if value is None:
-        raise RowError(Fate.EMPTY, f"{name} is null")
-    if isinstance(value, bytes):
-        raise RowError(Fate.MALFORMED, f"{name} holds bytes, of which no encoding is known; store it as UTF-8 strings")
-    if not isinstance(value, str):
-        raise RowError(Fate.MALFORMED, f"{name} is not a string")
-    if not value.strip():
-        raise RowError(Fate.EMPTY, f"{name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(Fate.MALFORMED, f"{name} holds half a surrogate pair") from None
-    return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
-
-
 def _text(row: dict[str, Any], column: str) -> str:
     if column not in row:
         raise RowError(Fate.MALFORMED, f"no {column}")
@@ -258,42 +163,3 @@ def _tests(row: dict[str, Any], column: str | None) -> str:
     if not isinstance(value, Sequence):
         raise RowError(Fate.MALFORMED, f"{column} is neither a string nor a list of strings")
     return "\n".join(clean_text(test, f"a test of {column}") for test in value)
-
-
-def _conversation(row: dict[str, Any], column: str) -> Example:
-    """Read turns {role, content} or {from, value}. A question after the last answer is left out, since nothing answers
-    it."""
-    turns = row.get(column)
-    if turns is None or turns == []:
-        raise RowError(Fate.EMPTY, f"{column} is {'empty' if turns == [] else 'null' if column in row else 'missing'}")
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise RowError(Fate.MALFORMED, f"{column} is not a list of messages")
-    spoken = [_spoken(turn) for turn in turns]
-    system = []
-    if spoken[0][0] == SYSTEM:
-        (_, content, name), *spoken = spoken
-        if content is not None and content != "":
-            system = [Message(SYSTEM, clean_text(content, name))]
-    for place, (role, _, _) in enumerate(spoken):
-        expected = (USER, ASSISTANT)[place % 2]
-        if role != expected:
-            raise RowError(Fate.MALFORMED, f"a message of the {role} where the {expected}'s turn is")
-    note = ""
-    if len(spoken) % 2:
-        spoken, note = spoken[:-1], "its last message has no answer and is left out"
-    if not spoken:
-        raise RowError(Fate.EMPTY, "no message of the assistant")
-    messages = [*system, *(Message(role, clean_text(content, name)) for role, content, name in spoken)]
-    return Example(tuple(messages[:-1]), messages[-1].content, note)
-
-
-def _spoken(turn: Any) -> tuple[str, Any, str]:
-    """The role and the content of a turn, and how an error calls the content."""
-    if not isinstance(turn, dict):
-        raise RowError(Fate.MALFORMED, "a message is not an object")
-    speaker, content = ("role", "content") if "role" in turn else ("from", "value")
-    name = turn.get(speaker)
-    if not isinstance(name, str) or name.lower() not in SPEAKERS:
-        shown = repr(name[:20]) if isinstance(name, str) else "missing or not a string"
-        raise RowError(Fate.MALFORMED, f"a message's role is {shown}, none of {', '.join(SPEAKERS)}")
-    return SPEAKERS[name.lower()], turn.get(content), f"a message's {content}"
