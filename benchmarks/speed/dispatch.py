@@ -70,6 +70,7 @@ def runner(routed: RoutedLinear, x: Tensor, *, dense: bool, learns: bool) -> Cal
     weights = nn.functional.one_hot(selected, len(names)).float()[None].requires_grad_(learns)
     routing = Routing(names, weights, torch.ones(1, tokens, dtype=torch.bool, device=x.device), None)
     context, chosen = ForwardContext(), rule.dense_is_quicker
+    context.num_tokens = tokens
     rule.dense_is_quicker = lambda **shapes: dense  # type: ignore[assignment]
     try:
         context.dispatch = make_dispatch(routing, selected[None, :, None], layouts=[routed.layout], dtype=x.dtype)

@@ -87,7 +87,7 @@ class RoutedLayer:
         if self.disable_adapters or self.merged:  # type: ignore[attr-defined]
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         result = self.base_layer(x, *args, **kwargs)
-        dispatch = self.context_slot.dispatch()
+        dispatch = self.context_slot.dispatch(num_tokens=x.numel() // x.shape[-1])
         parts = [part for part in (dispatch.shared.get(self.layout), dispatch.parts[self.layout]) if part is not None]
         if not parts:
             return result

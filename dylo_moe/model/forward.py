@@ -95,6 +95,7 @@ class RoutedForward(RoutedPeftModel):
             result = DyLoRAMoEOutput(
                 logits=out.logits if chunk_size is None else None,
                 past_key_values=out.get("past_key_values"),
+                cache_params=out.get("cache_params"),
                 hidden_states=out.get("hidden_states"),
                 attentions=out.get("attentions"),
             )

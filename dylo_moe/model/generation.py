@@ -33,7 +33,7 @@ class GenerateCall:
         self.input_ids: Tensor | None = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         self.inputs_embeds: Tensor | None = kwargs.get("inputs_embeds")
         self.position_ids: Tensor | None = kwargs.get("position_ids")
-        self.cache: Cache | None = kwargs.get("past_key_values")
+        self.cache: Cache | None = kwargs.get("past_key_values", kwargs.get("cache_params"))
         self.ends = as_list(self.value("eos_token_id"))
         self.mask = self._mask()
         """[prompts, prompt tokens], 0 on padding; None if there is no prompt at all."""

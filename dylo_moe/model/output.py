@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from torch import Tensor
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dylo_moe.routing.router import Routing
@@ -30,6 +31,8 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
     entropy_loss: Tensor | None = None
     routing: Routing | None = None
     token_losses: Tensor | None = None
+    cache_params: Cache | None = None
+    """What Mamba and its like return in the place of `past_key_values`."""
 
 
 OWN_OUTPUTS = [field.name for field in fields(DyLoRAMoEOutput) if not hasattr(CausalLMOutputWithPast, field.name)]

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
-from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, router_cache_layer
+from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, num_cached_tokens, router_cache_layer
 from dylo_moe.routing.config import SHARED
 from dylo_moe.routing.features import RouterState, causal_sums, read_tokens
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
@@ -143,6 +143,8 @@ class RoutingHooks:
         context = self.slot.begin()  # first, because `_end` runs whatever happens
         context.forced, context.dense = self.decider(), self.pool.has_nascent
         context.position_ids = kwargs.get("position_ids")
+        cache = _cache_among(args, kwargs)
+        context.num_cached = 0 if cache is None else num_cached_tokens(cache)
         if context.labels is None:
             context.labels = kwargs.get("labels")
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -156,7 +158,7 @@ class RoutingHooks:
             )
         if self.base.training and hasattr(self.base.get_input_embeddings(), "neftune_noise_alpha"):
             raise ValueError("NEFTune's noise would change what the router reads; leave neftune_noise_alpha out")
-        if self.router.config.reads_final and context.forced is NotForced and not self._is_decided(kwargs):
+        if self.router.config.reads_final and context.forced is NotForced and not self._is_decided(cache):
             context.last_hidden = self._base_pass(args, kwargs)
         return args, kwargs
 
@@ -170,12 +172,11 @@ class RoutingHooks:
             raise ValueError(f"expert {merged!r} is merged into the base, so nothing else can be routed to; unmerge it")
         return merged
 
-    def _is_decided(self, kwargs: dict[str, Any]) -> bool:
+    def _is_decided(self, cache: Cache | None) -> bool:
         """Whether nothing has to be read any more."""
         if self.prompt is not None and self.prompt.decided is not None:
             return True
-        cache = kwargs.get("past_key_values")
-        memory = find_router_layer(cache) if isinstance(cache, Cache) else None
+        memory = None if cache is None else find_router_layer(cache)
         if memory is not None and memory.num_tokens > 0 and memory.decided is None:
             raise ValueError(
                 f"this cache's {memory.num_tokens} tokens were not read by the router: with router_layer='final', it "
@@ -188,14 +189,14 @@ class RoutingHooks:
         """The base's last hidden states without any expert, [batch, seq, hidden]."""
         inputs = {name: kwargs[name] for name in BASE_PASS_INPUTS if kwargs.get(name) is not None}
         inputs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
-        decoder = getattr(self.base, self.base.base_model_prefix)
-        alone = ForwardContext()
+        alone = ForwardContext(skips_head=True)
         alone.attention_mask = inputs.get("attention_mask")
         self.slot.enter(alone)
         try:
-            return decoder(**inputs, use_cache=False, return_dict=True).last_hidden_state
+            self.base.forward(**inputs, use_cache=False, return_dict=True)  # without the hooks of a forward of its own
         finally:
             self.slot.end()
+        return cast(Tensor, alone.head_input)
 
     # As the first routed layer begins.
 
@@ -205,8 +206,9 @@ class RoutingHooks:
         if context is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-        mask = self._mask(context, hidden, cache)
+        cache = _cache_among(args, kwargs)
+        mask = self._mask(context, hidden)
+        context.num_tokens = mask.numel()
         forced, dtype = context.forced, self.pool.compute_dtype()
         decides = forced is NotForced or context.ends_at_router
         if decides or cache is not None:
@@ -225,21 +227,20 @@ class RoutingHooks:
         if self.router.training and not hidden.requires_grad and torch.is_grad_enabled() and are_joined():
             hidden.requires_grad_()  # so that a rank whose tokens chose no expert takes part in the others' backward
 
-    def _mask(self, context: ForwardContext, hidden: Tensor, cache: Cache | None) -> Tensor:
+    def _mask(self, context: ForwardContext, hidden: Tensor) -> Tensor:
         batch, seq = hidden.shape[:2]
         mask = context.attention_mask
         if mask is None and self.prompt is not None:
             prompt = _expand_rows(self.prompt.mask, batch)
-            start = 0 if cache is None else int(cache.get_seq_length(self._first_layer))
-            mask = torch.cat([prompt, prompt.new_ones(batch, max(start + seq - prompt.shape[1], 0))], 1)
-            mask = mask[:, : start + seq]
+            end = context.num_cached + seq
+            mask = torch.cat([prompt, prompt.new_ones(batch, max(end - prompt.shape[1], 0))], 1)[:, :end]
         return token_mask(mask, batch=batch, seq=seq, device=hidden.device)
 
     @torch.no_grad()
     def _states(self, context: ForwardContext, hidden: Tensor, mask: Tensor, cache: Cache | None) -> RouterState | None:
         memory = None if cache is None else router_cache_layer(cache, num_layers=self._num_layers)
-        if cache is not None and memory is not None:
-            memory.check_continues(int(cache.get_seq_length(self._first_layer)))
+        if memory is not None:
+            memory.check_continues(context.num_cached)
         if self.router.config.reads_final:
             hidden = context.last_hidden  # type: ignore[assignment]
         if self.router.config.per_sequence:
@@ -348,6 +349,11 @@ def one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None
     if expandable and batch % len(forced) == 0:
         return [name for name in forced for _ in range(batch // len(forced))]
     raise ValueError(f"route_to was given {counted(len(forced), 'expert')} for a batch of {batch}; give one per row")
+
+
+def _cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among a module's arguments, whatever its family calls it."""
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
 
 
 def _expand_rows(tensor: Tensor, batch: int) -> Tensor:

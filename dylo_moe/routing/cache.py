@@ -154,6 +154,26 @@ def find_router_layer(cache: Cache) -> RouterCacheLayer | None:
     return next((layer for layer in reversed(cache.layers) if isinstance(layer, RouterCacheLayer)), None)
 
 
+def num_cached_tokens(cache: Cache) -> int:
+    """The number of tokens that a cache holds, padding counted. It is asked before a forward adds its own.
+
+    Layers that are recurrent do not count them; of a cache that has no others, the router's memory knows.
+
+    Raises:
+        ValueError: where nothing counted the tokens that such layers have read.
+    """
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # of Transformers, where no layer counts
+        memory = find_router_layer(cache)
+        if (memory is None or memory.num_tokens == 0) and cache.has_previous_state():
+            raise ValueError(
+                "the cache holds tokens, but the router has seen none of them; pass a cache that this model filled "
+                "from its first token"
+            ) from None
+        return 0 if memory is None else memory.num_tokens
+
+
 def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
     """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new."""
     memory = find_router_layer(cache)

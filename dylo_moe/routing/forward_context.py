@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dylo_moe.routing.dispatch import Dispatch
@@ -48,6 +49,8 @@ class ForwardContext:
         """[batch, tokens], cached ones included."""
         self.position_ids: Tensor | None = None
         """[batch, seq]; where they start over, another text begins."""
+        self.num_cached = 0
+        """The number of tokens in the cache as the base begins, padding counted."""
         self.last_hidden: Tensor | None = None
         """[batch, seq, hidden] of a pass of the base alone, where the router reads those."""
         # The router's results.
@@ -57,6 +60,8 @@ class ForwardContext:
         """A `Routing`: which experts each token uses, with which weights."""
         self.dispatch: Dispatch | None = None
         """The routing, in the layout that the routed linears read."""
+        self.num_tokens = 0
+        """The number of tokens that it is for, padding counted."""
         # What the base leaves for its caller.
         self.head_input: Tensor | None = None
         """[batch, seq, hidden], where the head was skipped."""
@@ -104,16 +109,22 @@ class ContextSlot:
         """The `context_fn` of `torch.utils.checkpoint`: what is recomputed reads its own forward's dispatch."""
         return nullcontext(), self._restored(self.current)
 
-    def dispatch(self) -> Dispatch:
-        """The running forward's dispatch.
+    def dispatch(self, *, num_tokens: int) -> Dispatch:
+        """The running forward's dispatch, for a linear that is fed `num_tokens` tokens.
 
         Raises:
-            RuntimeError: outside a forward of the whole model, or before its router has run.
+            RuntimeError: outside a forward of the whole model, before its router has run, or for another number of
+                tokens than were routed.
         """
         if self.current is None or self.current.dispatch is None:
             raise RuntimeError(
                 "a routed linear was called outside a forward of its DyLoRAMoE model, so it is not decided which "
                 "experts its tokens use; call the whole model. If this came from gradient checkpointing, switch it "
                 "on with model.gradient_checkpointing_enable() of the DyLoRAMoE model, not of the base in it"
+            )
+        if num_tokens != self.current.num_tokens and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"a routed linear is fed {num_tokens} tokens in a forward of {self.current.num_tokens}, so that it is "
+                "not known which experts they use: leave this linear out of the experts' target_modules"
             )
         return self.current.dispatch

@@ -25,7 +25,7 @@ class Delta(NamedTuple):
 def call(routed, x, dispatch):
     """The output of a routed linear by itself, in a forward with this dispatch."""
     context = ForwardContext()
-    context.dispatch = dispatch
+    context.dispatch, context.num_tokens = dispatch, x.numel() // x.shape[-1]
     routed.context_slot.enter(context)
     try:
         return routed(x)
