@@ -35,7 +35,6 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
 
 TASKS = ("C-STANCE", "FOMC", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
-COLUMNS = ["prompt=prompt", "response=answer"]
 SKILL_EXAMPLES = 512
 """The rows of a stage that are read at most, as in `dylora stream`."""
 
@@ -65,9 +64,8 @@ def batches_of(rows: Sequence[dict], collator: Collator) -> Iterator[dict[str, T
 def read_rows(folder: Path, model: str, length: int) -> tuple[Dataset, Dataset]:
     """The training rows of a task as a stream would learn them, and rows that it never sees."""
     tokenizer = load_tokenizer(model)
-    config = {"columns": COLUMNS, "max_seq_length": length}
     train, test = (
-        load_data(DataConfig(datasets=[str(folder / f"{part}.jsonl")], **config), tokenizer, seed=42)
+        load_data(DataConfig(datasets=[str(folder / f"{part}.jsonl")], max_seq_length=length), tokenizer, seed=42)
         for part in ("train", "test")
     )
     return train.train, concatenate_datasets([*train.evaluation.values(), test.train, *test.evaluation.values()])

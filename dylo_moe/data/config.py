@@ -23,7 +23,7 @@ MIN_SEQ_LENGTH = 16
 MAX_SEARCH = 50
 """The largest percentage of rows that can be kept for a search."""
 
-ROLES = ("system", "prompt", "input", "tests", "response", "messages", "text")
+ROLES = ("system", "history", "prompt", "input", "tests", "response", "messages", "text")
 """The roles that a column of a dataset can play."""
 
 
@@ -61,7 +61,7 @@ class DataConfig:
         default_factory=list,
         metadata={
             "help": "Which columns to read where they are not recognised: prompt=COLUMN,response=COLUMN, text=COLUMN "
-            "or messages=COLUMN; also system, input, tests. DATASET.prompt=COLUMN is for one dataset."
+            "or messages=COLUMN; also system, history, input, tests. DATASET.prompt=COLUMN is for one dataset."
         },
     )
     max_seq_length: int = field(default=512, metadata={"help": "Longest training row, in tokens."})

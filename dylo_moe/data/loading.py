@@ -90,6 +90,8 @@ class LoadedData(NamedTuple):
     """The datasets as they were found."""
     notes: list[str]
     """What a reader should know before training, in sentences."""
+    unread: dict[str, dict[str, int]]
+    """For each dataset the columns that nothing reads, and how many rows hold something there."""
     fingerprint: dict[str, str]
     """What identifies the rows: for each dataset the number and a hash of its training and held-out rows, and a hash of
     the epoch's order. It depends on token ids and labels alone, not on where the texts are stored."""
@@ -145,6 +147,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
         reasons={table.name: table.reasons() for table in tables},
         readings=readings,
         notes=[*_notes(tables), *([] if benchmarks is None else [_compared(tables, benchmarks)])],
+        unread={table.name: table.unread() for table in tables},
         fingerprint=_fingerprint(tables, split, epoch),
         sample_prompts={
             table.name: _sample_prompt(table, rows[0], form) for table, rows in zip(tables, split.judged, strict=True)
@@ -374,11 +377,15 @@ def _notes(tables: Sequence[TokenizedDataset]) -> list[str]:
         for source in sources
         if source is not None and source.non_commercial
     ]
-    return licences + [
-        f"{table.name} is one document, or asks one question, so it is split by rows."
-        for table in tables
-        if table.is_one_document and table.reading.validation is None
-    ]
+    return (
+        licences
+        + [said for table in tables if (said := table.unread_in_words())]
+        + [
+            f"{table.name} is one document, or asks one question, so it is split by rows."
+            for table in tables
+            if table.is_one_document and table.reading.validation is None
+        ]
+    )
 
 
 def _compared(tables: Sequence[TokenizedDataset], benchmarks: Benchmarks) -> str:

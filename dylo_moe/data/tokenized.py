@@ -19,7 +19,13 @@ from dylo_moe.data.sources.formats import NOT_UTF8, NOT_UTF8_BUT_UTF16
 from dylo_moe.data.sources.read import SourceRows
 from dylo_moe.data.splitting import find_duplicates
 from dylo_moe.data.tokenizing import tokenise
-from dylo_moe.utils.words import counted
+from dylo_moe.utils.words import counted, listed
+
+MAX_UNREAD = 100
+"""The most columns that nothing reads that are kept, for every row may have others."""
+
+MAX_NAMED = 6
+"""The most columns that nothing reads that a sentence names together."""
 
 
 class Reason(NamedTuple):
@@ -84,6 +90,22 @@ class TokenizedDataset(NamedTuple):
         if others := sum(reason.num_rows for reason in lost[3:]):
             said.append(f"{counted(others, 'more row')} with other reasons")
         return said
+
+    def unread(self) -> dict[str, int]:
+        """The columns that hold something and that nothing reads, and in how many of the rows that could be read; the
+        most frequent one first, and MAX_UNREAD at most."""
+        counts: Counter[str] = Counter()
+        for found in pc.value_counts(self.rows.data.column("unread")).to_pylist():
+            counts.update(dict.fromkeys(found["values"].splitlines(), found["counts"]))
+        return dict(counts.most_common(MAX_UNREAD))
+
+    def unread_in_words(self) -> str:
+        """A sentence about the columns that nothing reads; an empty string if there are none."""
+        groups: dict[int, list[str]] = {}
+        for name, num_rows in self.unread().items():
+            groups.setdefault(num_rows, []).append(name)
+        said = [f"{listed(names, most=MAX_NAMED)} ({counted(num, 'row')})" for num, names in groups.items()]
+        return f"{self.name} has columns that nothing reads: {listed(said, most=MAX_NAMED)}." if said else ""
 
     def _reasons_of(self, marked: NDArray[np.bool_]) -> list[Reason]:
         """The reasons of the marked rows; the most frequent one first."""

@@ -23,11 +23,12 @@ from dylo_moe.data import contamination, encoding
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks
 from dylo_moe.data.encoding import Encoded, TextFormat, encode_batch
-from dylo_moe.data.sources import conversations, examples, formats, pieces
-from dylo_moe.data.sources.examples import Example, Fate, RowError, clean_text
+from dylo_moe.data.sources import conversations, examples, formats, pieces, roles
+from dylo_moe.data.sources.examples import Example, Fate, RowError, clean_text, printable
 from dylo_moe.data.sources.files import RAW
-from dylo_moe.data.sources.formats import Columns, parse_json, read_row
+from dylo_moe.data.sources.formats import parse_json, read_row
 from dylo_moe.data.sources.pieces import cut_pieces
+from dylo_moe.data.sources.roles import Columns, recognise, unread_columns
 
 CHARACTERS_PER_TOKEN = 3
 """The estimate by which long texts are first cut; pieces that turn out too long are cut again."""
@@ -52,13 +53,18 @@ ROW_FEATURES = Features(
         "cut": Value("int8"),
         "reason": Value("string"),
         "place": Value("string"),
+        "unread": Value("string"),
     }
 )
 """The columns of a tokenised row. `length` and `trained` count tokens, `whole_length` those before a cut. `digest` is a
-hash of the ids, `document` of the file or question whose rows stay on one side of a split."""
+hash of the ids, `document` of the file or question whose rows stay on one side of a split. `unread` names the columns
+of the raw row that hold something and that nothing reads, a line for each."""
 
 CUT_PROMPT, CUT_RESPONSE = 1, 2
 """The bits of the column `cut`."""
+
+_NAME_LENGTH = 60
+"""The most characters of a column's name that are kept, for a row of another kind may have whole texts as names."""
 
 _NO_TOKENS = np.empty(0, np.int32)
 
@@ -71,6 +77,7 @@ class _Text(NamedTuple):
     place: str
     is_piece: bool = False
     """Whether it is a part of a file; if too long, it is cut in two, so that nothing of the file is lost."""
+    unread: str = ""
 
 
 class Tokenise:
@@ -134,11 +141,13 @@ class Tokenise:
         return [_Text(Example((), piece), document, place, True) for piece in cut_pieces(whole, size)]
 
     def _read(self, row: dict[str, Any], *, place: str, document: str = "") -> _Text:
+        columns = self.columns or recognise(row)
         try:
-            example = read_row(row, self.columns)
+            example = read_row(row, columns)
         except RowError as error:
             return _Text(error, document, place)
-        return _Text(example, document or example.question or example.response, place)
+        unread = "" if columns is None else "\n".join(_shown(name) for name in unread_columns(row, columns))
+        return _Text(example, document or example.question or example.response, place, unread=unread)
 
     def _decontaminated(self, text: _Text) -> _Text:
         if self.benchmarks is None or isinstance(text.example, RowError):
@@ -228,6 +237,7 @@ def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None,
     """A hash of all that decides how a raw row is tokenised: the tokenizer, the settings, and this code."""
     tokenizer = form.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    modules = (contamination, encoding, examples, conversations, formats, roles, pieces)
     parts = [
         backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         str(tokenizer.chat_template),
@@ -236,7 +246,7 @@ def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None,
         str((config.max_seq_length, config.overlong, config.loss_on)),
         str(columns),
         "" if benchmarks is None else benchmarks.key,
-        *(inspect.getsource(module) for module in (contamination, encoding, examples, conversations, formats, pieces)),
+        *(inspect.getsource(module) for module in modules),
         Path(__file__).read_text(encoding="utf-8"),
     ]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
@@ -253,7 +263,12 @@ def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:
         return {
             **dict.fromkeys(("prompt_length", "length", "trained", "digest", "cut"), 0),
             **{"input_ids": _NO_TOKENS, "labels": _NO_TOKENS, "document": document, "place": text.place},
-            **{"fate": int(encoded.fate), "reason": encoded.reason, "whole_length": encoded.length},
+            **{
+                "unread": text.unread,
+                "fate": int(encoded.fate),
+                "reason": encoded.reason,
+                "whole_length": encoded.length,
+            },
         }
     input_ids, labels = np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.labels, np.int32)
     return {
@@ -269,7 +284,12 @@ def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:
         "cut": CUT_PROMPT * encoded.cut_prompt | CUT_RESPONSE * encoded.cut_response,
         "reason": encoded.note,
         "place": text.place if encoded.note else "",
+        "unread": text.unread,
     }
+
+
+def _shown(name: str) -> str:
+    return printable(name) if len(name) <= _NAME_LENGTH else f"{printable(name[:_NAME_LENGTH])}..."
 
 
 def hash64(content: bytes) -> int:

@@ -100,7 +100,8 @@ def cpu_model() -> str | None:
 
 
 def dataset_facts(data: LoadedData) -> list[dict[str, Any]]:
-    """Each dataset: its origin, its rows, its share of an epoch, and its licence where that is known."""
+    """Each dataset: its origin, its rows, its share of an epoch, the columns that nothing reads with the number of rows
+    that have them, and its licence where that is known."""
     shares = {share.name: share for share in data.shares}
     sources = {reading.name: reading.source for reading in data.readings}
     facts = []
@@ -115,6 +116,7 @@ def dataset_facts(data: LoadedData) -> list[dict[str, Any]]:
                 "search": count.search,
                 "share": share.share,
                 "token_share": share.token_share,
+                "unread": data.unread[count.name],
                 "licence": source.licence if source is not None else None,
             }
         )

@@ -5,7 +5,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylo_moe.data.sources.examples import Example, Fate, Message, RowError, ask
-from dylo_moe.data.sources.formats import FORMATS, Columns, parse_json, read_row, recognise
+from dylo_moe.data.sources.formats import parse_json, read_row
+from dylo_moe.data.sources.roles import (
+    ANSWERING,
+    ASKING,
+    CONVERSATIONS,
+    HISTORY,
+    OTHER_PAIRS,
+    SYSTEMS,
+    TESTS,
+    TEXTS,
+    Columns,
+    recognise,
+)
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 CHAT = Example((Message(SYSTEM, "s"), Message(USER, "q"), Message(ASSISTANT, "a"), Message(USER, "r")), "b")
@@ -108,7 +120,6 @@ def test_columns_of_ones_own():
     assert Columns(prompt="q", response="a", tests="t").problem() is None
     assert "prompt do not form a format" in Columns(prompt="q").problem()
     assert "prompt, text" in Columns(prompt="q", text="t").problem()
-    assert all(columns.problem() is None for columns in FORMATS.values())
 
 
 JSON = st.recursive(
@@ -116,7 +127,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-NAMES = sorted({column for columns in FORMATS.values() for column in columns if column} | {"x"})
+PAIRED = {name for pair in OTHER_PAIRS for name in pair}
+NAMES = sorted({*CONVERSATIONS, *ASKING, *ANSWERING, *PAIRED, *TEXTS, *SYSTEMS, HISTORY, TESTS, "context", "x"})
 
 
 @settings(max_examples=400, deadline=None)

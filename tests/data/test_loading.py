@@ -448,7 +448,7 @@ def test_an_epoch_shows_every_row_at_its_dataset_s_share(sizes, weights):
         ({"eval_subset": 101}, "eval_subset is 101"),
         ({"overlong": "wrap"}, "overlong is 'wrap'; it must be 'cut' or 'drop'"),
         ({"loss_on": "prompt"}, "loss_on is 'prompt'; it must be 'response' or 'all'"),
-        ({"columns": ["question"]}, "it must be ROLE=COLUMN, with a role of system, prompt"),
+        ({"columns": ["question"]}, "it must be ROLE=COLUMN, with a role of system, history, prompt"),
         ({"columns": ["question=x"]}, "it must be ROLE=COLUMN"),
         ({"preprocessing_num_workers": 0}, "preprocessing_num_workers is 0"),
     ],

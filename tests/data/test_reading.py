@@ -200,7 +200,7 @@ def test_names_on_the_hub(argument, expected):
 # Files and folders of one's own
 
 
-EXCHANGES = [{"question": f"What is {i}?", "solution": f"It is {i}."} for i in range(12)]
+EXCHANGES = [{"demand": f"What is {i}?", "remedy": f"It is {i}."} for i in range(12)]
 
 
 def write_as(path: Path, rows: list[dict]) -> Path:
@@ -221,19 +221,19 @@ def write_as(path: Path, rows: list[dict]) -> Path:
 @pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "csv", "parquet"])
 def test_any_file_is_read_with_columns_of_ones_own(tmp_path, kind):
     path = write_as(tmp_path / f"mine.{kind}", EXCHANGES)
-    config = DataConfig(datasets=[str(path)], columns=["prompt=question,response=solution"])
+    config = DataConfig(datasets=[str(path)], columns=["prompt=demand,response=remedy"])
     data = load_data(config, CHAT)
     assert data.names == ["mine"] and data.counts[0].read == 12 and not data.reasons["mine"]
     found = "".join([*texts(data.train), *texts(data.evaluation["mine"])])
     assert all(f"What is {i}?{END}" in found and f"It is {i}.{END}" in found for i in range(12))
-    with pytest.raises(ValueError, match=r"question, solution"):
+    with pytest.raises(ValueError, match=r"demand, remedy"):
         load_data(DataConfig(datasets=[str(path)]), CHAT)
 
 
 def test_columns_can_be_told_for_one_dataset(tmp_path):
     one = write_as(tmp_path / "one.jsonl", EXCHANGES)
     two = write_as(tmp_path / "two.jsonl", [{"frage": f"Was ist {i}?", "antwort": f"{i}"} for i in range(12)])
-    columns = ["one.prompt=question", "one.response=solution", "two.prompt=frage", "two.response=antwort"]
+    columns = ["one.prompt=demand", "one.response=remedy", "two.prompt=frage", "two.response=antwort"]
     data = load_data(DataConfig(datasets=[str(one), str(two)], columns=columns), CHAT)
     assert [count.read - count.train - count.evaluation for count in data.counts] == [0, 0]
 
@@ -253,12 +253,12 @@ def test_columns_of_one_dataset_win_over_those_of_all(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["prompt=question,response=solution,input=typo"], "has no column typo; it has question, solution"),
-        (["prompt=question,prompt=solution,response=solution"], "columns gives prompt twice"),
-        (["prompt=question"], "columns of 'mine': the roles prompt do not form a format"),
-        (["other.prompt=question"], "columns is for 'other', which is not among the datasets (mine, cmake)"),
+        (["prompt=demand,response=remedy,input=typo"], "has no column typo; it has demand, remedy"),
+        (["prompt=demand,prompt=remedy,response=remedy"], "columns gives prompt twice"),
+        (["prompt=demand"], "columns of 'mine': the roles prompt do not form a format"),
+        (["other.prompt=demand"], "columns is for 'other', which is not among the datasets (mine, cmake)"),
         (["cmake.text=x"], "columns cannot apply to 'cmake'"),
-        (["prompt=nowhere,response=solution"], "has no column nowhere; it has question, solution"),
+        (["prompt=nowhere,response=remedy"], "has no column nowhere; it has demand, remedy"),
     ],
 )
 def test_columns_that_cannot_apply_are_refused(tmp_path, columns, message):

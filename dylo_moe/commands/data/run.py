@@ -82,6 +82,8 @@ def show_dataset(config: DataConfig, look: LookArguments) -> None:
         screen.say(text)
     screen.rule()
     show_reasons(screen, reading.name, rows.reasons())
+    if unread := rows.unread_in_words():
+        screen.note(unread)
 
 
 def _show_head(screen: Screen, reading: SourceRows, rows: Rows, num_good: int) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.catalog import CATALOG, Source
 from dylo_moe.data.sources.files import is_row_file
-from dylo_moe.data.sources.formats import Columns
+from dylo_moe.data.sources.roles import Columns
 from dylo_moe.utils.words import nearest
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")

@@ -25,10 +25,11 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.sources.catalog import Source
 from dylo_moe.data.sources.examples import RowError, printable
 from dylo_moe.data.sources.files import RAW, LocalFile, content_key, is_row_file, raw_row, raw_rows
-from dylo_moe.data.sources.formats import Columns, parse_json
+from dylo_moe.data.sources.formats import parse_json
 from dylo_moe.data.sources.hub import fetch_rows
 from dylo_moe.data.sources.locate import DatasetSource, chosen_columns, locate
 from dylo_moe.data.sources.machine_text import read_machine_text
+from dylo_moe.data.sources.roles import Columns
 from dylo_moe.utils.hub import first_line
 from dylo_moe.utils.words import listed
 
