@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from dylo_moe.utils.undo import all_or_nothing
 
 REPACKS = "support_avx512bf16_for_cpu"
 """An attribute of bitsandbytes' 4-bit linears: whether a forward may repack the weights."""
@@ -31,6 +34,23 @@ def check_base(base: object) -> None:
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise ValueError("base has gradient checkpointing on; switch it on with the DyLoRAMoE model's own method")
+
+
+def untouched_on_failure(base: PreTrainedModel) -> AbstractContextManager[None]:
+    """Leave a base as it was, its configs too, if what is done to it in the `with` block raises."""
+    return all_or_nothing([*base.modules(), *_configs(base)])
+
+
+def _configs(base: PreTrainedModel) -> list[Any]:
+    """The configs that a base's modules hold, and those inside them."""
+    found: dict[int, Any] = {}
+    waiting = [value for module in base.modules() for value in vars(module).values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (PreTrainedConfig, GenerationConfig)) and id(value) not in found:
+            found[id(value)] = value
+            waiting += vars(value).values()
+    return list(found.values())
 
 
 def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -133,21 +133,16 @@ class ExpertPool:
     def add(self, name: str, config: LoraConfig, *, mature: bool, skill: str | None = None) -> Expert:
         """Inject a fresh adapter and take it into the pool, as its last expert.
 
-        It has no memory before `pack`, so that adding many at once allocates each layer's block once.
+        It has no memory before `pack`, so that adding many at once allocates each layer's block once. PEFT injects
+        layer by layer, so that callers undo what it has begun where it raises.
         """
         check_name(name, taken=self._experts, modules=self.base_modules())
-        try:
-            with self.set_aside():
-                PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
-                if not self._experts:
-                    PeftModel.set_adapter(self._model, name)
-                    for placeholder in [other for other in self._model.peft_config if other != name]:
-                        del self._model.peft_config[placeholder]
-        except BaseException:  # PEFT injects layer by layer
-            for _, layer in routed_layers(self._model):
-                layer.delete_adapter(name)
-            self.refresh()
-            raise
+        with self.set_aside():
+            PeftModel.add_adapter(self._model, name, config, low_cpu_mem_usage=True)
+            if not self._experts:
+                PeftModel.set_adapter(self._model, name)
+                for placeholder in [other for other in self._model.peft_config if other != name]:
+                    del self._model.peft_config[placeholder]
         return self.register(name, mature=mature, skill=skill)
 
     def add_shared(self, config: LoraConfig) -> Expert:
@@ -176,7 +171,7 @@ class ExpertPool:
             path: where it came from.
 
         Raises:
-            ValueError: naming every tensor that is missing, foreign, misshapen or not finite; nothing is added.
+            ValueError: naming every tensor that is missing, foreign, misshapen or not finite; callers undo the rest.
         """
         dtype = next(self.parameters(self.names[0])).dtype
         if config.lora_dropout != self.lora.lora_dropout:
@@ -194,7 +189,6 @@ class ExpertPool:
         self.pack()
         problems = state_problems(self.state(name), state)
         if problems:
-            self.remove(name)
             raise ValueError(f"adapter {path} does not fit: " + "; ".join(problems[:5]))
         set_peft_model_state_dict(self._model, state, adapter_name=name)
         self.cast(name, dtype)

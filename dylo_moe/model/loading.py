@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dylo_moe.base.fingerprint import base_identity, compare_base
-from dylo_moe.base.frozen import check_base
+from dylo_moe.base.frozen import check_base, untouched_on_failure
 from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.continual.growth import Growth
@@ -63,7 +63,8 @@ def load_checkpoint(
         raise ValueError(f"base is already loaded, so {', '.join(sorted(kwargs))} cannot apply")
     check_base(base)
     _check_same_base(folder, manifest, base)
-    model = _build(cls, folder, manifest, base)
+    with untouched_on_failure(base):
+        model = _build(cls, folder, manifest, base)
     LOGGER.info(
         "loaded %s: %s on %s", folder, counted(len(model.experts), "expert"), model.base_id or "an unnamed base"
     )

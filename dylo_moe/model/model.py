@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dylo_moe.base.frozen import check_base
+from dylo_moe.base.frozen import check_base, untouched_on_failure
 from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.continual.growth import Growth, SkillDecision
@@ -97,7 +97,7 @@ class DyLoRAMoE(RoutedForward):
 
         Raises:
             ValueError: for a value out of range, a LoraConfig that cannot be routed, or a base that is
-                no decoder-only causal language model.
+                no decoder-only causal language model. Whatever is raised, a loaded base stays as it was.
             BaseUnavailableError: when the base cannot be loaded.
         """
         if router is None:
@@ -128,9 +128,12 @@ class DyLoRAMoE(RoutedForward):
         index = router.layer_index(base.config.get_text_config().num_hidden_layers)
         lora = routed_lora_config(base, lora, router_index=index)
         shared = config_at(lora, shared_rank, alpha=shared_alpha, whose="pool") if shared_rank else None
-        model = cls(base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient, shared=shared)
-        if allow_expert_growth:
-            model.enable_growth(growth)
+        with untouched_on_failure(base):
+            model = cls(
+                base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient, shared=shared
+            )
+            if allow_expert_growth:
+                model.enable_growth(growth)
         LOGGER.info("%s has %s, on %s", cls.__name__, counted(len(names), "expert"), base.name_or_path or "its base")
         return model
 
@@ -145,11 +148,15 @@ class DyLoRAMoE(RoutedForward):
             name: letters, digits, '_' and '-'.
             rank: default the pool's; alpha follows, so that the scaling stays.
             skill: what it is for; kept in the checkpoint.
+
+        Raises:
+            ValueError: for a name or a rank that cannot be. Whatever is raised, the model stays as it was.
         """
         self._check_learned("add_expert")
-        expert = self._pool.add(name, self._pool.config_for(rank), mature=False, skill=skill)
-        self._pool.pack()
-        self.router.add_row(name)
+        with self.whole_or_not_at_all():
+            expert = self._pool.add(name, self._pool.config_for(rank), mature=False, skill=skill)
+            self._pool.pack()
+            self.router.add_row(name)
         return expert
 
     def import_expert(self, name: str, path: str, *, skill: str | None = None, **kwargs: Any) -> Expert:
@@ -174,8 +181,9 @@ class DyLoRAMoE(RoutedForward):
         problems = lora_problems(self.base, config, router_index=index)
         if problems:
             raise ValueError(f"adapter {path} cannot be an expert: " + "; ".join(problems))
-        expert = self._pool.load(name, config, state, path=path, skill=skill)
-        self.router.add_row(name)
+        with self.whole_or_not_at_all():
+            expert = self._pool.load(name, config, state, path=path, skill=skill)
+            self.router.add_row(name)
         return expert
 
     def _check_learned(self, what: str) -> None:
@@ -225,15 +233,16 @@ class DyLoRAMoE(RoutedForward):
             )
         old = [self._pool[expert].name for expert in (first, second)]
         weights = self.growth.merge_weights(old)
-        with torch.random.fork_rng(devices=[]):  # what PEFT and the router draw is overwritten
-            merge = merge_experts(
-                self._pool, *old, weights=(weights[0], weights[1]), name=first if name is None else name, rank=rank
-            )
-            for expert in old:
-                self.router.remove_row(expert)
-            self.router.add_row(merge.expert)
-        self.growth.merge(old, merge.expert, seed=seed)
-        self.apply_trainable()
+        with self.whole_or_not_at_all():
+            with torch.random.fork_rng(devices=[]):  # what PEFT and the router draw is overwritten
+                merge = merge_experts(
+                    self._pool, *old, weights=(weights[0], weights[1]), name=first if name is None else name, rank=rank
+                )
+                for expert in old:
+                    self.router.remove_row(expert)
+                self.router.add_row(merge.expert)
+            self.growth.merge(old, merge.expert, seed=seed)
+            self.apply_trainable()
         LOGGER.info("%s", merge.in_words(*old))
         return merge
 
@@ -352,12 +361,13 @@ class DyLoRAMoE(RoutedForward):
         """Let `add_skill` grow the pool from here on; see `Growth.enable`. A shared expert goes on serving all, and is
         frozen, so that old experts stay as they are."""
         self._check_learned("enable_growth")
-        growth = self._growth_or_new()
-        growth.enable(config, seed=seed)
-        self.growth = growth
-        if self._pool.shared is not None:
-            self.freeze(SHARED)
-        self.apply_trainable()
+        with self.whole_or_not_at_all():
+            growth = self._growth_or_new()
+            growth.enable(config, seed=seed)
+            self.growth = growth
+            if self._pool.shared is not None:
+                self.freeze(SHARED)
+            self.apply_trainable()
 
     def fix_pool(self, config: GrowthConfig | None = None) -> None:
         """Let `add_skill` report new data from here on, and add no expert; see `Growth.fix`."""
@@ -382,13 +392,14 @@ class DyLoRAMoE(RoutedForward):
         self._check_learned("add_skill")
         if self.growth is None:
             raise ValueError("this model has no skill library, so that nothing can be said to be new; enable_growth()")
-        decision = self.growth.add_skill(name, batches, rank=rank, expert=expert, seed=seed)
+        with self.whole_or_not_at_all():
+            decision = self.growth.add_skill(name, batches, rank=rank, expert=expert, seed=seed)
+            if decision.expert is not None:
+                changed = [other for other in self._pool.everyone if other.trainable != (other.name == decision.expert)]
+                for other in changed:
+                    other.trainable = not other.trainable
+                self.apply_trainable([other.name for other in changed])
         LOGGER.info("%s", decision.in_words(name))
-        if decision.expert is not None:
-            changed = [other for other in self._pool.everyone if other.trainable != (other.name == decision.expert)]
-            for other in changed:
-                other.trainable = not other.trainable
-            self.apply_trainable([other.name for other in changed])
         return decision
 
     def know_base(self, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> None:

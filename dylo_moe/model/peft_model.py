@@ -23,6 +23,7 @@ from dylo_moe.routing.config import RouterConfig
 from dylo_moe.routing.forward_context import ContextSlot
 from dylo_moe.routing.router import Router
 from dylo_moe.utils.other_libraries import without_peft_deprecation
+from dylo_moe.utils.undo import all_or_nothing
 
 NO_EXPERT = "no-expert-yet"
 """The adapter that PEFT needs to adapt the linears of a pool which begins empty. It is removed at once; its config
@@ -112,6 +113,23 @@ class RoutedPeftModel(PeftModelForCausalLM):
             learns = expert.trainable and not self.allow_expert_growth and self.router_config.is_learned
             self.router.gate[expert.name].requires_grad_(learns)
             self.router.gate_bias[expert.name].requires_grad_(learns)
+
+    @contextmanager
+    def whole_or_not_at_all(self) -> Iterator[None]:
+        """Leave the model as it was, its pool, gate and skill library too, if the `with` block raises.
+
+        Values of the experts that were there before are not put back, because nothing here changes them.
+        """
+        with self._pool.set_aside():
+            modules = list(self.modules())  # the experts' own, which are many, are not changed
+        known = [] if self.growth is None else [self.growth, self.growth.library]
+        parts = [*modules, self._pool, *self._pool.everyone, self._hooks, *known]
+        try:
+            with all_or_nothing(parts, values=self.router.state_dict(keep_vars=True).values()):
+                yield
+        except BaseException:
+            self._pool.pack()  # what moved into a new block stays there, beside the memory of an expert that is gone
+            raise
 
     @contextmanager
     def route_to(self, experts: str | Sequence[str | None] | None) -> Iterator[None]:
