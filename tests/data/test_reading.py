@@ -356,7 +356,10 @@ def test_a_file_in_another_encoding_is_told_so_with_the_line_and_how_to_convert_
             f"rows.{kind}{first}",
             "not UTF-8, as every text must be; convert its file: iconv -f WINDOWS-1252 -t UTF-8",
         ),
-        ("utf-16", f"rows.{kind}:1", "UTF-16, not UTF-8, as every text must be; convert the file: iconv -f UTF-16"),
+        *(
+            (encoding, f"rows.{kind}:1", "UTF-16, not UTF-8, as every text must be; convert the file: iconv -f UTF-16")
+            for encoding in ("utf-16", "utf-16-le", "utf-16-be")
+        ),
     ):
         path.write_bytes(rows_in(kind).encode(encoding))
         with pytest.raises(ValueError, match=re.escape(f"(file {path}) has no usable row: {reason}")) as raised:
@@ -394,6 +397,16 @@ def test_one_line_in_another_encoding_costs_itself_alone(tmp_path):
     data = load_data(DataConfig(datasets=[str(path)], max_seq_length=64), CHAT)
     [reason] = data.reasons["rows"]
     assert (reason.num_rows, reason.text, reason.first, data.counts[0].read) == (1, NOT_UTF8, "rows.csv:9", 30)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_nul_byte_in_a_table_costs_its_row_and_is_told(tmp_path, kind):
+    """It was trained."""
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(rows_in(kind).encode().replace("café 7".encode(), b"caf\0 7"))
+    data = load_data(DataConfig(datasets=[str(path)], max_seq_length=64), CHAT)
+    [reason] = data.reasons["rows"]
+    assert (reason.text, reason.first) == ("it holds a NUL byte, which no text has", f"rows.{kind}:9")
 
 
 def test_a_header_in_another_encoding_names_no_column(tmp_path):

@@ -81,7 +81,7 @@ def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]
         try:
             with cast(io.BufferedReader, (gzip.open if name.lower().endswith(".gz") else open)(path, "rb")) as file:
                 start = file.peek(8)[:8]
-                if start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
+                if _is_utf16(start):
                     yield raw_row(b"", f"{name}:1", problem=NOT_UTF8_BUT_UTF16)
                 elif start.startswith(OTHER_KINDS):
                     yield raw_row(b"", name, problem=NOT_TEXT)
@@ -89,6 +89,11 @@ def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]
                     yield from _text_rows(file, name) if as_texts else _rows_of(file, name)
         except (OSError, EOFError, zlib.error) as error:
             yield raw_row(b"", name, problem=f"the file breaks off: {error or type(error).__name__}")
+
+
+def _is_utf16(start: bytes) -> bool:
+    """Whether the first 8 bytes of a file are UTF-16: its mark, or every other byte is NUL, as in Latin letters."""
+    return start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) or bytes(4) in (start[::2], start[1::2])
 
 
 def content_key(files: Sequence[LocalFile]) -> str:
@@ -250,8 +255,10 @@ def _table_rows(file: BinaryIO, name: str, *, delimiter: str) -> Iterator[dict]:
             place = f"{name}:{reader.line_num}"
             if None in row:
                 yield raw_row(b"", place, problem="more fields than the table has columns")
-            elif not _is_utf8("".join(value or "" for value in row.values())):
+            elif not _is_utf8(fields := "".join(value or "" for value in row.values())):
                 yield raw_row(b"", place, problem=NOT_UTF8)
+            elif "\0" in fields:
+                yield raw_row(b"", place, problem="it holds a NUL byte, which no text has")
             else:
                 yield raw_row(json.dumps(row).encode(), place)
     except csv.Error as error:
