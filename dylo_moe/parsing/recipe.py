@@ -22,6 +22,9 @@ from dylo_moe.utils.errors import UsageError
 MAPPINGS = ("_kwargs", "_config")
 """The ends of the names of flags whose value is a mapping."""
 
+PAIRS = ("columns", "mix")
+"""Flags that take words KEY=VALUE; in a recipe they may also be a mapping."""
+
 NOT_SETTINGS = ("output_dir", "resume_from_checkpoint", "wandb_checkpoint_artifact", "fsdp", "fsdp_config")
 """Flags that are not part of a run's settings: they say where it is written, what it resumes from, and how its
 processes share the work, and do not change what is trained."""
@@ -96,7 +99,7 @@ def _words_of_file(path: Path, parser: Parser, refusal: Refusal) -> list[str]:
         else:
             found = _value_problems(name, value, parser)
             problems += [f"line {line}: {problem}" for problem in found]
-            words += [] if found else as_words({name: _plain(value, parser.is_switch(f"--{name}"))})
+            words += [] if found else as_words({name: _value(name, value, parser)})
         lines.setdefault(name, line)
     if problems:
         raise UsageError(f"recipe {path}: {'; '.join(problems)}")
@@ -107,8 +110,14 @@ def _value_problems(name: str, node: yaml.Node, parser: Parser) -> list[str]:
     """What is wrong with the value of a recipe's line, beside others."""
     action = parser.action(f"--{name}")
     is_list = isinstance(node, yaml.SequenceNode)
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.MappingNode) and name not in PAIRS:
         return [] if name.endswith(MAPPINGS) else [f"{name} takes {_kind(action)}, and no mapping"]
+    if isinstance(node, yaml.MappingNode):
+        try:
+            _pairs(node)
+        except UsageError as error:
+            return [f"in {name} {error}"]
+        return []
     is_flat = not is_list or all(isinstance(item, yaml.ScalarNode) for item in node.value)
     if not is_flat or (is_list and len(node.value) > 1 and action.nargs not in ("+", "*")):
         return [f"{name} takes {_kind(action)}"]
@@ -124,13 +133,57 @@ def _kind(action: argparse.Action) -> str:
     return "words, separated by commas or as a list" if action.nargs in ("+", "*") else "one value"
 
 
+def _value(name: str, node: yaml.Node, parser: Parser) -> Any:
+    if name in PAIRS and isinstance(node, yaml.MappingNode):
+        return _pairs(node)
+    return _plain(node, parser.is_switch(f"--{name}"))
+
+
 def _plain(node: yaml.Node, is_switch: bool) -> Any:
     """The value of a recipe's line: text as it is written, a list of such texts, or a mapping."""
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, is_switch) for item in node.value]
-    if isinstance(node, yaml.MappingNode) or (is_switch and node.tag == "tag:yaml.org,2002:bool"):
-        return yaml.SafeLoader("").construct_object(node, deep=True)
+    if isinstance(node, yaml.MappingNode):
+        return _typed(node)
+    if is_switch and node.tag == "tag:yaml.org,2002:bool":
+        return yaml.SafeLoader("").construct_object(node)
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
+
+
+def _typed(node: yaml.Node) -> Any:
+    """A value within a mapping, of which no flag says the type: a number where it is written as one, 1e-5 too, which
+    YAML takes for a word."""
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _typed(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_typed(item) for item in node.value]
+    if node.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"):
+        return yaml.SafeLoader("").construct_object(node)
+    if isinstance(node, yaml.ScalarNode) and not node.style:  # what stands in quotes is a word
+        for kind in (int, float):
+            try:
+                return kind(node.value)
+            except ValueError:
+                continue
+    return node.value
+
+
+def _pairs(mapping: yaml.MappingNode, before: str = "") -> list[str]:
+    """The words KEY=VALUE of a mapping; a mapping within it gives OUTER.KEY=VALUE.
+
+    Raises:
+        UsageError: for a value that is a list.
+    """
+    words = []
+    for key, value in mapping.value:
+        name = f"{before}{key.value}"
+        if isinstance(value, yaml.MappingNode):
+            words += _pairs(value, f"{name}.")
+        elif isinstance(value, yaml.SequenceNode):
+            raise UsageError(f"{name} has a list; it must be one value")
+        else:
+            words.append(f"{name}={value.value}")
+    return words
 
 
 def _explained(error: yaml.YAMLError) -> str:

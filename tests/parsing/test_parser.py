@@ -167,6 +167,28 @@ def test_a_recipe_holds_the_words_that_would_be_typed(tmp_path):
         parse_train(recipe(tmp_path, "max_steps: 1:30\n"))
 
 
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("columns: {prompt: task, response: no}\n", ["prompt=task", "response=no"]),
+        ("columns:\n  prompt: 'a'\n  mine:\n    system: s\n", ["prompt=a", "mine.system=s"]),
+        ("columns: prompt=task,response=done\n", ["prompt=task", "response=done"]),
+    ],
+)
+def test_the_columns_of_a_recipe_may_be_a_mapping(tmp_path, text, typed):
+    assert parse_train(recipe(tmp_path, text)).data.columns == typed
+    shares = parse_train(recipe(tmp_path, "datasets: [a, b]\nmix: {a: 0.7, b: 0.3}\n")).data.shares
+    assert shares == {"a": 0.7, "b": 0.3}
+
+
+def test_a_mapping_holds_numbers_as_they_are_written(tmp_path):
+    """YAML reads 1e-5 as a word, 010 as 8 and 1:30 as 90."""
+    text = "{min_lr: 1e-5, a: 010, b: 1:30, d: no, e: null, f: [1.5, x], g: {h: -3}}"
+    given = parse_train(recipe(tmp_path, f"lr_scheduler_type: cosine\nlr_scheduler_kwargs: {text}\n")).train
+    expected = {"min_lr": 1e-5, "a": 10, "b": "1:30", "d": False, "e": None, "f": [1.5, "x"], "g": {"h": -3}}
+    assert given.lr_scheduler_kwargs == expected
+
+
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(UsageError, match="it is a folder, not a file, and no recipe has that name; those that come"):
         parse_train(["--config", str(tmp_path)])
@@ -184,6 +206,7 @@ def test_a_folder_is_no_recipe(tmp_path):
         ("num_experts: [1, 2]\nlora_r: x\n", "line 1: num_experts takes one value; line 2: lora_r is 'x'; it must be"),
         ("datasets: [{path: cmake}]\n", "line 1: datasets takes words, separated by commas or as a list"),
         ("model: {name: m}\n", "line 1: model takes one value, and no mapping"),
+        ("columns: {prompt: [a, b]}\n", "line 1: in columns prompt has a list; it must be one value"),
         ("--model: m\n", "line 1: --model is written without dashes in a recipe"),
         ("zq_zq: 1\n", "line 1: there is no flag zq_zq; --help lists the flags"),
         ("", "it is empty"),
