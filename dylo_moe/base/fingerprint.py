@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 SAMPLES_PER_TENSOR = 16
 
@@ -60,7 +60,12 @@ def _samples(tensor: Tensor) -> Tensor:
 
 def compare_base(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
     """The differences between the base of a checkpoint and this one, neither quantised; empty when it is the same."""
-    here = fingerprint(base)
+    return differences(saved, fingerprint(base))
+
+
+def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """The differences between two fingerprints, of quantised weights in their shapes alone; empty when they are of one
+    base."""
     problems = []
     for name in sorted(saved["tensors"].keys() | here["tensors"].keys()):
         ours, theirs = saved["tensors"].get(name), here["tensors"].get(name)
@@ -68,7 +73,7 @@ def compare_base(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
             problems.append(f"{name} is only in {'this base' if ours is None else 'the base it was trained on'}")
         elif ours != theirs:
             problems.append(f"{name} has shape {theirs}, was {ours}")
-    if problems:
+    if problems or saved["quantized"] or here["quantized"]:
         return problems
     patterns = [unpack_samples(side) for side in (saved, here)]
     if "float16" in (saved["dtype"], here["dtype"]):
@@ -80,6 +85,28 @@ def compare_base(saved: dict[str, Any], base: PreTrainedModel) -> list[str]:
     differs = differs.view(-1, SAMPLES_PER_TENSOR).any(1)
     names = list(saved["tensors"])
     return [f"{names[index]} has other values" for index in differs.nonzero().flatten().tolist()]
+
+
+def resized_embeddings(saved: dict[str, Any], base: PreTrainedModel) -> tuple[int, int] | None:
+    """How many rows the token embeddings of a fingerprint have, and those of this base; None where they are equal, or
+    differ in more than that."""
+    own = base.get_input_embeddings().weight
+    for name, parameter in base.named_parameters():
+        was, here = saved["tensors"].get(name), list(parameter.shape)
+        if parameter is own and was is not None and was != here and was[1:] == here[1:]:
+            return was[0], here[0]
+    return None
+
+
+def rows_of_its_files(base: PreTrainedModel) -> int | None:
+    """The size of the vocabulary that the config in the base's own files has; None where they are not on this machine,
+    or do not say it."""
+    name, revision = base_identity(base)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
 
 
 def unpack_samples(side: dict[str, Any]) -> Tensor:

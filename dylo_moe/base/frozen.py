@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,7 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from dylo_moe.base.fingerprint import rows_of_its_files
+from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.undo import all_or_nothing
+from dylo_moe.utils.words import listed
 
 REPACKS = "support_avx512bf16_for_cpu"
 """An attribute of bitsandbytes' 4-bit linears: whether a forward may repack the weights."""
@@ -25,6 +29,12 @@ def check_base(base: object) -> None:
         raise ValueError(f"base is a {type(base).__name__}; pass a hub id, a folder or a loaded causal language model")
     if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
         raise ValueError(f"{type(base).__name__} is no decoder-only causal language model")
+    absent = [name for name, tensor in (*base.named_parameters(), *base.named_buffers()) if tensor.is_meta]
+    if absent and hasattr(base, "hf_device_map"):
+        raise ValueError(
+            f"base has weights that device_map left beside the device or on disk ({listed(absent)}), and no expert can "
+            "be trained beside those; load all of it onto the device: a smaller base, a smaller dtype, or 4 bits"
+        )
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("base already carries adapters; merge or unload them, then pass the plain model")
     if any(getattr(getattr(p, "quant_state", None), REPACKED, False) for p in base.parameters()):
@@ -34,6 +44,19 @@ def check_base(base: object) -> None:
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise ValueError("base has gradient checkpointing on; switch it on with the DyLoRAMoE model's own method")
+
+
+def warn_of_resized(base: PreTrainedModel) -> None:
+    """Warn where a base's token embeddings were resized after it was loaded, for no checkpoint holds the new rows."""
+    stored, here = rows_of_its_files(base), base.config.get_text_config().vocab_size
+    if stored is not None and stored != here:
+        warnings.warn(
+            f"the token embeddings of the base were resized from {stored:,} to {here:,} rows after it was loaded; "
+            f"checkpoints do not hold them, and could not be loaded onto {base.name_or_path} again. Save this base "
+            "(base.save_pretrained), load it from there, and make the model on that",
+            DyLoRAWarning,
+            stacklevel=3,
+        )
 
 
 def untouched_on_failure(base: PreTrainedModel) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dylo_moe.base.fingerprint import base_identity, compare_base
+from dylo_moe.base.fingerprint import base_identity, compare_base, resized_embeddings
 from dylo_moe.base.frozen import check_base, untouched_on_failure
 from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GrowthConfig
@@ -117,6 +117,11 @@ def _check_same_base(folder: Path, manifest: dict[str, Any], base: PreTrainedMod
     differences = _base_differences(manifest["base"], base)
     if differences:
         shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+        if resized := resized_embeddings(manifest["base"]["fingerprint"], base):
+            shown += (
+                f". Its token embeddings had {resized[0]:,} rows, here they have {resized[1]:,}: if they were resized "
+                "after loading, pass as base= the base with those same rows, from where it was saved"
+            )
         raise CheckpointError(
             f"checkpoint {folder} was trained on another base ({manifest['base']['id'] or 'unnamed'}): {shown}"
         )

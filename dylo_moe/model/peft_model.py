@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModelForCausalLM
 from torch import nn
 from transformers import PreTrainedModel
 
-from dylo_moe.base.fingerprint import base_identity
+from dylo_moe.base.fingerprint import base_identity, fingerprint
 from dylo_moe.base.frozen import switch_off_dropout
 from dylo_moe.continual.growth import Growth
 from dylo_moe.experts.expert import ExpertPool
@@ -64,6 +64,8 @@ class RoutedPeftModel(PeftModelForCausalLM):
         self.balance_coefficient = balance_coefficient
         self.router_config = router
         self.base_id, self.base_revision = base_identity(base)
+        self.base_fingerprint = None if any(p.is_meta for p in base.parameters()) else fingerprint(base)
+        """What the frozen base was when the model was made; None where it has no values."""
         self.growth: Growth | None = None
         """What is known of skills, and how the pool grows with new ones; None where nothing is known."""
         self._pool = ExpertPool(self, self.context_slot, lora)
@@ -176,6 +178,15 @@ class RoutedPeftModel(PeftModelForCausalLM):
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: an adapter needs a gate row. Use `import_expert`."""
         raise ValueError("load_adapter would add an adapter that no token can reach; use import_expert(name, path)")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as whatever else would exchange parts of the frozen base, which no checkpoint holds."""
+        raise ValueError(
+            "this would change the frozen base, which no checkpoint holds; change the base first, save it "
+            "(base.save_pretrained), load it from there, and make the model on that"
+        )
+
+    set_input_embeddings = set_output_embeddings = resize_position_embeddings = resize_token_embeddings
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
         """Merge one expert, and with it the shared one, into the base's weights until `unmerge_adapter`; every token

@@ -7,15 +7,17 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dylo_moe.base.fingerprint import fingerprint
+from dylo_moe.base.fingerprint import differences, fingerprint
 from dylo_moe.base.frozen import quantization
 from dylo_moe.model.checkpoint import ADAPTER_FILES, CARD, LIBRARY_FILE, OWN_ENTRIES, ROUTER_FILE, plain_config
 from dylo_moe.model.manifest import FORMAT_VERSION, format_version
@@ -23,6 +25,7 @@ from dylo_moe.model.model_card import model_card
 from dylo_moe.model.nonfinite import broken_weights
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.utils.atomic_files import files_below, listing, replace_folder, sync
+from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import listed
 
@@ -71,6 +74,27 @@ def save_checkpoint(
     LOGGER.info("saved %s", target)
 
 
+def check_base_unchanged(model: RoutedPeftModel, now: dict[str, Any]) -> None:
+    """Warn where the frozen base is no longer what it was when the model was made, for no checkpoint holds it.
+
+    Args:
+        now: the base's fingerprint.
+
+    Raises:
+        ValueError: while an expert is merged into it.
+    """
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.base.modules()):
+        raise ValueError("an expert is merged into the base, which is never saved; unmerge_adapter() before saving")
+    changed = [] if model.base_fingerprint is None else differences(model.base_fingerprint, now)
+    if changed:
+        warnings.warn(
+            f"the frozen base was changed since the model was made: {listed(changed)}. No checkpoint holds the base, so "
+            "that this one can be loaded only onto a base with the same changes; save that too (base.save_pretrained)",
+            DyLoRAWarning,
+            stacklevel=2,
+        )
+
+
 def check_finite(model: RoutedPeftModel, target: Path) -> None:
     """Raises ValueError, before anything is written to `target`, for weights with NaN or infinity."""
     broken = broken_weights(model.experts, model.router)
@@ -103,6 +127,8 @@ def write_files(
         config.save_pretrained(str(folder / name))
         _sort_lists(folder / name / ADAPTER_FILES[0])
     save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
+    now = fingerprint(model.base)
+    check_base_unchanged(model, now)
     if model.growth is not None:
         save_tensors(model.growth.library.tensors(), folder / LIBRARY_FILE)
     manifest: dict[str, Any] = {
@@ -111,7 +137,7 @@ def write_files(
             "id": model.base_id,
             "revision": model.base_revision,
             "quantization": quantization(model.base),
-            "fingerprint": fingerprint(model.base),
+            "fingerprint": now,
         },
         "router": asdict(model.router_config),
         "balance_coefficient": model.balance_coefficient,
