@@ -5,6 +5,7 @@
     router.safetensors
     skill_library.safetensors        of a model that knows its skills: their statistics, never their text
     README.md                        the model card
+    adapter_model.safetensors        empty, in folders of the stock Trainer, which looks for a file of that name
     optimizer.pt, scheduler.pt, ...  of a training checkpoint: what the Trainer needs to resume
 
 Weights are safetensors only, the base is never in it. saving.py writes such folders, loading.py reads them.
@@ -41,9 +42,9 @@ LIBRARY_FILE = "skill_library.safetensors"
 
 CARD = "README.md"
 
-OWN_ENTRIES = ("experts", ROUTER_FILE, LIBRARY_FILE, MANIFEST)
-
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+OWN_ENTRIES = ("experts", ROUTER_FILE, LIBRARY_FILE, ADAPTER_FILES[1], MANIFEST)
 
 EXPERT_FIELDS = {field.name for field in fields(Expert)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.experts.expert import Expert, check_name
 from dylo_moe.experts.merging import Merge, merge_experts
 from dylo_moe.model.forward import RoutedForward
-from dylo_moe.model.loading import load_checkpoint
+from dylo_moe.model.loading import load_checkpoint, load_into
 from dylo_moe.model.pool_options import pool_problems
 from dylo_moe.model.routing_hooks import NotForced
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.routing.config import BALANCE_COEFFICIENT, SHARED, GrowingRouterConfig, RouterConfig
 from dylo_moe.routing.features import RouterState
 from dylo_moe.routing.router import Routing
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import counted
 
 LOGGER = logging.getLogger(__name__)
@@ -452,6 +454,17 @@ class DyLoRAMoE(RoutedForward):
         if refused:
             raise ValueError(f"save_pretrained takes only the folder; {', '.join(sorted(refused))} cannot apply")
         save_checkpoint(self, save_directory, beside="state_dict" in kwargs)  # which only the Trainer passes
+
+    def load_adapter(self, model_id: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Put a checkpoint of this very model into it, as the stock Trainer asks for its best one, or to resume.
+
+        Raises:
+            CheckpointError: for a checkpoint that is not whole, or of another model, which stays as it was.
+            ValueError: for any other folder, for an adapter needs a gate row. Use `import_expert`.
+        """
+        if not (Path(model_id) / MANIFEST).is_file():
+            super().load_adapter(model_id, *args, **kwargs)
+        load_into(self, model_id)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -44,14 +44,14 @@ def save_checkpoint(
 
     Args:
         training, losses: as of `write_files`.
-        beside: leave other files of the folder where they are, as the Trainer needs it: its output folder also holds
-            its numbered checkpoints, and a README.md that it wrote. A crash may then leave no checkpoint, but never a
-            mixture of two.
+        beside: leave other files of the folder where they are, as the stock Trainer needs it: its output folder
+            also holds its numbered checkpoints, and a README.md that it wrote. A crash may then leave no checkpoint,
+            but never a mixture of two.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"cannot save to {target}: it is a file")
-    foreign, with_card = _foreign_files(target), not beside
+    foreign, for_trainer = _foreign_files(target), beside
     beside = beside and bool(foreign)
     if beside:
         foreign = [name for name in foreign if name.split("/")[0] in OWN_ENTRIES]
@@ -63,7 +63,7 @@ def save_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if beside else target.parent))
     try:
-        write_files(model, aside, training=training, losses=losses, with_card=with_card)
+        write_files(model, aside, training=training, losses=losses, for_trainer=for_trainer)
         if beside:
             _put_into(aside, target)
         else:
@@ -88,8 +88,8 @@ def check_base_unchanged(model: RoutedPeftModel, now: dict[str, Any]) -> None:
     changed = [] if model.base_fingerprint is None else differences(model.base_fingerprint, now)
     if changed:
         warnings.warn(
-            f"the frozen base was changed since the model was made: {listed(changed)}. No checkpoint holds the base, so "
-            "that this one can be loaded only onto a base with the same changes; save that too (base.save_pretrained)",
+            f"the frozen base was changed since the model was made: {listed(changed)}. No checkpoint holds the base, "
+            "so that this one needs a base with the same changes; save that too (base.save_pretrained)",
             DyLoRAWarning,
             stacklevel=2,
         )
@@ -108,14 +108,15 @@ def write_files(
     *,
     training: dict[str, Any] | None = None,
     losses: dict[str, dict[str, float]] | None = None,
-    with_card: bool = True,
+    for_trainer: bool = False,
 ) -> None:
     """Write the files of a checkpoint into an existing folder, the manifest last, which lists all the others.
 
     Args:
         training: the record from which a run resumes; kept in the manifest.
         losses: held-out losses by dataset, "before" and "after" training, for the card.
-        with_card: write the model card too.
+        for_trainer: for the stock Trainer, which writes a README.md of its own, and loads a checkpoint (the best one,
+            or to resume) only where it finds a file of that name: an empty one stands there.
     """
     for expert in model.experts.everyone:
         name = f"experts/{expert.name}"
@@ -157,7 +158,9 @@ def write_files(
         }
     if training is not None:
         manifest["training"] = training
-    if with_card:
+    if for_trainer:
+        save_tensors({}, folder / ADAPTER_FILES[1])
+    else:
         known = training or {}
         card = model_card(manifest, known.get("facts"), losses, known.get("settings"), known.get("step"))
         (folder / CARD).write_text(card, encoding="utf-8")

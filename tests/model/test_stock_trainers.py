@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from dylo_moe import DyLoRAMoE
+from dylo_moe import CheckpointError, DyLoRAMoE
 
 LENGTHS = (5, 30, 12, 3, 21, 8, 17, 24)
 LEARNING_RATE = 1e-2
@@ -206,7 +206,7 @@ def test_save_model_saves_beside_the_trainers_own_files(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "precious"
     assert {path.name for path in tmp_path.iterdir()} == {
         *("checkpoint-2", "checkpoint-4", "notes.txt", "training_args.bin"),
-        *("dylora.json", "experts", "router.safetensors"),
+        *("dylora.json", "experts", "router.safetensors", "adapter_model.safetensors"),
     }
 
 
@@ -278,7 +278,7 @@ def texts(kind: str) -> Dataset:
 def sft(model: DyLoRAMoE, folder: Path, *, kind: str = "text", **more: Any) -> Trainer:
     trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
     arguments = trl.SFTConfig(**settings(folder, **{"bf16": False, **SGD, **more}))
-    data = {"train_dataset": texts(kind), "processing_class": words()}
+    data = {"train_dataset": texts(kind), "eval_dataset": texts(kind), "processing_class": words()}
     return trl.SFTTrainer(model=model, args=arguments, **data)
 
 
@@ -409,13 +409,42 @@ def test_what_would_train_something_else_is_refused(tmp_path, make, more, messag
     assert_same(tensors(model), start)
 
 
-def test_resuming_in_a_stock_trainer_is_refused(tmp_path):
-    stock(tiny_moe("llama"), tmp_path, save_strategy="epoch").train()
-    model = tiny_moe("llama")
+RESUMABLE = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+
+
+@pytest.mark.parametrize("make", [stock, sft], ids=["stock", "sft"])
+def test_a_stock_trainer_resumes_where_it_was(tmp_path, make):
+    """Bit for bit, with dropout and the momentum of AdamW; it was refused, because its files have other names."""
+    more = {**RESUMABLE, "optim": "adamw_torch", "learning_rate": LEARNING_RATE}
+    own = {"balance_coefficient": 1.0, "lora": {"lora_dropout": 0.3}}
+    whole, resumed = (tiny_moe("llama", **own) for _ in range(2))
+    make(whole, tmp_path, **more).train()
+    make(resumed, tmp_path, **more).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(tensors(resumed), tensors(whole))
+
+
+def test_a_stock_trainer_does_not_resume_from_a_checkpoint_of_another_model(tmp_path):
+    stock(tiny_moe("llama"), tmp_path, **RESUMABLE).train()
+    model = tiny_moe("llama", num_experts=2)
     start = tensors(model)
-    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
-        stock(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with pytest.raises(CheckpointError, match="is of another model"):
+        stock(model, tmp_path, **RESUMABLE).train(resume_from_checkpoint=True)
     assert_same(tensors(model), start)
+
+
+@pytest.mark.parametrize("make", [stock, sft], ids=["stock", "sft"])
+def test_a_stock_trainer_ends_with_its_best_model(tmp_path, caplog, make):
+    """It ended with the last one, and logged that the best one could not be found."""
+    model = tiny_moe("llama")
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = make(model, tmp_path, **RESUMABLE, **evaluated, metric_for_best_model="eval_loss", greater_is_better=True)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and not best.endswith(f"-{trainer.state.global_step}")  # the greatest loss is no later one
+    assert_same(tensors(DyLoRAMoE.from_pretrained(best, tiny_base("llama"))), tensors(model))
+    last = DyLoRAMoE.from_pretrained(tmp_path / f"checkpoint-{trainer.state.global_step}", tiny_base("llama"))
+    assert not torch.equal(last.router.gate["expert_0"], model.router.gate["expert_0"])
+    assert "best model" not in caplog.text
 
 
 @pytest.mark.parametrize(
