@@ -200,6 +200,7 @@ def test_no_home_folder_reaches_the_facts(monkeypatch):
         counts=[SimpleNamespace(name="d", **item)],
         shares=[SimpleNamespace(name="d", share=1.0, token_share=1.0)],
         readings=[SimpleNamespace(name="d", source=None)],
+        unread={"d": {}},
         origins={"d": "file /home/someone/d.jsonl"},
     )
     assert "someone" not in json.dumps(run_facts(model, data))
