@@ -1,7 +1,7 @@
 """Find the base model by its name, and load it.
 
-A name is a model on the Hugging Face hub, a local folder, or `smollm2-135m`: a real small model that comes
-from the Python package index, for machines that reach no hub and for trying things out.
+A name is a model on the Hugging Face hub, a local folder, or `smollm2-135m` or `gemma3-270m`: real small models that
+come from the Python package index, for machines that reach no hub and for trying things out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, resolve_base
+from dylo_moe.base.packaged_models import BaseUnavailableError, resolve_base
+from dylo_moe.base.packages import EMBEDDED_BASE, PACKAGED_MODELS
 from dylo_moe.utils.hub import first_line, no_way_to_hub
 from dylo_moe.utils.install import how_to_install
 from dylo_moe.utils.words import listed
@@ -36,13 +37,14 @@ from dylo_moe.utils.words import listed
 NEEDS_BITSANDBYTES = f"a base in 4 or 8 bits needs bitsandbytes: {how_to_install('quantized')}"
 
 
-def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_base(name: str, *, revision: str | None = None, accept_terms: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load the causal language model `name`, in evaluation mode.
 
     Args:
-        name: a hub id, a local folder, or `smollm2-135m`. The model remembers this name, so a checkpoint
+        name: a hub id, a local folder, `smollm2-135m` or `gemma3-270m`. The model remembers this name, so a checkpoint
             never records the cache folder of one machine.
         revision: branch, tag or commit on the hub; only for a hub id.
+        accept_terms: you accept the Gemma Terms of Use, without which `gemma3-270m` is not fetched.
         kwargs: passed on to `AutoModelForCausalLM.from_pretrained`, for example `dtype`, or `quantization_config`
             (see `four_bit`).
 
@@ -53,10 +55,11 @@ def load_base(name: str, *, revision: str | None = None, **kwargs: Any) -> PreTr
             files are quantised already.
     """
     if kwargs.get("quantization_config") is not None:
-        config = _load(AutoConfig, name, revision, {})
+        config = load_config(name, revision=revision, accept_terms=accept_terms)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"base {name!r} is quantised already; leave load_in_4bit or quantization_config out")
-    model, found = _load(AutoModelForCausalLM, name, revision, {**kwargs, "output_loading_info": True})
+    kwargs["output_loading_info"] = True
+    model, found = _load(AutoModelForCausalLM, name, revision, kwargs, accept_terms=accept_terms)
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
         raise BaseUnavailableError(
@@ -73,6 +76,7 @@ def load_base_without_weights(
     *,
     dtype: torch.dtype | str,
     revision: str | None = None,
+    accept_terms: bool = False,
     read_config: Callable[[str], PretrainedConfig] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -80,14 +84,17 @@ def load_base_without_weights(
 
     Args:
         dtype: "auto": what the config says, else fp32.
-        revision: as in `load_base`; only without `read_config`.
+        revision, accept_terms: as in `load_base`; only without `read_config`.
         read_config: gives the config of the base; None: `load_config`.
         options: passed on to `AutoModelForCausalLM.from_config`, for example `attn_implementation`.
 
     Raises:
         BaseUnavailableError: as `load_base`.
     """
-    config = load_config(name, revision=revision) if read_config is None else read_config(name)
+    if read_config is None:
+        config = load_config(name, revision=revision, accept_terms=accept_terms)
+    else:
+        config = read_config(name)
     stored = config.dtype or torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=stored if isinstance(dtype, str) else dtype, **options)
@@ -113,26 +120,28 @@ def four_bit(compute_dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
-    """Load the config of the base `name`, without weights. Raises: as `load_base`."""
-    return _load(AutoConfig, name, revision, {})
+def load_config(name: str, *, revision: str | None = None, accept_terms: bool = False) -> PretrainedConfig:
+    """Load the config of the base `name`, without weights. Args and Raises: as `load_base`."""
+    return _load(AutoConfig, name, revision, {}, accept_terms=accept_terms)
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, revision: str | None = None, accept_terms: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the base `name`; one without a padding token pads with its end-of-text token.
 
-    Raises: as `load_base`.
+    Args and Raises: as `load_base`.
     """
-    tokenizer = _load(AutoTokenizer, name, revision, {})
+    tokenizer = _load(AutoTokenizer, name, revision, {}, accept_terms=accept_terms)
     tokenizer.name_or_path = name
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _load(auto_class: Any, name: str, revision: str | None, kwargs: dict[str, Any]) -> Any:
+def _load(
+    auto_class: Any, name: str, revision: str | None, kwargs: dict[str, Any], *, accept_terms: bool = False
+) -> Any:
     """Call `auto_class.from_pretrained`, and turn every failure for lack of files into one clear error."""
-    on_hub = name != EMBEDDED_BASE and not _is_local(name)
+    on_hub = name not in PACKAGED_MODELS and not _is_local(name)
     if on_hub:
         if no_way_to_hub():
             kwargs = {"local_files_only": True, **kwargs}
@@ -145,7 +154,7 @@ def _load(auto_class: Any, name: str, revision: str | None, kwargs: dict[str, An
             f"revision={revision!r} cannot apply to the base {name!r}: only a model on the hub has revisions to "
             "choose from. Leave it out."
         )
-    resolved = resolve_base(name)
+    resolved = resolve_base(name, accept_terms=accept_terms)
     try:
         return auto_class.from_pretrained(resolved, **kwargs)
     except (OSError, ValueError, ImportError) as error:

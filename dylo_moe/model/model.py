@@ -84,7 +84,7 @@ class DyLoRAMoE(RoutedForward):
         """A new model on a base: fresh experts (zero delta), a small random gate; or one that grows, and begins empty.
 
         Args:
-            base: a hub id, a folder, "smollm2-135m", or a loaded causal language model.
+            base: a hub id, a folder, "smollm2-135m", "gemma3-270m", or a loaded model.
             num_experts: how many, by default 4; all mature and trainable, routing is sparse top-k from the first step.
             lora: default r=16, alpha=32, dropout 0.05, all linears of the routed layers.
             router: default `RouterConfig()`, or `GrowingRouterConfig()` for a pool that grows.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dylo_moe.base.packages import GEMMA
 from dylo_moe.routing.config import BALANCE_COEFFICIENT
 from dylo_moe.training.run_folder import NEW_RUN
 from dylo_moe.utils.checks import NOT_NEGATIVE, range_problems
@@ -21,7 +22,16 @@ class ModelArguments:
 
     model: str = field(
         default=DEFAULT_BASE,
-        metadata={"help": "Base model: a hub id, a folder, or smollm2-135m (small, needs no hub and no token)."},
+        metadata={
+            "help": "Base model: a hub id, a folder, or smollm2-135m or gemma3-270m (small, need no hub and no token)."
+        },
+    )
+    accept_gemma_terms: bool = field(
+        default=False,
+        metadata={
+            "help": "You accept the Gemma Terms of Use, https://ai.google.dev/gemma/terms; without it "
+            "--model gemma3-270m is not fetched."
+        },
     )
     attn_implementation: str | None = field(
         default=None,
@@ -47,6 +57,8 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         problems = range_problems(vars(self), {"loss_chunk_size": NOT_NEGATIVE, "balance_coefficient": NOT_NEGATIVE})
+        if self.accept_gemma_terms and self.model != GEMMA:
+            problems.append(f"accept_gemma_terms is for --model {GEMMA}, and model is {self.model!r}; leave it out")
         if problems:
             raise ValueError("; ".join(problems))
 

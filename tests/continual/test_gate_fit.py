@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dylo_moe.base.loading import load_base, load_tokenizer
-from dylo_moe.base.smollm2 import EMBEDDED_BASE
+from dylo_moe.base.packages import EMBEDDED_BASE
 from dylo_moe.continual.gate_fit import fit_row, refit_rows
 from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.routing.config import BASE, RouterConfig

@@ -19,7 +19,7 @@ from torch import nn
 from dylo_moe import CheckpointError, DyLoRAMoE
 from dylo_moe.base.frozen import count_parameters
 from dylo_moe.base.loading import four_bit, load_base
-from dylo_moe.base.smollm2 import BaseUnavailableError
+from dylo_moe.base.packaged_models import BaseUnavailableError
 from dylo_moe.commands.plan.request import parse_plan
 from dylo_moe.commands.plan.run import make_plan
 from dylo_moe.commands.stream.request import parse_stream

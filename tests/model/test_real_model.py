@@ -12,7 +12,7 @@ from reference.tiny import scramble
 
 from dylo_moe import DyLoRAMoE, RouterConfig
 from dylo_moe.base.loading import load_base, load_tokenizer
-from dylo_moe.base.smollm2 import EMBEDDED_BASE
+from dylo_moe.base.packages import EMBEDDED_BASE
 
 pytestmark = pytest.mark.end_to_end
 FAMILY = "SmolLM2-135M"

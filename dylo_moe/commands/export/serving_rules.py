@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dylo_moe.base.smollm2 import EMBEDDED_BASE
+from dylo_moe.base.packages import PACKAGED_MODELS
 from dylo_moe.routing.config import BASE
 from dylo_moe.utils.words import listed
 
@@ -108,8 +108,9 @@ def serve_command(base: str, revision: str | None, *, experts: Sequence[str], ma
         max_rank: the largest rank among the experts.
     """
     name = shlex.quote(str(Path(base).resolve()) if Path(base).is_dir() else base)
-    if base == EMBEDDED_BASE:  # vLLM does not know this name, so the command resolves it to a folder
-        name = f'"$(python -c "from dylo_moe.base.smollm2 import resolve_base; print(resolve_base(\'{base}\'))")"'
+    if base in PACKAGED_MODELS:  # vLLM does not know this name, so the command resolves it to a folder
+        code = f"from dylo_moe.base.packaged_models import resolve_base; print(resolve_base('{base}'))"
+        name = f'"$(python -c "{code}")"'
     lines = [f"vllm serve {name} --served-model-name {BASE}"]
     if revision is not None:
         lines.append(f"--revision {shlex.quote(revision)}")

@@ -12,11 +12,13 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig
 
 from dylo_moe.base.loading import load_config
-from dylo_moe.base.smollm2 import EMBEDDED_BASE, BaseUnavailableError, is_here
+from dylo_moe.base.packaged_models import BaseUnavailableError, is_here
+from dylo_moe.base.packages import EMBEDDED_BASE, GEMMA
 
 CONFIGS = Path(__file__).parent / "configs"
 
-EMBEDDED_CONFIG = "HuggingFaceTB/SmolLM2-135M"
+PACKAGED_CONFIGS = {EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M", GEMMA: "google/gemma-3-270m"}
+"""The published model that each packaged one is."""
 
 
 def known_names() -> list[str]:
@@ -35,8 +37,8 @@ def base_config(name: str) -> PretrainedConfig:
     Raises:
         BaseUnavailableError: for a name whose config cannot be had; the message lists the names that need no hub.
     """
-    if name == EMBEDDED_BASE and not is_here():
-        return AutoConfig.from_pretrained(known_config(EMBEDDED_CONFIG), dtype="float32")  # as it will be stored
+    if name in PACKAGED_CONFIGS and not is_here(name):
+        return AutoConfig.from_pretrained(known_config(PACKAGED_CONFIGS[name]), dtype="float32")  # as it will be stored
     if not Path(name).exists() and known_config(name).is_file() and not _is_in_cache(name):
         return AutoConfig.from_pretrained(known_config(name))
     try:

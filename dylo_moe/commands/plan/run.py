@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from dylo_moe.base.smollm2 import EMBEDDED_BASE, is_here
+from dylo_moe.base.packaged_models import is_here
+from dylo_moe.base.packages import PACKAGED_MODELS
 from dylo_moe.commands.plan.arguments import CPU
 from dylo_moe.commands.plan.memory_account import (
     ADAM_STATES,
@@ -132,8 +133,9 @@ def read_workload(arguments: Arguments, *, num_processes: int) -> Workload:
     Raises:
         ValueError, OSError: where the tokenizer or a dataset cannot be had.
     """
-    if arguments.model.model == EMBEDDED_BASE and not is_here():
-        raise ValueError(f"the tokenizer of {EMBEDDED_BASE} comes with the model, which its first training fetches")
+    base = arguments.model.model
+    if base in PACKAGED_MODELS and not is_here(base):
+        raise ValueError(f"the tokenizer of {base} comes with the model, which its first training fetches")
     return workload(arguments, num_processes=num_processes)
 
 

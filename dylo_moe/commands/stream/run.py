@@ -175,7 +175,7 @@ def configs_of(request: StreamRequest) -> Configs:
 def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the base; where --checkpoint is given, its manifest names the base."""
     if request.stream.checkpoint is None:
-        return load_tokenizer(request.model.model)
+        return load_tokenizer(request.model.model, accept_terms=request.model.accept_gemma_terms)
     base = read_manifest(request.stream.checkpoint)["base"]
     return load_tokenizer(base["id"], revision=base["revision"])
 

