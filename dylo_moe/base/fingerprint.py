@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 SAMPLES_PER_TENSOR = 16
 
@@ -31,8 +31,16 @@ def fingerprint(base: PreTrainedModel) -> dict[str, Any]:
     """
     if SHARDED in vars(base):  # no process has all of it any more
         return vars(base)[SHARDED]
-    tensors = dict(sorted(_base_tensors(base).items()))
-    quantized = getattr(base, "hf_quantizer", None) is not None
+    return fingerprint_of(_base_tensors(base), quantized=getattr(base, "hf_quantizer", None) is not None)
+
+
+def fingerprint_of(tensors: dict[str, Tensor], *, quantized: bool = False) -> dict[str, Any]:
+    """What `fingerprint` returns, of these tensors.
+
+    Args:
+        quantized: whether they have no values to sample.
+    """
+    tensors = dict(sorted(tensors.items()))
     patterns = [] if quantized else [_samples(tensor) for tensor in tensors.values()]
     packed = torch.cat(patterns).numpy().tobytes() if patterns else b""
     return {
@@ -87,6 +95,12 @@ def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [f"{names[index]} has other values" for index in differs.nonzero().flatten().tolist()]
 
 
+def some_of(differences: list[str], *, most: int = 5) -> str:
+    """The first few differences, and how many more there are."""
+    more = f"; and {len(differences) - most} more" if len(differences) > most else ""
+    return "; ".join(differences[:most]) + more
+
+
 def resized_embeddings(saved: dict[str, Any], base: PreTrainedModel) -> tuple[int, int] | None:
     """How many rows the token embeddings of a fingerprint have, and those of this base; None where they are equal, or
     differ in more than that."""
@@ -96,17 +110,6 @@ def resized_embeddings(saved: dict[str, Any], base: PreTrainedModel) -> tuple[in
         if parameter is own and was is not None and was != here and was[1:] == here[1:]:
             return was[0], here[0]
     return None
-
-
-def rows_of_its_files(base: PreTrainedModel) -> int | None:
-    """The size of the vocabulary that the config in the base's own files has; None where they are not on this machine,
-    or do not say it."""
-    name, revision = base_identity(base)
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
 
 
 def unpack_samples(side: dict[str, Any]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,8 +10,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from dylo_moe.base.fingerprint import rows_of_its_files
-from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.undo import all_or_nothing
 from dylo_moe.utils.words import listed
 
@@ -44,19 +41,6 @@ def check_base(base: object) -> None:
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise ValueError("base has gradient checkpointing on; switch it on with the DyLoRAMoE model's own method")
-
-
-def warn_of_resized(base: PreTrainedModel) -> None:
-    """Warn where a base's token embeddings were resized after it was loaded, for no checkpoint holds the new rows."""
-    stored, here = rows_of_its_files(base), base.config.get_text_config().vocab_size
-    if stored is not None and stored != here:
-        warnings.warn(
-            f"the token embeddings of the base were resized from {stored:,} to {here:,} rows after it was loaded; "
-            f"checkpoints do not hold them, and could not be loaded onto {base.name_or_path} again. Save this base "
-            "(base.save_pretrained), load it from there, and make the model on that",
-            DyLoRAWarning,
-            stacklevel=3,
-        )
 
 
 def untouched_on_failure(base: PreTrainedModel) -> AbstractContextManager[None]:

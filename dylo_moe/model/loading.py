@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dylo_moe.base.fingerprint import base_identity, compare_base, resized_embeddings
+from dylo_moe.base.fingerprint import base_identity, compare_base, resized_embeddings, some_of
 from dylo_moe.base.frozen import check_base, untouched_on_failure
 from dylo_moe.base.loading import load_base
 from dylo_moe.continual.config import GrowthConfig
@@ -116,7 +116,7 @@ def load_into(model: RoutedPeftModel, path: str | os.PathLike[str]) -> dict[str,
 def _check_same_base(folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> None:
     differences = _base_differences(manifest["base"], base)
     if differences:
-        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+        shown = some_of(differences)
         if resized := resized_embeddings(manifest["base"]["fingerprint"], base):
             shown += (
                 f". Its token embeddings had {resized[0]:,} rows, here they have {resized[1]:,}: if they were resized "

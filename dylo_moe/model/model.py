@@ -13,8 +13,9 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dylo_moe.base.frozen import check_base, untouched_on_failure, warn_of_resized
+from dylo_moe.base.frozen import check_base, untouched_on_failure
 from dylo_moe.base.loading import load_base
+from dylo_moe.base.stored import warn_of_changes
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.continual.growth import Growth, SkillDecision
 from dylo_moe.continual.skill_library import SkillLibrary
@@ -122,7 +123,7 @@ class DyLoRAMoE(RoutedForward):
         if isinstance(base, str):
             base = load_base(base)
         check_base(base)
-        warn_of_resized(base)
+        warn_of_changes(base)
         names = [f"expert_{index}" for index in range(num_experts or 0)] if names is None else list(names)
         for name in names:
             check_name(name, modules=(path for path, _ in base.named_modules()))

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dylo_moe.base.fingerprint import differences, fingerprint
+from dylo_moe.base.fingerprint import differences, fingerprint, some_of
 from dylo_moe.base.frozen import quantization
 from dylo_moe.model.checkpoint import ADAPTER_FILES, CARD, LIBRARY_FILE, OWN_ENTRIES, ROUTER_FILE, plain_config
 from dylo_moe.model.manifest import FORMAT_VERSION, format_version
@@ -88,7 +88,7 @@ def check_base_unchanged(model: RoutedPeftModel, now: dict[str, Any]) -> None:
     changed = [] if model.base_fingerprint is None else differences(model.base_fingerprint, now)
     if changed:
         warnings.warn(
-            f"the frozen base was changed since the model was made: {listed(changed)}. No checkpoint holds the base, "
+            f"the frozen base was changed since the model was made: {some_of(changed)}. No checkpoint holds the base, "
             "so that this one needs a base with the same changes; save that too (base.save_pretrained)",
             DyLoRAWarning,
             stacklevel=2,

@@ -10,6 +10,7 @@ from reference.tiny import VOCAB, base_tensors, tensors, tiny_base, tiny_moe, to
 from transformers import AutoModelForCausalLM
 
 from dylo_moe import CheckpointError, DyLoRAMoE
+from dylo_moe.base.stored import changes_since_loading
 from dylo_moe.utils.errors import DyLoRAWarning
 
 
@@ -44,10 +45,48 @@ def test_a_base_with_weights_on_disk_is_refused(stored, tmp_path):
     assert base(input_ids=tokens(1, 4)).logits.shape == (1, 4, VOCAB)
 
 
-def test_resized_embeddings_are_told_at_once_and_kept_by_saving_the_base(stored, tmp_path):
-    base = resized(stored)
-    with pytest.warns(DyLoRAWarning, match=f"resized from {VOCAB} to {VOCAB + 3} rows.* Save this base"):
-        DyLoRAMoE.from_base(base, num_experts=2)
+def changed_a_little(folder):
+    """As an adapter that was merged changes it."""
+    base = load(folder)
+    with torch.no_grad():
+        base.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (resized, rf"lm_head\.weight has shape \[{VOCAB + 3}, 32\], was \[{VOCAB}, 32\]; model\.embed_tokens"),
+        (changed_a_little, r"model\.layers\.1\.self_attn\.q_proj\.weight has other values\. "),
+    ],
+)
+def test_a_base_that_is_not_what_its_name_loads_is_told_at_once(stored, change, said):
+    for halved in (False, True):
+        base = change(stored)
+        with pytest.warns(DyLoRAWarning, match=rf"no longer what {stored} loads: {said}.*Save this base"):
+            DyLoRAMoE.from_base(base.bfloat16() if halved else base, num_experts=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_a_base_that_is_what_its_name_loads_is_not_warned_of(stored, tmp_path, dtype, shards):
+    load(stored, dtype=dtype).save_pretrained(tmp_path / "again", max_shard_size=shards)
+    assert (tmp_path / "again" / "model.safetensors.index.json").exists() == (shards == "20KB")
+    for other in (torch.float32, torch.bfloat16, torch.float16):
+        assert changes_since_loading(load(tmp_path / "again", dtype=other)) == []
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "gpt_neox", "phi3", "qwen2"])
+def test_no_family_s_own_way_of_storing_weights_is_taken_for_a_change(tmp_path, family):
+    tiny_base(family).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
+    assert changes_since_loading(base) == []
+    with torch.no_grad():
+        base.get_input_embeddings().weight.mul_(1.01)
+    assert [text.split()[1:] for text in changes_since_loading(base)] == [["has", "other", "values"]]
+
+
+def test_resized_embeddings_are_kept_by_saving_the_base(stored, tmp_path):
     resized(stored).save_pretrained(tmp_path / "wider")
     with warnings.catch_warnings():
         warnings.simplefilter("error", DyLoRAWarning)
