@@ -23,8 +23,8 @@ def warn_of_changes(base: PreTrainedModel) -> None:
     if changed:
         warnings.warn(
             f"the base is no longer what {base.name_or_path} loads: {some_of(changed)}. No checkpoint holds the base, "
-            "and none could be loaded onto that one. Save this base (base.save_pretrained), load it from there, and make"
-            " the model on that",
+            "and none could be loaded onto that one. Save this base (base.save_pretrained), load it from there, and "
+            "make the model on that",
             DyLoRAWarning,
             stacklevel=3,
         )
