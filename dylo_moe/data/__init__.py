@@ -12,7 +12,8 @@ The path of a row, from top to bottom; `loading.load_data` takes all but the las
             sources/formats             a raw row -> `examples.Example`: a prompt and a response, or a text; the turns
                                         of a conversation are read by sources/conversations
             contamination               does it hold a problem of HumanEval or MBPP?
-            encoding                    `Example` -> token ids and labels, within max_seq_length
+            encoding                    `Example` -> token ids and labels, within max_seq_length: `templates` writes it
+                                        as text in which `control_tokens` are hidden, `token_rows` as token ids
     splitting           duplicates are marked, some rows held out, and a share of the rest is used
     mixing              how many rows each dataset gives to an epoch, and in which order they come
     packing             several texts in one row (--packing)

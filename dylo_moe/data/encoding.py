@@ -1,37 +1,30 @@
 """Turn examples into token ids and labels.
 
-A chat template, if the tokenizer has one, writes the context, and the response follows. Without one, a system message
-and a question are each followed by an empty line. The response and the token that ends it are trained, and so are
-earlier answers of a conversation. Plain text uses no template: all of it and the end token are trained.
+With a chat template, a row is what the template writes for the whole conversation, to the end of the last answer.
+Without one, a system message and a question are each followed by an empty line, and an answer by the end token. What a
+model must write itself is trained: all that follows the generation prompt, such as a thinking block or a channel, the
+answer, and the end of the turn. Plain text uses no template: all of it and the end token are trained.
 
-The rendered prompt is exactly what a model is given when it generates, and the response follows it. So
-training and generation see the same ids even where a template writes past turns differently.
+What is before the trained tokens is exactly what a model is given when it generates. So an earlier answer is trained
+where the row holds it as it would be generated, not where the template writes it otherwise once it is past.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.data.config import ALL, CUT, DROP, RESPONSE
-from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError
+from dylo_moe.data.control_tokens import ControlTokens, control_tokens, held
+from dylo_moe.data.sources.examples import ASSISTANT, TOOL, USER, Example, Fate, Message, RowError
+from dylo_moe.data.templates import Template, Turn, probe_template
+from dylo_moe.data.token_rows import REWRITTEN, TokenRow, Written, assemble, ids_of_text, ids_of_texts, joined
 
 IGNORED = -100
 """The label of a token that the loss ignores."""
-
-_PROBE = "probe"
-
-# Some templates write today's date, but rows must be the same tomorrow. Llama 3's template writes this date if it is
-# given none.
-_FIXED_DATE = (
-    "{%- macro strftime_now(form) -%}"
-    "{{ {'%Y-%m-%d': '2024-07-26', '%B %d, %Y': 'July 26, 2024', '%Y': '2024'}.get(form, '26 Jul 2024') }}"
-    "{%- endmacro -%}"
-)
 
 
 @dataclass(frozen=True)
@@ -39,19 +32,21 @@ class TextFormat:
     """How one tokenizer writes an exchange; made by `text_format`."""
 
     tokenizer: PreTrainedTokenizerBase
-    has_template: bool
-    takes_system: bool
-    """Whether the template takes a system message; otherwise it is put before the first question."""
-    system: tuple[Message, ...]
-    """An empty system message where the template would put a longer one of its own, else nothing."""
+    template: Template | None
+    control: ControlTokens
+    """The tokens that a row's own text never becomes."""
     start_ids: tuple[int, ...]
-    """What the tokenizer puts before a text that no template wrote: its bos token, or nothing."""
+    """What the tokenizer puts before a text that no template wrote, such as its bos token; or nothing."""
+    begin_ids: tuple[int, ...]
+    """What begins every text that the template writes and nothing else, such as its bos token; or nothing."""
     response_end_id: int
     """The token that ends a response: the template's end of turn, which need not be eos. Generation must stop at it."""
     text_end_id: int
     """The token that ends a plain text: eos."""
+    end_ids: tuple[int, ...]
+    """Each token that ends what a model says: a response, a call of a tool, or a plain text."""
     end_texts: tuple[str, str]
-    """Both end tokens as they are written."""
+    """What ends a response and a plain text, as it is written."""
 
 
 class Encoded(NamedTuple):
@@ -75,32 +70,65 @@ def text_format(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
 
     Many templates add a system message of their own when there is none (SmolLM2's costs 16 tokens of every
     row). If the template takes an empty one and its text gets shorter by it, rows are written with the empty
-    one; so generate from `encode_prompt`, not from the bare template. Raises ValueError without an eos token.
+    one; so generate from `encode_prompt`, not from the bare template.
+
+    Raises:
+        ValueError: for a tokenizer without an eos token, or a template that does not write what is said.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no eos token, so a model could not learn to stop; set tokenizer.eos_token")
-    has_template = bool(tokenizer.chat_template)
-    bare = tokenizer("a", add_special_tokens=True)["input_ids"]
-    adds_bos = tokenizer.bos_token_id is not None and bare[:1] == [tokenizer.bos_token_id]
-    response_end = _end_of_turn(tokenizer) if has_template else eos
-    end_texts = [str(token) for token in tokenizer.convert_ids_to_tokens([response_end, eos])]
+    template = probe_template(tokenizer) if tokenizer.chat_template else None
+    start_ids = _start_ids(tokenizer)
+    begin_ids: tuple[int, ...] = start_ids
+    written: list[str] = []
+    ends = [eos]
+    if template is not None:
+        asked = [Message(USER, "a")]
+        probe = template.turn([*asked, Message(ASSISTANT, "b")]).text
+        named = tokenizer.chat_template
+        written = [*(named.values() if isinstance(named, dict) else [named]), probe]
+        ids = ids_of_text(tokenizer, probe)
+        begin_ids = start_ids if start_ids and tuple(ids[: len(start_ids)]) == start_ids else ()
+        if not begin_ids and ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id:
+            begin_ids = (ids[0],)
+        ends.insert(0, ids[-1])
+        if template.takes_calls:
+            ends.append(ids_of_text(tokenizer, template.call())[-1])
     return TextFormat(
         tokenizer=tokenizer,
-        has_template=has_template,
-        takes_system=not has_template or _takes_system(tokenizer),
-        system=_shorter_system(tokenizer) if has_template else (),
-        start_ids=(tokenizer.bos_token_id,) if adds_bos else (),
-        response_end_id=response_end,
+        template=template,
+        control=control_tokens(tokenizer, written),
+        start_ids=start_ids,
+        begin_ids=begin_ids,
+        response_end_id=ends[0],
         text_end_id=eos,
-        end_texts=(end_texts[0], end_texts[1]),
+        end_ids=tuple(sorted(set(ends))),
+        end_texts=(tokenizer.eos_token if template is None else template.end, tokenizer.eos_token),
     )
 
 
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts before a text by itself."""
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    size = next((size for size in range(len(whole)) if whole[size : size + len(bare)] == bare), 0)
+    return tuple(whole[:size])
+
+
 def encode_prompt(text_format: TextFormat, prompt: str) -> list[int]:
-    """Token ids of a prompt, ready to generate from; the same ids that training puts before the response."""
-    text = _render_prompt(text_format, [Message(USER, prompt)])
-    return [*_start_ids(text_format, has_prompt=True), *_ids(text_format.tokenizer, text)]
+    """Token ids of a prompt, ready to generate from; the same ids that training puts before the response.
+
+    Raises:
+        RowError: for a prompt that the template refuses, or whose control tokens cannot be written as characters.
+    """
+    form = text_format
+    messages, hidden = _contents(form, Example((Message(USER, prompt),), ""))
+    if form.template is None:
+        text = _joined(form, messages[:-1])
+    else:
+        text = form.template.prompt(form.template.with_system(messages[:-1]))
+    ids = form.control.ids_of(text, hidden) if hidden else ids_of_text(form.tokenizer, text)
+    return [*_prompt_start(form), *ids]
 
 
 def encode(
@@ -128,19 +156,19 @@ def encode_batch(
     row. With "drop" such a row is an error.
 
     Returns:
-        For each example its row, or a RowError: nothing could be learned from it, the template refuses it, or its text
-        holds the end token, which would teach the model to stop in the middle.
+        For each example its row, or a RowError: nothing could be learned from it, the template refuses it or does not
+        write a part of it, or it holds a control token that the tokenizer cannot write as characters.
     """
     written = [_write(text_format, example) for example in examples]
-    texts = {text for item in written if not isinstance(item, RowError) for text in item.texts()}
-    ids = _ids_of(text_format.tokenizer, sorted(texts))
+    ordinary = [item for item in written if not isinstance(item, RowError) and not item.hidden]
+    ids = ids_of_texts(text_format.tokenizer, sorted({text for item in ordinary for text in item.parts()}))
     rows: list[Encoded | RowError] = []
     for item in written:
         try:
             if isinstance(item, RowError):
                 raise item
-            row, note = _assemble(text_format, item, ids)
-            rows.append(_finish(row, note, max_seq_length=max_seq_length, overlong=overlong, loss_on=loss_on))
+            row = assemble(text_format.control, item, ids)
+            rows.append(_finish(row, max_seq_length=max_seq_length, overlong=overlong, loss_on=loss_on))
         except RowError as error:
             rows.append(error)
     return rows
@@ -149,136 +177,123 @@ def encode_batch(
 # An example as text
 
 
-class _Turn(NamedTuple):
-    """An answer, and the text between the end of the previous answer and this one."""
-
-    before: str
-    answer: str
-
-
-class _Written(NamedTuple):
-    """An example as text, not yet tokenised."""
-
-    turns: list[_Turn]
-    prompt: str
-    """The text from which the model generates the last answer."""
-    note: str
-
-    def texts(self) -> list[str]:
-        """All texts that have to be tokenised."""
-        parts = [text for turn in self.turns for text in (turn.before, turn.before + turn.answer) if text]
-        return [*parts, self.prompt] if len(self.turns) > 1 else parts
-
-
-def _write(form: TextFormat, example: Example) -> _Written | RowError:
-    if any(end in example.text for end in form.end_texts):
-        return RowError(Fate.MALFORMED, f"it holds the end token {' or '.join(sorted(set(form.end_texts)))}")
-    if not example.context:
-        return _Written([_Turn("", example.response)], "", example.note)
+def _write(form: TextFormat, example: Example) -> Written | RowError:
     try:
-        prompt = _render_prompt(form, example.context)
-        earlier = _earlier_turns(form, example, prompt)
-    except TemplateError as error:
-        return RowError(Fate.MALFORMED, f"the chat template refuses it: {str(error)[:80]}")
-    if earlier is None:
-        return _only_last(prompt, example.response, example.note)
-    start = sum(len(turn.before) + len(turn.answer) + len(_end_text(form)) for turn in earlier)
-    return _Written([*earlier, _Turn(prompt[start:], example.response)], prompt, example.note)
+        messages, hidden = _contents(form, example)
+        notes = [example.note, f"{held(hidden)}, written as plain characters" if hidden else ""]
+        if not example.context:
+            text = messages[-1].content
+            start, end = form.start_ids, (form.text_end_id,)
+            return Written(text, [(0, len(text))], hidden, joined(*notes), start, end, begin_ids=start)
+        if form.template is None and any(message.role == TOOL or message.tool_calls for message in messages):
+            raise RowError(Fate.MALFORMED, "it calls tools, which only a chat template can write, and there is none")
+        if form.template is None and any(message.thought for message in messages):
+            notes.append("its thoughts are left out: there is no chat template to write them")
+        tools = form.control.hide(example.tools, hidden) if hidden else example.tools
+        if form.template is not None:
+            messages = form.template.with_system(messages)
+            if problem := form.template.problem(messages, tools):
+                raise RowError(Fate.MALFORMED, problem)
+        last = _turn(form, messages, tools)
+        answers = []
+        for place, message in enumerate(messages[:-1]):
+            if message.role != ASSISTANT or not message.trained:
+                continue
+            turn = _turn(form, messages[: place + 1], tools)
+            if last.text.startswith(turn.text[: turn.size]):
+                answers.append((len(turn.prompt), turn.size))
+            else:
+                notes.append(REWRITTEN)
+            notes += [turn.note]
+        answers.append((len(last.prompt), len(last.text)))
+        note = joined(*notes, last.note)
+        begin_ids = form.start_ids if form.template is None else form.begin_ids
+        return Written(last.text, answers, hidden, note, _prompt_start(form), begin_ids=begin_ids)
+    except RowError as error:
+        return error
 
 
-def _only_last(prompt: str, response: str, note: str) -> _Written:
-    rewritten = "only its last answer is trained: earlier ones are not in the prompt as they were given"
-    return _Written([_Turn(prompt, response)], prompt, "; ".join(filter(None, (note, rewritten))))
+def _turn(form: TextFormat, messages: Sequence[Message], tools: Sequence[dict]) -> Turn:
+    """The last message, an answer, behind what a model is given for it."""
+    if form.template is not None:
+        return form.template.turn(messages, tools)
+    text = _joined(form, messages)
+    return Turn(_joined(form, messages[:-1]), text, len(text))
 
 
-def _earlier_turns(form: TextFormat, example: Example, prompt: str) -> list[_Turn] | None:
-    """The answers before the last, as they are in `prompt`; None if the template changed one of them."""
-    turns: list[_Turn] = []
-    done = 0
-    for place, message in enumerate(example.context):
-        if message.role != ASSISTANT:
-            continue
-        before = _render_prompt(form, example.context[:place])
-        end = prompt.find(_end_text(form), len(before))
-        if not prompt.startswith(before) or end < 0:
-            return None
-        answer = prompt[len(before) : end]
-        if answer.strip() != message.content.strip():
-            return None
-        turns.append(_Turn(before[done:], answer))
-        done = end + len(_end_text(form))
-    return turns
+def _joined(form: TextFormat, messages: Sequence[Message]) -> str:
+    """Messages without a template."""
+    ends = {ASSISTANT: form.end_texts[0]}
+    return "".join(message.content + ends.get(message.role, "\n\n") for message in messages)
 
 
-def _end_text(form: TextFormat) -> str:
-    return form.end_texts[0]
+def _contents(form: TextFormat, example: Example) -> tuple[list[Message], dict[str, str]]:
+    """The messages as they are written: thoughts apart, no token twice that the row gets anyway, and placeholders for
+    the control tokens that they hold."""
+    messages = list(example.messages)
+    messages = [_own_ends_removed(form, message, is_plain=not example.context) for message in messages]
+    start_ids = form.start_ids if not example.context or form.template is None else form.begin_ids
+    if start_ids:
+        start = "".join(form.tokenizer.convert_ids_to_tokens(list(start_ids)))
+        messages[0] = messages[0]._replace(content=messages[0].content.removeprefix(start))
+    if form.template is not None:
+        messages = [form.template.with_thought(message) for message in messages]
+    values = [*messages, example.tools] if example.tools else messages
+    hidden = form.control.hidden(_texts_of(values))
+    if not hidden:
+        return messages, {}
+    messages = [form.control.hide(message, hidden) for message in messages]
+    if form.template is not None and form.template.takes_inline:
+        messages = [_with_own_thought(message, hidden) for message in messages]
+    still = list(_texts_of([*messages, form.control.hide(example.tools, hidden)]))
+    hidden = {place: token for place, token in hidden.items() if any(place in text for text in still)}
+    return messages, hidden
 
 
-def _render_prompt(form: TextFormat, context: Sequence[Message]) -> str:
-    """The text from which a model generates its answer; a template writes its own bos."""
-    if not form.has_template:
-        ends = {ASSISTANT: _end_text(form)}
-        return "".join(message.content + ends.get(message.role, "\n\n") for message in context)
-    messages = list(context)
-    if messages[0].role != SYSTEM:
-        messages = [*form.system, *messages]
-    elif not form.takes_system:
-        system, question, *rest = messages
-        messages = [Message(USER, f"{system.content}\n\n{question.content}"), *rest]
-    return _render(form.tokenizer, messages, generation_prompt=True)
+def _own_ends_removed(form: TextFormat, message: Message, *, is_plain: bool) -> Message:
+    """An answer or a plain text without the end token that it brings, since every row gets one."""
+    if message.role != ASSISTANT:
+        return message
+    ends = form.end_texts[1:] if is_plain else form.end_texts
+    end = next((end for end in ends if message.content.endswith(end)), "")
+    if end and not message.content.removesuffix(end).strip():
+        raise RowError(Fate.EMPTY, "its response has no token")
+    return message._replace(content=message.content.removesuffix(end)) if end else message
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-    template = tokenizer.chat_template
-    text = tokenizer.apply_chat_template(
-        [message._asdict() for message in messages],
-        chat_template=_FIXED_DATE + template if isinstance(template, str) and "strftime_now" in template else None,
-        add_generation_prompt=generation_prompt,
-        tokenize=False,
-    )
-    assert isinstance(text, str)
-    return text
+def _with_own_thought(message: Message, hidden: Mapping[str, str]) -> Message:
+    """An answer that begins with a thought: its <think> and </think> are the template's tokens, not text."""
+    places = {token: place for place, token in hidden.items()}
+    first, last = places.get("<think>", "<think>"), places.get("</think>", "</think>")
+    content = message.content
+    if message.role != ASSISTANT or not content.lstrip().startswith(first) or last not in content:
+        return message
+    return message._replace(content=content.replace(first, "<think>", 1).replace(last, "</think>", 1))
 
 
-# Text as ids
+def _texts_of(value: object) -> Iterable[str]:
+    """All texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts_of(name)
+            yield from _texts_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts_of(item)
 
 
-class _Row(NamedTuple):
-    """A row before it is cut; `answers` are (start, end) spans of `ids`, each with its end token."""
-
-    ids: list[int]
-    answers: list[tuple[int, int]]
+def _prompt_start(form: TextFormat) -> tuple[int, ...]:
+    """What is put before a prompt; a template writes its own."""
+    return form.start_ids if form.template is None else ()
 
 
-def _assemble(form: TextFormat, written: _Written, ids: dict[str, list[int]]) -> tuple[_Row, str]:
-    """The row before it is cut, however long, and its note."""
-    is_plain = not written.turns[0].before
-    end_id = form.text_end_id if is_plain else form.response_end_id
-    start_ids = _start_ids(form, has_prompt=not is_plain)
-    row = _Row(list(start_ids), [])
-    for place, turn in enumerate(written.turns):
-        before, answer = _split(form.tokenizer, turn, ids)
-        if not answer:
-            raise RowError(Fate.EMPTY, "its response has no token")
-        row.ids.extend(before)
-        if place == len(written.turns) - 1 > 0 and row.ids != [*start_ids, *ids[written.prompt]]:
-            last = _only_last(written.prompt, turn.answer, written.note)
-            return _assemble(form, last, ids | _ids_of(form.tokenizer, last.texts()))
-        start = 0 if is_plain else len(row.ids)
-        row.ids.extend([*answer, end_id])
-        row.answers.append((start, len(row.ids)))
-    return row, written.note
+# Token ids as a row
 
 
-def _split(tokenizer: PreTrainedTokenizerBase, turn: _Turn, ids: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    """The ids of both parts of a turn. The answer is tokenised in its context, unless a token spans the border."""
-    before = ids[turn.before] if turn.before else []
-    whole = ids[turn.before + turn.answer]
-    return before, whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, turn.answer)
-
-
-def _finish(row: _Row, note: str, *, max_seq_length: int, overlong: str, loss_on: str) -> Encoded:
-    """Cut a row to at most `max_seq_length` tokens, and label it."""
+def _finish(row: TokenRow, *, max_seq_length: int, overlong: str, loss_on: str) -> Encoded:
+    """Cut a row to at most `max_seq_length` tokens, and label it. A cut at its start keeps what begins every row."""
     length, last_answer = len(row.ids), row.answers[-1][0]
     first, last, cut_response = 0, length, False
     if length > max_seq_length:
@@ -290,56 +305,10 @@ def _finish(row: _Row, note: str, *, max_seq_length: int, overlong: str, loss_on
     labels = [IGNORED] * length
     for start, end in [(0, length)] if loss_on == ALL else row.answers:
         labels[start:end] = row.ids[start:end]
-    labels = labels[first:last]
+    kept = row.num_begin if first > 0 and first + row.num_begin <= last_answer else 0
+    ids = [*row.ids[:kept], *row.ids[first + kept : last]]
+    labels = [*labels[:kept], *labels[first + kept : last]]
     if all(label == IGNORED for label in labels[1:]):  # the first label predicts from nothing and is never used
         raise RowError(Fate.EMPTY, "nothing in it could be trained")
     prompt_length = max(row.answers[0][0] - first, 0)
-    return Encoded(row.ids[first:last], labels, prompt_length, length, first > 0, cut_response, note)
-
-
-def _start_ids(form: TextFormat, *, has_prompt: bool) -> tuple[int, ...]:
-    return () if form.has_template and has_prompt else form.start_ids
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return _ids_of(tokenizer, [text])[text]
-
-
-def _ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
-    if not texts:
-        return {}
-    found = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return dict(zip(texts, found["input_ids"], strict=True))
-
-
-# What a template does to system messages and turn ends
-
-
-def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    try:
-        with_system = _render(tokenizer, [Message(SYSTEM, _PROBE), Message(USER, "a")], generation_prompt=True)
-    except TemplateError:  # some templates refuse a system message
-        return False
-    return _PROBE in with_system
-
-
-def _shorter_system(tokenizer: PreTrainedTokenizerBase) -> tuple[Message, ...]:
-    user, empty = Message(USER, _PROBE), Message(SYSTEM, "")
-    try:
-        with_empty = _render(tokenizer, [empty, user], generation_prompt=True)
-    except TemplateError:
-        return ()
-    without = _render(tokenizer, [user], generation_prompt=True)
-    is_shorter = len(_ids(tokenizer, with_empty)) < len(_ids(tokenizer, without))
-    return (empty,) if is_shorter and _PROBE in with_empty else ()
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first special token that the template writes after a response, or eos if it writes none."""
-    turns = [Message(USER, "a"), Message(ASSISTANT, _PROBE)]
-    tail = _render(tokenizer, turns, generation_prompt=False).rpartition(_PROBE)[2]
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    after = [index for index in _ids(tokenizer, tail) if index in special or index in tokenizer.all_special_ids]
-    return after[0] if after else tokenizer.eos_token_id
+    return Encoded(ids, labels, prompt_length, length, first > 0, cut_response, row.note)

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset, Features, List, Value
 
-from dylo_moe.data import contamination, encoding
+from dylo_moe.data import contamination, control_tokens, encoding, templates, token_rows
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks
 from dylo_moe.data.encoding import Encoded, TextFormat, encode_batch
@@ -113,7 +113,7 @@ class Tokenise:
         """Tokenise a batch: the columns of ROW_FEATURES, in the order of the raw rows."""
         texts: list[_Text] = []
         for row, index in zip(_as_rows(batch), indices, strict=True):
-            texts += self._raw_texts(row) if self.is_raw else [self._read(row, place=f"row {index}")]
+            texts += self._raw_texts(row) if self.is_raw else [self._read(_without_nulls(row), place=f"row {index}")]
         texts = [self._decontaminated(text) for text in texts]
         found = self._encode([text.example for text in texts])
         rows: list[dict[str, Any]] = []
@@ -237,12 +237,15 @@ def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None,
     """A hash of all that decides how a raw row is tokenised: the tokenizer, the settings, and this code."""
     tokenizer = form.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    modules = (contamination, encoding, examples, conversations, formats, roles, pieces)
+    modules = (
+        *(contamination, encoding, templates, control_tokens, token_rows),
+        *(examples, conversations, formats, roles, pieces),
+    )
     parts = [
         backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         str(tokenizer.chat_template),
         str(tokenizer.special_tokens_map),
-        str((form.start_ids, form.response_end_id, form.text_end_id, form.system, form.takes_system)),
+        str((form.start_ids, form.begin_ids, form.response_end_id, form.text_end_id)),
         str((config.max_seq_length, config.overlong, config.loss_on)),
         str(columns),
         "" if benchmarks is None else benchmarks.key,
@@ -254,6 +257,17 @@ def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None,
 
 def _as_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the nulls inside its lists and objects: a typed column has one for each key that others have."""
+    return {name: _cleared(value) if isinstance(value, (list, dict)) else value for name, value in row.items()}
+
+
+def _cleared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _cleared(item) for name, item in value.items() if item is not None}
+    return [_cleared(item) for item in value] if isinstance(value, list) else value
 
 
 def _row(text: _Text, encoded: Encoded | RowError) -> dict[str, Any]:

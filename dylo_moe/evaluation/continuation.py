@@ -49,9 +49,8 @@ def sample(
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response or a text in training."""
-    form = text_format(tokenizer)
-    return sorted({form.response_end_id, form.text_end_id})
+    """The tokens that end a response, a call of a tool or a text in training."""
+    return list(text_format(tokenizer).end_ids)
 
 
 class RoutedText(NamedTuple):

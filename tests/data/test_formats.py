@@ -89,10 +89,14 @@ def test_a_message_without_an_answer_is_left_out_and_noted():
         (turns((ASSISTANT, "a")), Fate.MALFORMED, "a message of the assistant where the user's turn is"),
         (turns((USER, "q"), (USER, "q")), Fate.MALFORMED, "a message of the user where the assistant's turn is"),
         (turns((USER, "q"), (SYSTEM, "q")), Fate.MALFORMED, "a message of the system where the assistant's"),
-        (turns((USER, "q"), ("tool", "x")), Fate.MALFORMED, "role is 'tool', none of user, human"),
+        (turns((USER, "q"), ("narrator", "x")), Fate.MALFORMED, "role is 'narrator', none of user, human"),
         (turns((USER, "q"), (3, "x")), Fate.MALFORMED, "role is missing or not a string"),
         (turns((USER, "q"), (ASSISTANT, " ")), Fate.EMPTY, "a message's content is empty"),
-        (turns((USER, [{"type": "text"}]), (ASSISTANT, "a")), Fate.MALFORMED, "a message's content is not a string"),
+        (
+            turns((USER, [{"type": "text"}]), (ASSISTANT, "a")),
+            Fate.MALFORMED,
+            "a part of type 'text' of a message has no",
+        ),
     ],
 )
 def test_a_row_that_says_nothing_has_a_fate_and_a_reason(row, fate, reason):

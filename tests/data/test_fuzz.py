@@ -33,7 +33,7 @@ def broken_value(draw: random.Random):
     return draw.choice(
         [
             None, True, False, 0, -1.5, 10**40, float("nan"), float("inf"), "", " ", "\n\t", "\u00a0", [], {}, [None],
-            ["text"], {"text": "x"}, [[[]]], "\ud800", "x\udfff", "<|im_end|>", "a<|im_end|>b",
+            ["text"], {"text": "x"}, [[[]]], "\ud800", "x\udfff",
         ]
     )  # fmt: skip
 

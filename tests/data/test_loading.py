@@ -44,26 +44,26 @@ def assert_accounted_for(data):
 
 def test_no_held_out_text_is_trained_on_and_every_row_is_accounted_for(tmp_path):
     rows = [{"text": f"text {i % 70}"} for i in range(100)]  # 30 repeated
-    rows += [{"text": f"stop {END}"}, {"text": "x" * 100}, {"text": "x" * 101}]  # no row, cut, equal once cut
+    rows += [{"text": f"a {END} b"}, {"text": "x" * 100}, {"text": "x" * 101}]  # as text, cut, equal once cut
     rows += [{"text": " "}, {"text": None}, {"text": 3}, {"other": "a"}]
     one = write_rows(tmp_path / "one.jsonl", rows)
     two = write_rows(tmp_path / "two.jsonl", [{"text": f"text {i}"} for i in range(60, 100)])  # 10 from one
     data = load([one, two], max_seq_length=32)
     first, second = data.counts
     assert (first.read, first.duplicates, first.duplicates_across) == (107, 31, 0)
-    assert (first.malformed, first.empty, first.cut_response) == (3, 2, 1)
+    assert (first.malformed, first.empty, first.cut_response) == (2, 2, 1)
     assert (second.read, second.duplicates, second.duplicates_across, second.malformed) == (40, 0, 10, 0)
     assert_accounted_for(data)
     for count in data.counts:
         assert count.evaluation == round(0.1 * (count.train + count.evaluation)) == len(data.evaluation[count.name])
     texts = [tuple(row["input_ids"]) for row in as_rows(data)]
-    assert len(set(texts)) == len(texts) == 71 + 30
+    assert len(set(texts)) == len(texts) == 72 + 30
     assert list(data.train["domain"]) not in (sorted(data.train["domain"]), sorted(data.train["domain"])[::-1])
     domains = Counter(data.train["domain"])
     assert [domains[0], domains[1]] == [first.train, second.train]
     assert {row["domain"] for row in data.evaluation["two"]} == {1}
     reasons = {(reason.num_rows, reason.text, reason.first) for reason in data.reasons["one"]}
-    assert (1, f"it holds the end token {END}", "one.jsonl:101") in reasons
+    assert (1, f"it holds {END}, written as plain characters", "one.jsonl:101") in reasons
     assert (1, "text is null", "one.jsonl:105") in reasons
 
 
@@ -475,7 +475,9 @@ def made(folder: Path) -> dict[str, int]:
 
 def dated(bos: str):
     """A tokenizer whose template writes its bos, and today's date."""
-    tokenizer = byte_tokenizer("{{ bos_token }}{{ strftime_now('%Y') }}{{ messages[-1]['content'] }}|")
+    tokenizer = byte_tokenizer(
+        "{{ bos_token }}{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    )
     tokenizer.bos_token = bos
     return tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+USER, ASSISTANT, SYSTEM, TOOL = "user", "assistant", "system", "tool"
 
 
 class Fate(IntEnum):
@@ -39,22 +39,43 @@ def printable(text: str) -> str:
 
 
 class Message(NamedTuple):
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, user, assistant or tool."""
 
     role: str
     content: str
+    thought: str = ""
+    """What an assistant thought before this answer; empty if the row has no thoughts apart from its answers."""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """The tools that an assistant calls, each `{"type": "function", "function": {"name": ..., "arguments": ...}}`."""
+    name: str = ""
+    """Who speaks, or the tool that gave this result."""
+    tool_call_id: str = ""
+    trained: bool = True
+    """Whether an answer is learned, rather than only read."""
 
 
 class Example(NamedTuple):
     """One text to learn: a `response` to a `context`. Without context it is plain text, all of which is trained.
 
-    The context ends with a user's turn, and may begin with a system message. Earlier answers in it are trained as well.
+    The context ends with a turn of a user or a tool, and may begin with a system message. Earlier answers in it are
+    trained as well, unless they say otherwise.
     """
 
     context: tuple[Message, ...]
     response: str
     note: str = ""
     """A remark about parts that were left out when the row was read; empty if none were."""
+    thought: str = ""
+    """What the assistant thought before the response."""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """The tools that the response calls, as in a `Message`."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """The tools that may be called: `{"type": "function", "function": {"name": ..., "parameters": ...}}`."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation, the response included."""
+        return (*self.context, Message(ASSISTANT, self.response, self.thought, self.tool_calls))
 
     @property
     def question(self) -> str:
@@ -63,8 +84,8 @@ class Example(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The context and the response as one text."""
-        return "\n".join([*(message.content for message in self.context), self.response])
+        """The whole conversation as one text, its thoughts included."""
+        return "\n".join(text for message in self.messages for text in (message.thought, message.content) if text)
 
 
 def ask(prompt: str, response: str) -> Example:

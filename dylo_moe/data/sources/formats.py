@@ -96,7 +96,7 @@ def _history(row: dict[str, Any], column: str | None) -> tuple[list[Message], st
         raise RowError(Fate.MALFORMED, f"{column} is not a list of [question, answer] pairs or of messages")
     if isinstance(turns[0], dict):
         example = read_conversation(row, column)
-        return [*example.context, Message(ASSISTANT, example.response)], example.note
+        return [*example.messages], example.note
     earlier = []
     for pair in turns:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:

@@ -35,6 +35,9 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 
 HISTORY, TESTS = "history", "test_list"
 
+TOOLS = "tools"
+"""The column beside a conversation that holds the tools which the assistant may call."""
+
 MAX_WAYS = 4
 """The most ways to read a row that a message names."""
 
@@ -186,4 +189,5 @@ def label_problem(row: Mapping[str, Any], columns: Columns) -> str | None:
 
 def unread_columns(row: Mapping[str, Any], columns: Columns) -> list[str]:
     """The columns of a row that hold something and play no role."""
-    return [str(name) for name, value in row.items() if name not in columns and holds_something(value)]
+    read = {*columns, *((TOOLS,) if columns.messages is not None else ())}
+    return [str(name) for name, value in row.items() if name not in read and holds_something(value)]
