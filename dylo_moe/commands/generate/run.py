@@ -46,7 +46,8 @@ def generate(
     tokenizer = load_tokenizer(base, revision=revision)
     form = text_format(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_prompt(form, prompt)
-    ids = [*form.start_ids, *ids] if raw else ids
+    if raw and ids[: len(form.start_ids)] != [*form.start_ids]:  # a text may bring its own
+        ids = [*form.start_ids, *ids]
     limits = limits_of(load_base_without_weights(base, dtype="auto", revision=revision))
     if problem := limits.token_problem(ids, "the prompt") or limits.continuation_problem(len(ids), max_new_tokens):
         raise ValueError(problem)
