@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from dylo_moe.base.fingerprint import differences, fingerprint, some_of
@@ -30,6 +30,8 @@ from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import listed
 
 LOGGER = logging.getLogger(__name__)
+
+_NO_TENSORS = save({}, {"format": "pt"})
 
 
 def save_checkpoint(
@@ -159,7 +161,7 @@ def write_files(
     if training is not None:
         manifest["training"] = training
     if for_trainer:
-        save_tensors({}, folder / ADAPTER_FILES[1])
+        (folder / ADAPTER_FILES[1]).write_bytes(_NO_TENSORS)
     else:
         known = training or {}
         card = model_card(manifest, known.get("facts"), losses, known.get("settings"), known.get("step"))
@@ -179,6 +181,9 @@ def _foreign_files(folder: Path) -> list[str]:
         own = {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
+    empty = folder / ADAPTER_FILES[1]
+    if empty.is_file() and empty.read_bytes() == _NO_TENSORS:  # the Trainer copies it when it pushes to the hub
+        own.add(empty.name)
     return sorted(files_below(folder) - own)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,16 @@ def test_save_model_saves_beside_the_trainers_own_files(tmp_path):
         *("checkpoint-2", "checkpoint-4", "notes.txt", "training_args.bin"),
         *("dylora.json", "experts", "router.safetensors", "adapter_model.safetensors"),
     }
+
+
+def test_save_model_takes_the_file_that_a_push_to_the_hub_copied(tmp_path):
+    """At each save the Trainer copies the files that it knows into its folder, which then has no manifest of ours."""
+    model = tiny_moe("llama")
+    trainer = stock(model, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    shutil.copy(tmp_path / "checkpoint-2" / "adapter_model.safetensors", tmp_path)
+    trainer.save_model()
+    assert_same(tensors(DyLoRAMoE.from_pretrained(tmp_path, tiny_base("llama"))), tensors(model))
 
 
 def test_save_model_never_mixes_with_anothers_experts(tmp_path):
