@@ -93,7 +93,8 @@ def raw_rows(files: Sequence[tuple[str, str]], as_texts: bool) -> Iterator[dict]
 
 def _is_utf16(start: bytes) -> bool:
     """Whether the first 8 bytes of a file are UTF-16: its mark, or every other byte is NUL, as in Latin letters."""
-    return start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) or bytes(4) in (start[::2], start[1::2])
+    halves = [part.count(0) for part in (start[::2], start[1::2])]
+    return start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) or sorted(halves) == [0, 4]
 
 
 def content_key(files: Sequence[LocalFile]) -> str:
