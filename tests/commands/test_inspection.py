@@ -110,6 +110,14 @@ def test_humaneval_may_be_looked_at(run, mirror):
     assert "For evaluation only: dylora train refuses it." in shown and "def own_" in shown
 
 
+def test_columns_that_nothing_reads_are_named_once(run, tmp_path):
+    rows = [{"prompt": f"what is {i}?", "response": f"{i}", "rating": i, "url": "x" * (i < 3)} for i in range(1, 9)]
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    for command in ("show", "check"):
+        shown = " ".join(run(command, path).split())
+        assert shown.count("mine has columns that nothing reads: rating (8 rows), url (2 rows).") == 1
+
+
 def test_long_rows_say_what_they_were_cut_from(run, tmp_path):
     path = write_rows(tmp_path / "mine.jsonl", [{"prompt": "word " * 50, "response": f"{i}"} for i in range(4)])
     shown = run("show", path, "--max_seq_length", "32")
