@@ -1,0 +1,228 @@
+"""What a base gives to its linears, its layers and its cache, seen by running it on a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.routing.cache import router_cache_layer
+from dylo_moe.routing.config import RouterConfig
+
+ROWS, TOKENS = 2, 3
+"""The shape of the batch that a base is run on."""
+
+CHANGED = TOKENS - 1
+"""The place, over all rows, of the token that is exchanged: the last of the first row. In a layout with the tokens
+first it would be another."""
+
+STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+"""How models of Transformers call what they keep between calls."""
+
+
+class Probe(NamedTuple):
+    """What is to know of a base before experts are put on it."""
+
+    hidden_size: int
+    """The width of the hidden states that the router reads."""
+    misfed: dict[str, str]
+    """The linears that are not fed the tokens of a forward, each once and in their order, with what they are fed."""
+
+
+def probe(base: PreTrainedModel, *, linears: Iterable[str], router: RouterConfig) -> Probe:
+    """Run a base on six tokens, once whole, once with another token, and once in two steps with a cache.
+
+    Nothing of it changes. On the meta device only shapes are seen, and a base that cannot run there is taken for one
+    that feeds all of its linears.
+
+    Args:
+        linears: the names of those that may carry experts.
+        router: where it reads.
+
+    Raises:
+        ValueError: for a base that no router could follow: one that cannot run on tokens alone, that lets a token
+            change what is computed of earlier ones, whose layers pass on something else than [batch, tokens, hidden],
+            or that keeps something else between calls than a cache of Transformers which takes the router's memory.
+    """
+    return _Probing(base, list(linears), router).run()
+
+
+class _Probing:
+    """One run of `probe`: the base, and what the hooks on it saw of its last forward."""
+
+    def __init__(self, base: PreTrainedModel, linears: list[str], router: RouterConfig) -> None:
+        self.base = base
+        self.kind = type(base).__name__
+        self.on_meta = base.device.type == "meta"
+        self.router = router
+        _, layers = decoder_layers(base)
+        self.layer = layers[router.layer_index(len(layers))]
+        self.num_layers = len(layers)
+        self.linears = {name: base.get_submodule(name) for name in linears}
+        self.fed: dict[str, list[Tensor]] = {}
+        self.entering: Tensor | None = None
+        self.head_input: Tensor | None = None
+        self.cache: Cache | None = None
+        self.with_memory = False
+
+    def run(self) -> Probe:
+        ids = _plain_ids(self.base, ROWS * TOKENS + 1).to(self.base.device)
+        whole, other = ids[:-1].reshape(ROWS, TOKENS), ids[:-1].clone()
+        other[CHANGED] = ids[-1]
+        with torch.no_grad(), _in_eval_mode(self.base), self._watched():
+            try:
+                logits = self._forward(whole).logits
+            except Exception as error:  # of any model code
+                if self.on_meta:
+                    return Probe(self.base.config.get_text_config().hidden_size, {})
+                raise ValueError(f"{self.kind} cannot run on tokens alone: {_in_words(error)}") from error
+            hidden_size = self._hidden_size()
+            fed = self.fed
+            if not self.on_meta:
+                self._check_causal(logits, self._forward(other.reshape(ROWS, TOKENS)).logits)
+            misfed = self._misfed(fed, self.fed)
+            misfed = self._misfed_with_cache(whole) | misfed
+        return Probe(hidden_size, {name: misfed[name] for name in self.linears if name in misfed})
+
+    def _forward(self, ids: Tensor, *, with_memory: bool = False, **inputs: Any) -> Any:
+        """A forward of the base that keeps a cache, and the router's memory in it if asked."""
+        self.fed, self.entering, self.head_input, self.cache, self.with_memory = {}, None, None, None, with_memory
+        return self.base(input_ids=ids, use_cache=True, return_dict=True, **inputs)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Keep what the linears, the router's layer and the head are given while the context lasts."""
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, args: self.fed.setdefault(name, []).append(args[0].detach())
+
+        handles = [linear.register_forward_pre_hook(keep(name)) for name, linear in self.linears.items()]
+        handles.append(self.layer.register_forward_pre_hook(self._at_layer, with_kwargs=True))
+        handles.append(self.base.get_output_embeddings().register_forward_pre_hook(self._at_head))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.entering = args[0] if args else kwargs.get("hidden_states")
+        self.cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+        if self.cache is not None and self.with_memory:
+            router_cache_layer(self.cache, num_layers=self.num_layers)
+
+    def _at_head(self, head: nn.Module, args: tuple) -> None:
+        self.head_input = args[0]
+
+    def _hidden_size(self) -> int:
+        hidden = self.head_input if self.router.reads_final else self.entering
+        place = "its head" if self.router.reads_final else f"its layer {self.router.layer_index(self.num_layers)}"
+        shape = "nothing" if hidden is None else list(hidden.shape)
+        if hidden is None or hidden.dim() != 3 or hidden.shape[:2] != (ROWS, TOKENS):
+            raise ValueError(
+                f"{self.kind} gives {shape} to {place} for {ROWS} rows of {TOKENS} tokens; a router reads hidden "
+                "states [batch, tokens, hidden]"
+            )
+        return hidden.shape[-1]
+
+    def _check_causal(self, logits: Tensor, changed: Tensor) -> None:
+        if _changed_places(logits, changed) - {CHANGED}:
+            raise ValueError(
+                f"{self.kind} lets a token change what it computes of earlier ones or of other rows, so that it is no "
+                "causal language model"
+            )
+
+    def _misfed(self, fed: dict[str, list[Tensor]], changed: dict[str, list[Tensor]]) -> dict[str, str]:
+        """The linears that are not fed all tokens of a forward in their order, by what two forwards gave them."""
+        found = {}
+        for name in self.linears:
+            if name not in fed:
+                found[name] = "is not called for a short text"
+            elif count := _other_count(fed[name], ROWS * TOKENS):
+                found[name] = f"is fed {count} tokens in a forward of {ROWS * TOKENS}"
+            elif not self.on_meta and any(
+                _changed_places(before, after) - {CHANGED}
+                for before, after in zip(fed[name], changed[name], strict=False)
+            ):
+                found[name] = "is fed the tokens of a forward in another order, or several at once"
+        return found
+
+    def _misfed_with_cache(self, ids: Tensor) -> dict[str, str]:
+        """The linears that are fed cached tokens too; a base whose cache the router cannot follow is refused."""
+        try:
+            out = self._forward(ids[:, :-1], with_memory=True)
+            name = next((name for name in STATES if out.get(name) is not None), STATES[0])
+            state = out.get(name, self.cache)  # RecurrentGemma does not return it
+            if state is None:
+                return {}
+            if self.cache is not None:
+                self._forward(ids[:, -1:], with_memory=True, **{name: state})
+        except Exception as error:  # of any model code
+            if self.on_meta:
+                return {}
+            kept = "its cache" if self.cache is None else f"its {type(self.cache).__name__}"
+            raise ValueError(
+                f"{self.kind} cannot be routed: {kept} does not take the router's memory: {_in_words(error)}"
+            ) from error
+        if self.cache is None:
+            raise ValueError(
+                f"{self.kind} cannot be routed: it keeps its {name} between calls in a {type(state).__name__}, and the "
+                "router can only follow a Cache of Transformers that its layers are given"
+            )
+        counts = {name: _other_count(calls, ROWS) for name, calls in self.fed.items()}
+        return {
+            name: f"is fed cached tokens too, {count} in a forward of {ROWS}" for name, count in counts.items() if count
+        }
+
+
+def _plain_ids(base: PreTrainedModel, count: int) -> Tensor:
+    """Token ids that the base's config does not give a meaning of their own."""
+    embeddings: Any = base.get_input_embeddings()
+    num_ids = embeddings.weight.shape[0]
+    values = [value for name, value in _entries(base.config.to_dict()) if name.endswith(("_id", "_index", "_ids"))]
+    taken = {value for value in values if isinstance(value, int)}
+    plain = [index for index in range(min(num_ids, count + len(taken))) if index not in taken]
+    return torch.tensor((plain * count)[:count])
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        yield from _entries(value) if isinstance(value, dict) else [(str(name), value)]
+
+
+@contextmanager
+def _in_eval_mode(base: PreTrainedModel) -> Iterator[None]:
+    was = [(module, module.training) for module in base.modules()]
+    base.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
+
+
+def _num_tokens(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _other_count(calls: list[Tensor], count: int) -> int | None:
+    """How many tokens a linear is fed in the first of these calls that is not fed `count` of them."""
+    return next((found for found in map(_num_tokens, calls) if found != count), None)
+
+
+def _changed_places(before: Tensor, after: Tensor) -> set[int]:
+    """The tokens whose values differ between two forwards, by more than rounding can make of the largest difference."""
+    if before.shape != after.shape:
+        return set(range(_num_tokens(before)))
+    difference = (before.float() - after.float()).abs().flatten(0, -2).amax(-1)
+    rounding = torch.finfo(before.dtype).eps ** 0.5
+    return set((difference > rounding * difference.max()).nonzero().flatten().tolist())
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
