@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ class Probe(NamedTuple):
 
     hidden_size: int
     """The width of the hidden states that the router reads."""
+    needs_token_types: bool
+    """Whether tokens see later ones unless `token_type_ids` of 1 say that they are no part of a prefix (PaliGemma)."""
     misfed: dict[str, str]
     """The linears that are not fed the tokens of a forward, each once and in their order, with what they are fed."""
 
@@ -69,29 +72,29 @@ class _Probing:
         self.head_input: Tensor | None = None
         self.cache: Cache | None = None
         self.with_memory = False
+        self.with_types = False
 
     def run(self) -> Probe:
-        ids = _plain_ids(self.base, ROWS * TOKENS + 1).to(self.base.device)
-        whole, other = ids[:-1].reshape(ROWS, TOKENS), ids[:-1].clone()
-        other[CHANGED] = ids[-1]
         with torch.no_grad(), _in_eval_mode(self.base), self._watched():
             try:
-                logits = self._forward(whole).logits
+                ids = _plain_ids(self.base, ROWS * TOKENS + 1).to(self.base.device)
+                whole, other = ids[:-1].reshape(ROWS, TOKENS), ids[:-1].clone()
+                other[CHANGED] = ids[-1]
+                self._forward(whole)
             except Exception as error:  # of any model code
                 if self.on_meta:
-                    return Probe(self.base.config.get_text_config().hidden_size, {})
+                    return Probe(self.base.config.get_text_config().hidden_size, False, {})
                 raise ValueError(f"{self.kind} cannot run on tokens alone: {_in_words(error)}") from error
             hidden_size = self._hidden_size()
-            fed = self.fed
-            if not self.on_meta:
-                self._check_causal(logits, self._forward(other.reshape(ROWS, TOKENS)).logits)
-            misfed = self._misfed(fed, self.fed)
+            misfed = self._misfed(*self._with_one_changed(whole, other.reshape(ROWS, TOKENS)))
             misfed = self._misfed_with_cache(whole) | misfed
-        return Probe(hidden_size, {name: misfed[name] for name in self.linears if name in misfed})
+        return Probe(hidden_size, self.with_types, {name: misfed[name] for name in self.linears if name in misfed})
 
     def _forward(self, ids: Tensor, *, with_memory: bool = False, **inputs: Any) -> Any:
         """A forward of the base that keeps a cache, and the router's memory in it if asked."""
         self.fed, self.entering, self.head_input, self.cache, self.with_memory = {}, None, None, None, with_memory
+        if self.with_types:
+            inputs["token_type_ids"] = torch.ones_like(ids)
         return self.base(input_ids=ids, use_cache=True, return_dict=True, **inputs)
 
     @contextmanager
@@ -130,12 +133,20 @@ class _Probing:
             )
         return hidden.shape[-1]
 
-    def _check_causal(self, logits: Tensor, changed: Tensor) -> None:
-        if _changed_places(logits, changed) - {CHANGED}:
-            raise ValueError(
-                f"{self.kind} lets a token change what it computes of earlier ones or of other rows, so that it is no "
-                "causal language model"
-            )
+    def _with_one_changed(self, ids: Tensor, other: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+        """What the linears are fed of a text, and of the same with another token, which no other place may notice."""
+        logits, fed = self._forward(ids).logits, self.fed
+        changed = self._forward(other).logits
+        if self.on_meta or not _changed_places(logits, changed) - {CHANGED}:
+            return fed, self.fed
+        has_prefix = getattr(self.base.config.get_text_config(), "use_bidirectional_attention", False)
+        if has_prefix and not self.with_types and "token_type_ids" in inspect.signature(self.base.forward).parameters:
+            self.with_types = True
+            return self._with_one_changed(ids, other)
+        raise ValueError(
+            f"{self.kind} lets a token change what it computes of earlier ones or of other rows, so that it is no "
+            "causal language model"
+        )
 
     def _misfed(self, fed: dict[str, list[Tensor]], changed: dict[str, list[Tensor]]) -> dict[str, str]:
         """The linears that are not fed all tokens of a forward in their order, by what two forwards gave them."""
