@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, cast
 
@@ -77,10 +78,18 @@ def config_at(config: LoraConfig, rank: int | None, *, alpha: float | None = Non
     return config
 
 
-def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> LoraConfig:
+def routed_lora_config(
+    base: PreTrainedModel, config: LoraConfig, *, router_index: int, misfed: Mapping[str, str]
+) -> LoraConfig:
     """A copy of `config` that adapts linears of the routed layers only, checked before anything changes.
 
-    "all-linear" (or no target at all) becomes the names of all linears inside the routed layers.
+    "all-linear" (or no target at all) becomes the names of all linears inside the routed layers that are fed the tokens
+    of a forward.
+
+    Args:
+        base: without adapters.
+        router_index: the first layer that may carry experts.
+        misfed: the linears that are fed something else, and what that is.
 
     Raises:
         ValueError: with every reason why this config cannot make a routed expert.
@@ -90,7 +99,11 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
     config = copy.deepcopy(config)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        config.target_modules = sorted({name.rsplit(".", 1)[1] for name in _layer_linears(base)})
+        fed = {name.rsplit(".", 1)[1] for name in layer_linears(base) if name not in misfed}
+        config.target_modules = sorted(fed)
+        left_out = [name for name in misfed if name.rsplit(".", 1)[1] in fed]
+        if left_out:
+            config.exclude_modules = left_out
         if not config.target_modules:
             raise ValueError(
                 f"all-linear finds nothing to adapt: {ROUTABLE}, and here are {listed(_layer_leaves(base))}"
@@ -99,7 +112,7 @@ def routed_lora_config(base: PreTrainedModel, config: LoraConfig, *, router_inde
         prefix, layers = decoder_layers(base)
         config.layers_to_transform = list(range(router_index, len(layers)))
         config.layers_pattern = prefix.rsplit(".", 1)[-1]
-    problems = [*lora_problems(base, config, router_index=router_index), *_unmatched(base, config)]
+    problems = [*lora_problems(base, config, router_index=router_index, misfed=misfed), *_unmatched(base, config)]
     if problems:
         raise ValueError("this LoraConfig cannot make a routed expert: " + "; ".join(problems))
     config.task_type = TaskType.CAUSAL_LM
@@ -114,19 +127,22 @@ def _unmatched(base: PreTrainedModel, config: LoraConfig) -> list[str]:
     missing = [name for name in sorted(targets) if not any(f".{module}".endswith(f".{name}") for module in names)]
     if not missing or len(missing) == len(targets):  # where nothing matches at all, that is a problem of its own
         return []
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in _layer_linears(base)}))
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in layer_linears(base)}))
     return [f"target_modules has {listed(missing)}, which matches nothing; the layers have the linears {known}"]
 
 
-def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: int) -> list[str]:
+def lora_problems(
+    base: PreTrainedModel, config: LoraConfig, *, router_index: int, misfed: Mapping[str, str]
+) -> list[str]:
     """Every reason why an adapter of this config cannot be a routed expert of this base; none: it can.
 
     Args:
         base: with or without adapters injected.
         router_index: the first layer that may carry experts.
+        misfed: the linears that are not fed the tokens of a forward, and what they are fed.
     """
     problems = _unsupported_fields(config)
-    inside = _layer_linears(base)
+    inside = layer_linears(base)
     names = [name for name, _ in base.named_modules() if name and not _is_part_of_adapter(name)]
     try:
         targeted = [name for name in names if check_target_module_exists(config, name)]
@@ -144,6 +160,9 @@ def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: in
     if strange:
         kinds = [f"{name} ({type(base.get_submodule(name)).__name__})" for name in strange]
         problems.append(f"target_modules reaches {listed(kinds)}, which cannot be routed: {ROUTABLE}")
+    wrong = [f"{name}, which {misfed[name]}" for name in targeted if name in misfed]
+    if wrong:
+        problems.append(f"target_modules reaches {listed(wrong)}: a routed linear is fed each token of a forward once")
     if below:
         layers = ", ".join(str(index) for index in sorted({inside[name] for name in below}))
         problems.append(
@@ -155,7 +174,7 @@ def lora_problems(base: PreTrainedModel, config: LoraConfig, *, router_index: in
     return problems
 
 
-def _layer_linears(base: PreTrainedModel) -> dict[str, int]:
+def layer_linears(base: PreTrainedModel) -> dict[str, int]:
     """The linears inside the decoder layers, adapted ones too, each with the index of its layer."""
     prefix, layers = decoder_layers(base)
     return {

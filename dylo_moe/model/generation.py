@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from dylo_moe.routing.cache import find_router_layer
 from dylo_moe.routing.features import RouterState
 from dylo_moe.routing.router import Routing
 from dylo_moe.routing.token_masks import as_list, finished_mask, prompt_mask
+from dylo_moe.utils.errors import DyLoRAWarning
 
 
 class GenerateCall:
@@ -54,7 +56,17 @@ class GenerateCall:
         return mask
 
     def check(self, hooks: RoutingHooks) -> None:
-        """Raise ValueError for a kind of decoding that this router does not allow."""
+        """Raise ValueError for a kind of decoding that this router does not allow, and do without a cache where the
+        base's own is none that the router can follow."""
+        if hooks.foreign_state is not None:
+            if self.value("use_cache") is not False:
+                warnings.warn(
+                    f"{type(hooks.base).__name__} keeps its {hooks.foreign_state} in a way that the router cannot "
+                    "follow, so that the whole text is read again for every new token",
+                    DyLoRAWarning,
+                    stacklevel=4,
+                )
+            self.keywords["use_cache"] = False
         config, forced = hooks.router.config, hooks.decider()
         if config.reads_final and not config.per_sequence and forced is NotForced:
             raise ValueError(

@@ -36,6 +36,7 @@ from dylo_moe.model.checkpoint import (
 )
 from dylo_moe.model.manifest import expert_entries
 from dylo_moe.model.peft_model import RoutedPeftModel
+from dylo_moe.model.probe import probe
 from dylo_moe.routing.config import SHARED, RouterConfig
 from dylo_moe.routing.features import NUM_PLACES
 from dylo_moe.utils.errors import DyLoRAWarning
@@ -149,10 +150,12 @@ def _build(cls: type[Model], folder: Path, manifest: dict[str, Any], base: PreTr
         states[entry["name"]] = _load_tensors(files[1])
     router_state, library = _load_tensors(folder / ROUTER_FILE), load_library(folder, manifest)
     first = entries[0]["name"]
+    router = RouterConfig(**manifest["router"])
     model = cls(
         base,
+        seen=probe(base, router=router),
         lora=configs[first],
-        router=RouterConfig(**manifest["router"]),
+        router=router,
         names=[first],
         balance_coefficient=manifest["balance_coefficient"],
         shared=configs.get(SHARED),

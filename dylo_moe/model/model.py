@@ -26,6 +26,7 @@ from dylo_moe.experts.merging import Merge, merge_experts
 from dylo_moe.model.forward import RoutedForward
 from dylo_moe.model.loading import load_checkpoint, load_into
 from dylo_moe.model.pool_options import pool_problems
+from dylo_moe.model.probe import probe
 from dylo_moe.model.routing_hooks import NotForced
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.routing.config import BALANCE_COEFFICIENT, SHARED, GrowingRouterConfig, RouterConfig
@@ -129,12 +130,18 @@ class DyLoRAMoE(RoutedForward):
             check_name(name, modules=(path for path, _ in base.named_modules()))
         if lora is None:
             lora = lora_config(ExpertConfig())
-        index = router.layer_index(base.config.get_text_config().num_hidden_layers)
-        lora = routed_lora_config(base, lora, router_index=index)
-        shared = config_at(lora, shared_rank, alpha=shared_alpha, whose="pool") if shared_rank else None
         with untouched_on_failure(base):
+            seen = probe(base, router=router)
+            lora = routed_lora_config(base, lora, router_index=seen.router_index, misfed=seen.misfed)
+            shared = config_at(lora, shared_rank, alpha=shared_alpha, whose="pool") if shared_rank else None
             model = cls(
-                base, lora=lora, router=router, names=names, balance_coefficient=balance_coefficient, shared=shared
+                base,
+                seen=seen,
+                lora=lora,
+                router=router,
+                names=names,
+                balance_coefficient=balance_coefficient,
+                shared=shared,
             )
             if allow_expert_growth:
                 model.enable_growth(growth)
@@ -181,8 +188,7 @@ class DyLoRAMoE(RoutedForward):
         self._check_learned("import_expert")
         check_name(name, taken=self._pool, modules=self._pool.base_modules())
         config, state = read_adapter(path, **kwargs)
-        index = self.router_config.layer_index(self.base.config.get_text_config().num_hidden_layers)
-        problems = lora_problems(self.base, config, router_index=index)
+        problems = lora_problems(self.base, config, router_index=self.seen.router_index, misfed=self.seen.misfed)
         if problems:
             raise ValueError(f"adapter {path} cannot be an expert: " + "; ".join(problems))
         with self.whole_or_not_at_all():

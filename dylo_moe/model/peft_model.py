@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dylo_moe.base.fingerprint import base_identity, fingerprint
-from dylo_moe.base.frozen import switch_off_dropout
 from dylo_moe.continual.growth import Growth
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.config_view import ConfigView
 from dylo_moe.model.output import OWN_OUTPUTS
+from dylo_moe.model.probe import Probe
 from dylo_moe.model.routing_hooks import RoutingHooks
 from dylo_moe.routing.config import RouterConfig
 from dylo_moe.routing.forward_context import ContextSlot
@@ -37,7 +37,8 @@ class RoutedPeftModel(PeftModelForCausalLM):
     keeps its meaning, or is refused in favour of the method that a routed model has for it.
 
     Args:
-        base: the loaded base model. Its weights are frozen, its own dropout is switched off for good.
+        base: the loaded base model. Its weights are frozen.
+        seen: what `probe`, which switches its own dropout off for good, found of it.
         lora: the experts' config, checked and narrowed to the routed layers.
         router: how tokens are sent to experts.
         names: the experts; all start mature and trainable. None at all: only for a pool that grows.
@@ -49,6 +50,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
         self,
         base: PreTrainedModel,
         *,
+        seen: Probe,
         lora: LoraConfig,
         router: RouterConfig,
         names: Sequence[str],
@@ -56,11 +58,12 @@ class RoutedPeftModel(PeftModelForCausalLM):
         shared: LoraConfig | None = None,
     ) -> None:
         first, *rest = names or [NO_EXPERT]
-        switch_off_dropout(base)
         with without_peft_deprecation():
             super().__init__(base, copy.deepcopy(lora), adapter_name=first)
         self.context_slot = ContextSlot()
         """The context of the running forward, which the routed linears read."""
+        self.seen = seen
+        """What is known of how the base runs."""
         self.balance_coefficient = balance_coefficient
         self.router_config = router
         self.base_id, self.base_revision = base_identity(base)
@@ -78,9 +81,15 @@ class RoutedPeftModel(PeftModelForCausalLM):
         for name in rest:
             self._pool.add(name, self._pool.config_for(None), mature=True)
         self._pool.pack()
-        hidden_size = base.config.get_text_config().hidden_size
-        self.router = Router(router, hidden_size=hidden_size, names=names).to(self.device)
-        self._hooks = RoutingHooks(self.base, router=self.router, pool=self._pool, slot=self.context_slot)
+        self.router = Router(router, hidden_size=seen.hidden_size, names=names).to(self.device)
+        self._hooks = RoutingHooks(
+            self.base,
+            router=self.router,
+            pool=self._pool,
+            slot=self.context_slot,
+            needs_token_types=seen.needs_token_types,
+            foreign_state=seen.foreign_state,
+        )
         self._ddp_params_and_buffers_to_ignore = ["router.step_counts", "router.seen_values"]
         """Each rank has its own; DistributedDataParallel, which reads this, would overwrite them with rank 0's."""
 

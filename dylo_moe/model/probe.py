@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from dylo_moe.base.frozen import decoder_layers
-from dylo_moe.routing.cache import router_cache_layer
+from dylo_moe.base.frozen import decoder_layers, switch_off_dropout
+from dylo_moe.experts.adapter import layer_linears
+from dylo_moe.routing.cache import RouterCacheLayer, keep_router_layer
 from dylo_moe.routing.config import RouterConfig
 
 ROWS, TOKENS = 2, 3
@@ -29,50 +30,56 @@ STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 class Probe(NamedTuple):
     """What is to know of a base before experts are put on it."""
 
+    router_index: int
+    """The first layer that may carry experts; the routing is known as it begins."""
     hidden_size: int
     """The width of the hidden states that the router reads."""
     needs_token_types: bool
     """Whether tokens see later ones unless `token_type_ids` of 1 say that they are no part of a prefix (PaliGemma)."""
+    foreign_state: str | None
+    """How the base calls what it keeps between calls, where that is no `Cache` which the router's memory could join."""
     misfed: dict[str, str]
     """The linears that are not fed the tokens of a forward, each once and in their order, with what they are fed."""
 
 
-def probe(base: PreTrainedModel, *, linears: Iterable[str], router: RouterConfig) -> Probe:
+def probe(base: PreTrainedModel, *, router: RouterConfig) -> Probe:
     """Run a base on six tokens, once whole, once with another token, and once in two steps with a cache.
 
-    Nothing of it changes. On the meta device only shapes are seen, and a base that cannot run there is taken for one
-    that feeds all of its linears.
+    Its own dropout is switched off for good, and nothing else changes. On the meta device only shapes are seen, and a
+    base that cannot run there is taken for one that feeds all of its linears.
 
     Args:
-        linears: the names of those that may carry experts.
+        base: the plain base, without adapters.
         router: where it reads.
 
     Raises:
         ValueError: for a base that no router could follow: one that cannot run on tokens alone, that lets a token
             change what is computed of earlier ones, whose layers pass on something else than [batch, tokens, hidden],
-            or that keeps something else between calls than a cache of Transformers which takes the router's memory.
+            or whose cache does not take the router's memory.
     """
-    return _Probing(base, list(linears), router).run()
+    switch_off_dropout(base)  # and what would repack 4-bit weights in the first forward
+    return _Probing(base, router).run()
 
 
 class _Probing:
     """One run of `probe`: the base, and what the hooks on it saw of its last forward."""
 
-    def __init__(self, base: PreTrainedModel, linears: list[str], router: RouterConfig) -> None:
+    def __init__(self, base: PreTrainedModel, router: RouterConfig) -> None:
         self.base = base
         self.kind = type(base).__name__
         self.on_meta = base.device.type == "meta"
         self.router = router
         _, layers = decoder_layers(base)
-        self.layer = layers[router.layer_index(len(layers))]
         self.num_layers = len(layers)
-        self.linears = {name: base.get_submodule(name) for name in linears}
+        self.router_index = router.layer_index(self.num_layers)
+        self.layer = layers[self.router_index]
+        self.linears = {name: base.get_submodule(name) for name in layer_linears(base)}
         self.fed: dict[str, list[Tensor]] = {}
         self.entering: Tensor | None = None
         self.head_input: Tensor | None = None
         self.cache: Cache | None = None
-        self.with_memory = False
         self.with_types = False
+        self.foreign_state: str | None = None
 
     def run(self) -> Probe:
         with torch.no_grad(), _in_eval_mode(self.base), self._watched():
@@ -83,16 +90,17 @@ class _Probing:
                 self._forward(whole)
             except Exception as error:  # of any model code
                 if self.on_meta:
-                    return Probe(self.base.config.get_text_config().hidden_size, False, {})
+                    return Probe(self.router_index, self.base.config.get_text_config().hidden_size, False, None, {})
                 raise ValueError(f"{self.kind} cannot run on tokens alone: {_in_words(error)}") from error
             hidden_size = self._hidden_size()
             misfed = self._misfed(*self._with_one_changed(whole, other.reshape(ROWS, TOKENS)))
             misfed = self._misfed_with_cache(whole) | misfed
-        return Probe(hidden_size, self.with_types, {name: misfed[name] for name in self.linears if name in misfed})
+        in_order = {name: misfed[name] for name in self.linears if name in misfed}
+        return Probe(self.router_index, hidden_size, self.with_types, self.foreign_state, in_order)
 
-    def _forward(self, ids: Tensor, *, with_memory: bool = False, **inputs: Any) -> Any:
-        """A forward of the base that keeps a cache, and the router's memory in it if asked."""
-        self.fed, self.entering, self.head_input, self.cache, self.with_memory = {}, None, None, None, with_memory
+    def _forward(self, ids: Tensor, **inputs: Any) -> Any:
+        """A forward of the base that keeps a cache."""
+        self.fed, self.entering, self.head_input, self.cache = {}, None, None, None
         if self.with_types:
             inputs["token_type_ids"] = torch.ones_like(ids)
         return self.base(input_ids=ids, use_cache=True, return_dict=True, **inputs)
@@ -116,15 +124,13 @@ class _Probing:
     def _at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.entering = args[0] if args else kwargs.get("hidden_states")
         self.cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-        if self.cache is not None and self.with_memory:
-            router_cache_layer(self.cache, num_layers=self.num_layers)
 
     def _at_head(self, head: nn.Module, args: tuple) -> None:
         self.head_input = args[0]
 
     def _hidden_size(self) -> int:
         hidden = self.head_input if self.router.reads_final else self.entering
-        place = "its head" if self.router.reads_final else f"its layer {self.router.layer_index(self.num_layers)}"
+        place = "its head" if self.router.reads_final else f"its layer {self.router_index}"
         shape = "nothing" if hidden is None else list(hidden.shape)
         if hidden is None or hidden.dim() != 3 or hidden.shape[:2] != (ROWS, TOKENS):
             raise ValueError(
@@ -164,27 +170,22 @@ class _Probing:
         return found
 
     def _misfed_with_cache(self, ids: Tensor) -> dict[str, str]:
-        """The linears that are fed cached tokens too; a base whose cache the router cannot follow is refused."""
+        """The linears that are fed cached tokens too, if the base keeps a cache that the router can follow."""
         try:
-            out = self._forward(ids[:, :-1], with_memory=True)
+            out = self._forward(ids[:, :-1])
             name = next((name for name in STATES if out.get(name) is not None), STATES[0])
-            state = out.get(name, self.cache)  # RecurrentGemma does not return it
-            if state is None:
+            if self.cache is None:
+                self.foreign_state = name if name in out else None
                 return {}
-            if self.cache is not None:
-                self._forward(ids[:, -1:], with_memory=True, **{name: state})
+            keep_router_layer(self.cache, RouterCacheLayer(), num_layers=self.num_layers)
+            self._forward(ids[:, -1:], **{name: self.cache})  # RecurrentGemma does not return it
         except Exception as error:  # of any model code
             if self.on_meta:
                 return {}
-            kept = "its cache" if self.cache is None else f"its {type(self.cache).__name__}"
             raise ValueError(
-                f"{self.kind} cannot be routed: {kept} does not take the router's memory: {_in_words(error)}"
+                f"{self.kind} cannot be routed: its {type(self.cache).__name__} does not take the router's memory: "
+                f"{_in_words(error)}"
             ) from error
-        if self.cache is None:
-            raise ValueError(
-                f"{self.kind} cannot be routed: it keeps its {name} between calls in a {type(state).__name__}, and the "
-                "router can only follow a Cache of Transformers that its layers are given"
-            )
         counts = {name: _other_count(calls, ROWS) for name, calls in self.fed.items()}
         return {
             name: f"is fed cached tokens too, {count} in a forward of {ROWS}" for name, count in counts.items() if count

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
-from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, num_cached_tokens, router_cache_layer
+from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, keep_router_layer, num_cached_tokens
 from dylo_moe.routing.config import SHARED
 from dylo_moe.routing.features import RouterState, causal_sums, read_tokens
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
@@ -23,7 +23,7 @@ from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
 from dylo_moe.utils.distributed import are_joined
 from dylo_moe.utils.words import counted
 
-BASE_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+BASE_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """What a pass of the base alone takes over of a forward's inputs."""
 
 
@@ -65,13 +65,27 @@ class RoutingHooks:
         router: decides.
         pool: the experts.
         slot: where the routed linears find the running forward's context.
+        needs_token_types: whether the base takes tokens for a prefix, which sees all of itself, unless it is told that
+            they are text.
+        foreign_state: how the base calls what it keeps between calls, where the router cannot follow that.
     """
 
-    def __init__(self, base: PreTrainedModel, *, router: Router, pool: ExpertPool, slot: ContextSlot) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        router: Router,
+        pool: ExpertPool,
+        slot: ContextSlot,
+        needs_token_types: bool = False,
+        foreign_state: str | None = None,
+    ) -> None:
         self.base = base
         self.router = router
         self.pool = pool
         self.slot = slot
+        self.needs_token_types = needs_token_types
+        self.foreign_state = foreign_state
         self.forced: Any = NotForced
         """What `route_to` asks for: an expert's name, None for the base alone, a list of these, or `NotForced`."""
         self.prompt: Prompt | None = None
@@ -147,6 +161,13 @@ class RoutingHooks:
         context.num_cached = 0 if cache is None else num_cached_tokens(cache)
         if context.labels is None:
             context.labels = kwargs.get("labels")
+        if self.foreign_state is not None:
+            if kwargs.get(self.foreign_state) is not None:
+                raise ValueError(
+                    f"{self.foreign_state} is given, a {type(kwargs[self.foreign_state]).__name__} that the router "
+                    "cannot follow; give the whole text instead"
+                )
+            kwargs = {**kwargs, "use_cache": False}
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             context.attention_mask = mask
@@ -156,6 +177,11 @@ class RoutingHooks:
             raise ValueError(
                 f"attention_mask is a {kind}; the router needs the 2-d one, [batch, tokens], to tell padding from text"
             )
+        if self.needs_token_types and kwargs.get("token_type_ids") is None:
+            text = next(
+                value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if value is not None
+            )
+            kwargs = {**kwargs, "token_type_ids": torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)}
         if self.base.training and hasattr(self.base.get_input_embeddings(), "neftune_noise_alpha"):
             raise ValueError("NEFTune's noise would change what the router reads; leave neftune_noise_alpha out")
         if self.router.config.reads_final and context.forced is NotForced and not self._is_decided(cache):
@@ -238,9 +264,11 @@ class RoutingHooks:
 
     @torch.no_grad()
     def _states(self, context: ForwardContext, hidden: Tensor, mask: Tensor, cache: Cache | None) -> RouterState | None:
-        memory = None if cache is None else router_cache_layer(cache, num_layers=self._num_layers)
-        if memory is not None:
+        memory = None
+        if cache is not None:
+            memory = find_router_layer(cache) or RouterCacheLayer()
             memory.check_continues(context.num_cached)
+            context.memory, context.cache = memory, cache
         if self.router.config.reads_final:
             hidden = context.last_hidden  # type: ignore[assignment]
         if self.router.config.per_sequence:
@@ -297,6 +325,8 @@ class RoutingHooks:
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context = self.slot.end()
+        if context.cache is not None and context.memory is not None:
+            keep_router_layer(context.cache, context.memory, num_layers=self._num_layers)
         if not isinstance(output, ModelOutput):
             return
         if context.skips_head:

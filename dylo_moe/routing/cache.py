@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, cache_utils
+from transformers.cache_utils import CacheLayerMixin
 
 from dylo_moe.routing.features import RouterState
 from dylo_moe.utils.words import counted
@@ -162,24 +163,23 @@ def num_cached_tokens(cache: Cache) -> int:
     Raises:
         ValueError: where nothing counted the tokens that such layers have read.
     """
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:  # of Transformers, where no layer counts
-        memory = find_router_layer(cache)
-        if (memory is None or memory.num_tokens == 0) and cache.has_previous_state():
-            raise ValueError(
-                "the cache holds tokens, but the router has seen none of them; pass a cache that this model filled "
-                "from its first token"
-            ) from None
-        return 0 if memory is None else memory.num_tokens
-
-
-def router_cache_layer(cache: Cache, *, num_layers: int) -> RouterCacheLayer:
-    """The router's layer of a cache, appended behind those of the base's `num_layers` where it is new."""
+    counting = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    if counting:  # MiniMax has empty ones where it is recurrent
+        return next((count for count in (int(layer.get_seq_length()) for layer in counting) if count), 0)
     memory = find_router_layer(cache)
-    if memory is None:
-        while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
-            cache.layers.append(cache.layer_class_to_replicate())
-        memory = RouterCacheLayer()
-        cache.layers.append(memory)
-    return memory
+    seen = 0 if memory is None else memory.num_tokens
+    if cache.layers and not seen and cache.has_previous_state():
+        raise ValueError(
+            "the cache holds tokens, but the router has seen none of them; pass a cache that this model filled from "
+            "its first token"
+        )
+    return seen
+
+
+def keep_router_layer(cache: Cache, memory: RouterCacheLayer, *, num_layers: int) -> None:
+    """Put the router's layer into a cache that does not have it yet, behind those of the base's `num_layers`."""
+    if find_router_layer(cache) is not None:
+        return
+    while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    cache.layers.append(memory)

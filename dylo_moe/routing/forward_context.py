@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
+from dylo_moe.routing.cache import RouterCacheLayer
 from dylo_moe.routing.dispatch import Dispatch
 from dylo_moe.routing.features import RouterState
 
@@ -54,6 +56,10 @@ class ForwardContext:
         self.last_hidden: Tensor | None = None
         """[batch, seq, hidden] of a pass of the base alone, where the router reads those."""
         # The router's results.
+        self.cache: Cache | None = None
+        """The cache that the layers were given."""
+        self.memory: RouterCacheLayer | None = None
+        """The router's layer of it, which joins a new cache when the base has ended: some count their layers."""
         self.states: RouterState | None = None
         """What each token is routed by: the router's memory after it, or with sequence granularity after its prompt."""
         self.routing: Any = None

@@ -32,7 +32,6 @@ from transformers import (
     XLNetConfig,
     XLNetLMHeadModel,
 )
-from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.model.probe import probe
@@ -90,26 +89,20 @@ def made(family):
     return OWN_FAMILIES[family]().eval() if family in OWN_FAMILIES else tiny_base(family)
 
 
-def linears(base):
-    prefix, layers = decoder_layers(base)
-    kinds = (nn.Linear, Conv1D)
-    return [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, kinds)]
-
-
 def seen(base, layer="embeddings"):
-    return probe(base, linears=linears(base), router=RouterConfig(router_layer=layer, granularity="sequence"))
+    return probe(base, router=RouterConfig(router_layer=layer, granularity="sequence"))
 
 
 @pytest.mark.parametrize("layer", ["embeddings", 1, "final"])
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt", "llama4"])
 def test_an_ordinary_base_feeds_all_of_its_linears(family, layer):
-    assert seen(made(family), layer) == (32, False, {})
+    assert seen(made(family), layer) == (1 if layer == 1 else 0, 32, False, None, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_rounding_is_not_taken_for_another_order(family, dtype):
-    assert seen(tiny_base(family, dtype=dtype)) == (32, False, {})
+    assert seen(tiny_base(family, dtype=dtype)) == (0, 32, False, None, {})
 
 
 @pytest.mark.parametrize(
@@ -178,9 +171,6 @@ def test_a_base_whose_rows_see_each_other_is_refused():
     [
         ("bert", "lets a token change what it computes of earlier ones"),
         ("gemma3n", r"gives \[2, 2, 3, 32\] to its layer 0 for 2 rows of 3 tokens"),
-        ("minimax", "its MiniMaxCache does not take the router's memory"),
-        ("reformer", "keeps its past_buckets_states between calls in a ReformerDynamicCache"),
-        ("rwkv", "keeps its state between calls in a list"),
         ("xlnet", r"gives \[3, 2, 32\] to its layer 0"),
     ],
 )
@@ -188,6 +178,13 @@ def test_bases_that_no_router_could_follow_are_refused_by_name(family, said):
     with pytest.raises(ValueError, match=said) as refusal:
         seen(made(family))
     assert str(refusal.value).startswith(type(made(family)).__name__) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("minimax", None), ("reformer", "past_buckets_states"), ("rwkv", "state"), ("gpt", None)]
+)
+def test_what_a_base_keeps_between_calls_is_found(family, name):
+    assert seen(made(family)).foreign_state == name
 
 
 def test_last_hidden_states_may_be_narrower():

@@ -14,11 +14,18 @@ from transformers import (
     Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+from dylo_moe.utils.errors import DyLoRAWarning
 
 CLOSE = 1e-4
 COMMON = {
@@ -53,12 +60,15 @@ BASES = {
     "falcon_h1": lambda: FalconH1ForCausalLM(
         FalconH1Config(**COMMON, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
     ),
+    "minimax": lambda: MiniMaxForCausalLM(
+        MiniMaxConfig(**COMMON, num_local_experts=4, layer_types=MIXED[::-1], block_size=8)
+    ),
     "mamba": lambda: MambaForCausalLM(
         MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, state_size=4, eos_token_id=None)
     ),
 }
 PLACES = [*((family, layer) for family in ("qwen3_5", "recurrent_gemma", "lfm2") for layer in (0, 1, 2))]
-PLACES += [("falcon_h1", 1), ("mamba", 0)]
+PLACES += [("falcon_h1", 1), ("mamba", 0), ("minimax", 0), ("minimax", 1)]
 
 
 @functools.cache
@@ -84,7 +94,7 @@ def test_a_loop_that_keeps_the_cache_is_one_forward(laws, family, layer):
 
     @torch.no_grad()
     def loop():
-        cache = DynamicCache(config=model.base.config)
+        cache = MiniMaxCache() if family == "minimax" else DynamicCache(config=model.base.config)
         parts = ids.split([5, *[1] * 7], 1)
         return torch.cat([model(input_ids=part, use_cache=True, **{name: cache}).logits for part in parts], 1)
 
@@ -115,3 +125,25 @@ def test_a_cache_that_another_model_filled_is_refused(family):
         foreign = BASES[family]().eval()(input_ids=ids, use_cache=True, **{name: cache})[name]
         with pytest.raises(ValueError, match=r"the router has seen (none|0) of them"):
             model(input_ids=ids[:, :1], use_cache=True, **{name: foreign})
+
+
+def test_a_base_whose_state_is_no_cache_reads_the_whole_text_again(laws):
+    """Reported: the router began anew at every token of RWKV, without a word."""
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=97, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=None
+    )
+    base, ids = RwkvForCausalLM(config).eval(), tokens(2, 9)
+    for parameter in base.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    kept = base(input_ids=ids, use_cache=True).state
+    model = tiny_moe(base)
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    with pytest.warns(DyLoRAWarning, match="keeps its state in a way that the router cannot follow"):
+        made = model.generate(input_ids=ids, **options)
+    plain = model.generate(input_ids=ids, use_cache=False, **options)
+    laws.equal("cached = uncached, greedy", made.sequences, plain.sequences, family="rwkv")
+    assert_varied(made.routing)
+    with torch.no_grad(), pytest.raises(ValueError, match="state is given, a list that the router cannot follow"):
+        model(input_ids=ids[:, -1:], state=kept)
