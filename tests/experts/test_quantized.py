@@ -226,12 +226,19 @@ def test_a_base_is_not_quantised_twice(folder, tmp_path):
 
 
 class Odd(nn.Module):
-    """Stands for a linear of some other quantiser."""
+    """A product with a matrix that is none of the linears that PEFT knows."""
+
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(outside, inside))
+
+    def forward(self, x):
+        return x @ self.matrix.t()
 
 
 def test_a_linear_that_peft_does_not_know_is_named():
     base = tiny_base()
-    base.model.layers[1].mlp.up_proj = Odd()
+    base.model.layers[1].mlp.up_proj = Odd(32, 48)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj \(Odd\), which cannot be routed"):
         DyLoRAMoE.from_base(base, lora=LoraConfig(r=2, target_modules=["up_proj"]))
     assert not any(".lora_" in name for name, _ in base.named_modules())
@@ -241,7 +248,7 @@ def test_where_there_is_no_linear_at_all_the_modules_are_named():
     base = tiny_base()
     for name, module in list(base.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
-            base.model.layers.set_submodule(name, Odd())
+            base.model.layers.set_submodule(name, Odd(module.in_features, module.out_features))
     with pytest.raises(ValueError, match=r"all-linear finds nothing .* model\.layers\.0\.self_attn\.q_proj \(Odd\)"):
         DyLoRAMoE.from_base(base)
 
