@@ -24,9 +24,19 @@ SETTINGS = {
 """What the libraries read when they are imported. A value of the user's own environment stays."""
 
 
+USELESS_LINES = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "transformers.pipelines.base": "The model 'DyLoRAMoE' is not supported for text-generation",
+}
+"""Loggers, and how the line of each begins that is dropped."""
+
+
 def drop_useless_lines() -> None:
-    """Drop the line that bitsandbytes, which PEFT imports, logs on every CPU without one more package."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
+    """Drop a line that bitsandbytes, which PEFT imports, logs on every CPU without one more package, and one of
+    Transformers' pipeline, which compares the name of the class with a list that has PEFT's and generates all the
+    same."""
+    for logger in USELESS_LINES:
+        logging.getLogger(logger).addFilter(_is_of_use)
 
 
 @contextmanager
@@ -46,7 +56,7 @@ def without_peft_active_adapter() -> Iterator[None]:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+    return not record.getMessage().startswith(USELESS_LINES[record.name])
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import pytest
 import torch
 from reference.decoding import NEW, assert_varied, generate, positions, prompts, uncached, used_per_step
 from reference.tiny import FAMILIES, padded, tiny_base, tiny_moe, tokens
-from transformers import DynamicCache
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers.utils import logging
 
 
 @pytest.mark.parametrize("router_layer", ["embeddings", 1])
@@ -275,3 +277,21 @@ def test_a_base_whose_layers_all_slide_decodes_as_without_a_cache(family):
     ids, mask = prompts()
     expected, _ = uncached(model, ids, mask)
     assert torch.equal(generate(model, ids, mask).sequences, expected)
+
+
+def test_a_pipeline_generates_what_the_model_does_and_says_nothing(caplog):
+    """Reported: a line of 4,000 characters said that the model is not supported."""
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0", unk_token="w0")
+    model = tiny_moe("llama")
+    logging.enable_propagation()
+    try:
+        made = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+            "w5 w6 w7", max_new_tokens=4, do_sample=False
+        )
+    finally:
+        logging.disable_propagation()
+    ids = model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    assert made[0]["generated_text"] == "w5 w6 w7" + tokenizer.decode(ids[0, 3:])
+    assert "not supported" not in caplog.text
