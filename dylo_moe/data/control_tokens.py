@@ -27,6 +27,8 @@ class ControlTokens:
 
     tokenizer: PreTrainedTokenizerBase
     ids: frozenset[int]
+    special: frozenset[str]
+    """Those that the tokenizer knows as special, as they are written."""
     pattern: re.Pattern[str] | None
     """Finds a control token in a text, the longest where several fit; None if there are none."""
 
@@ -61,10 +63,12 @@ class ControlTokens:
             RowError: where this tokenizer cannot write the token's characters without the token.
         """
         refusal = RowError(Fate.MALFORMED, f"{held(hidden)}, which this tokenizer cannot write as plain characters")
-        if self._as_text is None:
+        if not self.tokenizer.is_fast:
             raise refusal
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         marked, places = found["input_ids"], [*found["offset_mapping"], (len(text), len(text))]
+        # the tokenizer itself can read its special tokens as characters; for others it takes a costly copy
+        plain_ids = self._ids_of_characters if self.special.issuperset(hidden.values()) else self._ids_of_copy
         ids: list[int] = []
         last_place = last_end = 0
         stops = [place for place, index in enumerate(marked) if index in self.ids]
@@ -72,26 +76,26 @@ class ControlTokens:
             start, end = places[place]
             part, part_ids = text[last_end:start], marked[last_place:place]
             if any(placeholder in part for placeholder in hidden):
-                if self._plain_ids(part) != part_ids:
+                if plain_ids(part) != part_ids:
                     raise refusal
                 for placeholder, token in hidden.items():
                     part = part.replace(placeholder, token)
-                part_ids = self._plain_ids(part)
+                part_ids = plain_ids(part)
                 if not self.ids.isdisjoint(part_ids):
                     raise refusal
             ids += [*part_ids, *marked[place : place + 1]]
             last_place, last_end = place + 1, end
         return ids
 
-    def _plain_ids(self, text: str) -> list[int]:
-        assert self._as_text is not None
-        return list(self._as_text.encode(text, add_special_tokens=False).ids)
+    def _ids_of_characters(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _ids_of_copy(self, text: str) -> list[int]:
+        return list(self._copy.encode(text, add_special_tokens=False).ids)
 
     @cached_property
-    def _as_text(self) -> Tokenizer | None:
-        """A copy of the tokenizer that reads control tokens as plain characters; None if it is not a fast one."""
-        if not self.tokenizer.is_fast:
-            return None
+    def _copy(self) -> Tokenizer:
+        """A copy of the tokenizer that reads all control tokens as plain characters."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         for token in state["added_tokens"]:  # others, such as runs of spaces, are ordinary text
             token["special"] = token["id"] in self.ids
@@ -107,14 +111,16 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, templates: Sequence[str])
         templates: the sources of its chat templates, and texts that they wrote.
     """
     texts: dict[str, int] = {}
+    known: set[str] = set()
     special = set(tokenizer.all_special_ids)
     for index, token in tokenizer.added_tokens_decoder.items():
         content = token.content
         is_written = bool(content.strip()) and any(content in template for template in templates)
         if content and (token.special or index in special or is_written):
             texts[content] = index
+            known |= {content} if token.special else set()
     pattern = re.compile(_any_of(texts)) if texts else None
-    return ControlTokens(tokenizer, frozenset(texts.values()), pattern)
+    return ControlTokens(tokenizer, frozenset(texts.values()), frozenset(known), pattern)
 
 
 def held(hidden: Mapping[str, str]) -> str:

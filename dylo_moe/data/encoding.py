@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from dylo_moe.data.config import ALL, CUT, DROP, RESPONSE
 from dylo_moe.data.control_tokens import ControlTokens, control_tokens, held
 from dylo_moe.data.sources.examples import ASSISTANT, TOOL, USER, Example, Fate, Message, RowError
-from dylo_moe.data.templates import Template, Turn, probe_template
+from dylo_moe.data.template_probes import probe_template, text_with_a_call
+from dylo_moe.data.templates import Template, Turn
 from dylo_moe.data.token_rows import REWRITTEN, TokenRow, Written, assemble, ids_of_text, ids_of_texts, joined
 
 IGNORED = -100
@@ -93,8 +94,8 @@ def text_format(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
         if not begin_ids and ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id:
             begin_ids = (ids[0],)
         ends.insert(0, ids[-1])
-        if template.takes_calls:
-            ends.append(ids_of_text(tokenizer, template.call())[-1])
+        if called := text_with_a_call(template):
+            ends.append(ids_of_text(tokenizer, called)[-1])
     return TextFormat(
         tokenizer=tokenizer,
         template=template,
@@ -237,7 +238,7 @@ def _contents(form: TextFormat, example: Example) -> tuple[list[Message], dict[s
         start = "".join(form.tokenizer.convert_ids_to_tokens(list(start_ids)))
         messages[0] = messages[0]._replace(content=messages[0].content.removeprefix(start))
     if form.template is not None:
-        messages = [form.template.with_thought(message) for message in messages]
+        messages = [form.template.as_wanted(message) for message in messages]
     values = [*messages, example.tools] if example.tools else messages
     hidden = form.control.hidden(_texts_of(values))
     if not hidden:

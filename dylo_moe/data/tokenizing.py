@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset, Features, List, Value
 
-from dylo_moe.data import contamination, control_tokens, encoding, templates, token_rows
+from dylo_moe.data import contamination, control_tokens, encoding, template_probes, templates, token_rows
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.contamination import Benchmarks
 from dylo_moe.data.encoding import Encoded, TextFormat, encode_batch
@@ -238,7 +238,7 @@ def _settings_key(form: TextFormat, config: DataConfig, columns: Columns | None,
     tokenizer = form.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     modules = (
-        *(contamination, encoding, templates, control_tokens, token_rows),
+        *(contamination, encoding, templates, template_probes, control_tokens, token_rows),
         *(examples, conversations, formats, roles, pieces),
     )
     parts = [

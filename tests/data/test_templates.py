@@ -69,7 +69,7 @@ def published() -> dict[str, str]:
 def as_given(form, example: Example) -> list[dict]:
     """The conversation as `apply_chat_template` takes it."""
     template = form.template
-    messages = [template.with_thought(message) for message in template.with_system(example.messages)]
+    messages = [template.as_wanted(message) for message in template.with_system(example.messages)]
     found = []
     for message in messages:
         content = [{"type": "text", "text": message.content}] if template.in_parts else message.content
