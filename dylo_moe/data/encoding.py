@@ -186,8 +186,9 @@ def _write(form: TextFormat, example: Example) -> Written | RowError:
             text = messages[-1].content
             start, end = form.start_ids, (form.text_end_id,)
             return Written(text, [(0, len(text))], hidden, joined(*notes), start, end, begin_ids=start)
-        if form.template is None and any(message.role == TOOL or message.tool_calls for message in messages):
-            raise RowError(Fate.MALFORMED, "it calls tools, which only a chat template can write, and there is none")
+        has_tools = example.tools or any(message.role == TOOL or message.tool_calls for message in messages)
+        if form.template is None and has_tools:
+            raise RowError(Fate.MALFORMED, "it has tools, which only a chat template can write, and there is none")
         if form.template is None and any(message.thought for message in messages):
             notes.append("its thoughts are left out: there is no chat template to write them")
         tools = form.control.hide(example.tools, hidden) if hidden else example.tools

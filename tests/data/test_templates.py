@@ -281,8 +281,9 @@ def test_tools_are_written_by_the_template_that_has_them_or_the_row_is_refused()
     for source, what in ((FAMILIES["chatml"], "tools"), (calls, "calls of tools"), (results, "results of tools")):
         with pytest.raises(RowError, match=f"the chat template does not write {what}"):
             encode(text_format(tokenizer_for(source)), example, max_seq_length=1000)
-    with pytest.raises(RowError, match="it calls tools, which only a chat template can write"):
-        encode(text_format(byte_tokenizer()), example, max_seq_length=1000)
+    for without in (example, example._replace(tools=()), ask("q", "a")._replace(tools=TOOLS)):
+        with pytest.raises(RowError, match="it has tools, which only a chat template can write"):
+            encode(text_format(byte_tokenizer()), without, max_seq_length=1000)
 
 
 @pytest.mark.parametrize("arguments", [{"a": 1, "b": "x"}, '{"a":1,"b":"x"}'], ids=["object", "text"])
