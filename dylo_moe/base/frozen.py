@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.utils.undo import all_or_nothing
 from dylo_moe.utils.words import listed
 
@@ -41,6 +42,7 @@ def check_base(base: object) -> None:
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise ValueError("base has gradient checkpointing on; switch it on with the DyLoRAMoE model's own method")
+    decoder_layers(base)  # finds them once, by running the base where that is needed
 
 
 def untouched_on_failure(base: PreTrainedModel) -> AbstractContextManager[None]:
@@ -60,26 +62,6 @@ def _configs(base: PreTrainedModel) -> list[Any]:
     return list(found.values())
 
 
-def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The base's stack of decoder layers and its module name.
-
-    Raises:
-        ValueError: if no stack of layers can be found in the architecture.
-    """
-    num_layers = base.config.get_text_config().num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not found:
-        raise ValueError(
-            f"{type(base).__name__} has no stack of {num_layers} decoder layers, so there is nothing to route; "
-            "DyLoRA-MoE takes decoder-only causal language models"
-        )
-    return min(found, key=lambda item: item[0].count("."))
-
-
 def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
     """The `quantization_config` with which the base's weights were quantised on loading.
 
@@ -92,7 +74,7 @@ def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def switch_off_dropout(base: PreTrainedModel) -> None:
-    """Set the base's own dropout to 0, where it is a module and where attention reads it as a number.
+    """Set the base's own dropout to 0: where it is a module, an attribute, or a number that layers read of a config.
 
     On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights in place, for a bf16 product that has no
     backward; this is switched off too.
@@ -102,9 +84,51 @@ def switch_off_dropout(base: PreTrainedModel) -> None:
             setattr(module, REPACKS, False)
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
+        for name, value in list(vars(module).items()):
+            if _is_dropout(name, value):
                 setattr(module, name, 0.0)
+            elif isinstance(value, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
+                setattr(module, name, WithoutDropout(value))  # models keep the config itself, which is saved with them
+
+
+def _is_dropout(name: str, value: Any) -> bool:
+    return isinstance(value, float) and value != 0 and "drop" in name
+
+
+class WithoutDropout:
+    """A view of a model's config in which every dropout is 0; all else is the config's own.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.__dict__["_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if "_config" not in vars(self):  # while it is being copied
+            raise AttributeError(name)
+        value = getattr(self._config, name)
+        return 0.0 if _is_dropout(name, value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
+def keep_in_eval(module: nn.Module) -> None:
+    """Leave in training mode only what needs it: what switches gradient checkpointing on by it, and adapted linears.
+
+    All else of a base is frozen, and must not draw random numbers: the jitter of routers, dropout with fixed numbers.
+
+    Args:
+        module: the base, in training mode; it and its parts that are models stay in it.
+    """
+    for child in module.children():
+        if isinstance(child, BaseTunerLayer) or type(child).__module__.startswith("bitsandbytes"):
+            continue
+        if not (isinstance(child, PreTrainedModel) or hasattr(child, "gradient_checkpointing")):
+            child.training = False
+        keep_in_eval(child)
 
 
 def count_parameters(parameters: Iterable[Tensor]) -> int:

@@ -6,19 +6,26 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, TaskType
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.experts.config import ALL_LINEAR, ExpertConfig, whole_if_it_is
+from dylo_moe.experts.targets import (
+    IS_OUTSIDE,
+    ROUTABLE,
+    Linears,
+    find_linears,
+    in_words,
+    naming_exactly,
+    shortest_names,
+    targeted,
+)
 from dylo_moe.utils.words import listed
 
 LORA_FIELDS = {
@@ -36,8 +43,6 @@ WHY_NOT = {
     "bias": "training the base's biases would change the frozen base",
     "modules_to_save": "a trained copy of a base module would change the base for every expert",
 }
-
-ROUTABLE = "experts adapt nn.Linear, Conv1D, and bitsandbytes' 4-bit and 8-bit linears"
 
 
 def lora_config(config: ExpertConfig) -> LoraConfig:
@@ -78,18 +83,27 @@ def config_at(config: LoraConfig, rank: int | None, *, alpha: float | None = Non
     return config
 
 
+class Routed(NamedTuple):
+    """How a LoRA config fits a base."""
+
+    lora: LoraConfig
+    """A copy that adapts exactly the linears that can be routed."""
+    left_out: str | None
+    """What it leaves out of those that were asked for, in words; None: nothing."""
+
+
 def routed_lora_config(
     base: PreTrainedModel, config: LoraConfig, *, router_index: int, misfed: Mapping[str, str]
-) -> LoraConfig:
-    """A copy of `config` that adapts linears of the routed layers only, checked before anything changes.
+) -> Routed:
+    """Fit a config to the routed layers of a base, and check it before anything changes.
 
-    "all-linear" (or no target at all) becomes the names of all linears inside the routed layers that are fed the tokens
-    of a forward.
+    "all-linear" (or no target at all) becomes the names of all linears inside these layers that can be adapted exactly.
+    A name that modules outside of them have too means those inside.
 
     Args:
         base: without adapters.
         router_index: the first layer that may carry experts.
-        misfed: the linears that are fed something else, and what that is.
+        misfed: the linears that are not fed the tokens of a forward, and what they are fed.
 
     Raises:
         ValueError: with every reason why this config cannot make a routed expert.
@@ -97,37 +111,54 @@ def routed_lora_config(
     if not isinstance(config, LoraConfig):
         raise ValueError(f"lora is {config!r}, a {type(config).__name__}; experts are made of a peft.LoraConfig")
     config = copy.deepcopy(config)
+    linears = find_linears(base, misfed=misfed)
     targets = config.target_modules
-    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        fed = {name.rsplit(".", 1)[1] for name in layer_linears(base) if name not in misfed}
-        config.target_modules = sorted(fed)
-        left_out = [name for name in misfed if name.rsplit(".", 1)[1] in fed]
-        if left_out:
-            config.exclude_modules = left_out
-        if not config.target_modules:
-            raise ValueError(
-                f"all-linear finds nothing to adapt: {ROUTABLE}, and here are {listed(_layer_leaves(base))}"
-            )
+    is_all = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
+    prefix, layers = decoder_layers(base)
+    if is_all:
+        if not linears.layers:
+            here = in_words(linears.left_out, linears.raw) or listed(_layer_leaves(base))
+            raise ValueError(f"all-linear finds nothing to adapt: {ROUTABLE}, and here are {here}")
+        inside = {f"{prefix}.{name}" for name, _ in layers.named_modules() if name}
+        config.target_modules = shortest_names(linears.layers, inside - linears.layers.keys())
     if router_index > 0 and config.layers_to_transform is None and not isinstance(config.target_modules, str):
-        prefix, layers = decoder_layers(base)
         config.layers_to_transform = list(range(router_index, len(layers)))
         config.layers_pattern = prefix.rsplit(".", 1)[-1]
-    problems = [*lora_problems(base, config, router_index=router_index, misfed=misfed), *_unmatched(base, config)]
+    problems = _unsupported_fields(config)
+    spared: set[str] = set()
+    try:
+        reached = targeted(base, config)
+    except (TypeError, re.error) as error:  # none at all, or a pattern that is none
+        problems.append(f"target_modules {config.target_modules!r} cannot be read: {error}")
+    else:
+        spared = _spared(config, reached, linears, prefix)
+        reached -= spared
+        problems += [*_reach_problems(base, config, reached, linears, router_index), *_unmatched(base, config, linears)]
     if problems:
         raise ValueError("this LoraConfig cannot make a routed expert: " + "; ".join(problems))
+    config = naming_exactly(base, config, reached)
     config.task_type = TaskType.CAUSAL_LM
     config.inference_mode = False
-    return config
+    left_out = {name: linears.left_out.get(name, IS_OUTSIDE) for name in sorted(spared)}
+    return Routed(config, in_words(linears.left_out, linears.raw) if is_all else in_words(left_out))
 
 
-def _unmatched(base: PreTrainedModel, config: LoraConfig) -> list[str]:
+def _spared(config: LoraConfig, reached: set[str], linears: Linears, prefix: str) -> set[str]:
+    """The modules that a config reaches only because they are called as others, which can be routed."""
+    meant = {name.rpartition(".")[2] for name in reached & linears.layers.keys()}
+    named = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
+    others = {name for name in reached - named if name in linears.left_out or not name.startswith(f"{prefix}.")}
+    return {name for name in others if name.rpartition(".")[2] in meant}
+
+
+def _unmatched(base: PreTrainedModel, config: LoraConfig, linears: Linears) -> list[str]:
     """Names of linears that no module has, beside others that some have: PEFT passes over them."""
     names = [name for name, _ in base.named_modules()]
     targets = [] if config.target_modules is None or isinstance(config.target_modules, str) else config.target_modules
     missing = [name for name in sorted(targets) if not any(f".{module}".endswith(f".{name}") for module in names)]
     if not missing or len(missing) == len(targets):  # where nothing matches at all, that is a problem of its own
         return []
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in layer_linears(base)}))
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linears.layers}))
     return [f"target_modules has {listed(missing)}, which matches nothing; the layers have the linears {known}"]
 
 
@@ -142,16 +173,23 @@ def lora_problems(
         misfed: the linears that are not fed the tokens of a forward, and what they are fed.
     """
     problems = _unsupported_fields(config)
-    inside = layer_linears(base)
-    names = [name for name, _ in base.named_modules() if name and not _is_part_of_adapter(name)]
     try:
-        targeted = [name for name in names if check_target_module_exists(config, name)]
+        reached = targeted(base, config)
     except (TypeError, re.error) as error:  # none at all, or a pattern that is none
         return [*problems, f"target_modules {config.target_modules!r} cannot be read: {error}"]
+    return [*problems, *_reach_problems(base, config, reached, find_linears(base, misfed=misfed), router_index)]
+
+
+def _reach_problems(
+    base: PreTrainedModel, config: LoraConfig, reached: set[str], linears: Linears, router_index: int
+) -> list[str]:
+    """What is wrong with the modules that a config reaches."""
+    problems = []
     prefix, _ = decoder_layers(base)
-    strange = [name for name in targeted if name not in inside and name.startswith(f"{prefix}.")]
-    outside = [name for name in targeted if name not in inside and name not in strange]
-    below = [name for name in targeted if inside.get(name, router_index) < router_index]
+    others = sorted(reached - linears.layers.keys())
+    outside = [name for name in others if not name.startswith(f"{prefix}.")]
+    strange = [name for name in others if name not in outside and name not in linears.left_out]
+    below = sorted(name for name in reached if linears.layers.get(name, router_index) < router_index)
     if outside:
         problems.append(
             f"target_modules reaches {listed(outside)}: only linears inside the decoder layers can be routed, "
@@ -160,29 +198,18 @@ def lora_problems(
     if strange:
         kinds = [f"{name} ({type(base.get_submodule(name)).__name__})" for name in strange]
         problems.append(f"target_modules reaches {listed(kinds)}, which cannot be routed: {ROUTABLE}")
-    wrong = [f"{name}, which {misfed[name]}" for name in targeted if name in misfed]
-    if wrong:
-        problems.append(f"target_modules reaches {listed(wrong)}: a routed linear is fed each token of a forward once")
+    left_out = {name: linears.left_out[name] for name in others if name in linears.left_out}
+    if left_out:
+        problems.append(f"target_modules reaches {in_words(left_out)}; leave it out")
     if below:
-        layers = ", ".join(str(index) for index in sorted({inside[name] for name in below}))
+        layers = ", ".join(str(index) for index in sorted({linears.layers[name] for name in below}))
         problems.append(
             f"target_modules reaches {listed(below)} below the router (layers {layers}), which reads the hidden states "
             f"entering layer {router_index}: layers before it must stay the base's own"
         )
-    if not targeted:
+    if not reached:
         problems.append(f"target_modules {config.target_modules!r} matches nothing in {type(base).__name__}")
     return problems
-
-
-def layer_linears(base: PreTrainedModel) -> dict[str, int]:
-    """The linears inside the decoder layers, adapted ones too, each with the index of its layer."""
-    prefix, layers = decoder_layers(base)
-    return {
-        f"{prefix}.{index}.{name}": index
-        for index, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, LoraLayer)) and not _is_part_of_adapter(name)
-    }
 
 
 def _layer_leaves(base: PreTrainedModel) -> list[str]:
@@ -190,10 +217,6 @@ def _layer_leaves(base: PreTrainedModel) -> list[str]:
     prefix, layers = decoder_layers(base)
     leaves = [(name, module) for name, module in layers.named_modules() if not any(module.children())]
     return [f"{prefix}.{name} ({type(module).__name__})" for name, module in leaves]
-
-
-def _is_part_of_adapter(name: str) -> bool:
-    return ".lora_" in name or ".base_layer" in name
 
 
 def _unsupported_fields(config: LoraConfig) -> list[str]:

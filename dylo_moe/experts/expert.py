@@ -15,9 +15,10 @@ from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from dylo_moe.experts.adapter import ROUTABLE, config_at, state_problems
+from dylo_moe.experts.adapter import config_at, state_problems
 from dylo_moe.experts.layer import RoutedLayer, compute_dtype, routed_class
 from dylo_moe.experts.memory_layout import pack
+from dylo_moe.experts.targets import ROUTABLE
 from dylo_moe.routing.config import BASE, SHARED
 from dylo_moe.routing.dispatch import ExpertShape, Layout
 from dylo_moe.routing.forward_context import ContextSlot

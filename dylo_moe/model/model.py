@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dylo_moe.base.frozen import check_base, untouched_on_failure
 from dylo_moe.base.loading import load_base
+from dylo_moe.base.noise import noise_problem
 from dylo_moe.base.stored import warn_of_changes
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.continual.growth import Growth, SkillDecision
@@ -67,6 +68,9 @@ class DyLoRAMoE(RoutedForward):
         balance_coefficient: weight of the balance loss.
         shared: the config of the shared expert, or None.
     """
+
+    left_out: str | None = None
+    """What "all-linear", or names that other modules have too, left out when the model was made, and why, in words."""
 
     @classmethod
     def from_base(
@@ -131,8 +135,11 @@ class DyLoRAMoE(RoutedForward):
         if lora is None:
             lora = lora_config(ExpertConfig())
         with untouched_on_failure(base):
+            noise = noise_problem(base)
+            if noise is not None:
+                raise ValueError(noise)
             seen = probe(base, router=router)
-            lora = routed_lora_config(base, lora, router_index=seen.router_index, misfed=seen.misfed)
+            lora, left_out = routed_lora_config(base, lora, router_index=seen.router_index, misfed=seen.misfed)
             shared = config_at(lora, shared_rank, alpha=shared_alpha, whose="pool") if shared_rank else None
             model = cls(
                 base,
@@ -145,6 +152,9 @@ class DyLoRAMoE(RoutedForward):
             )
             if allow_expert_growth:
                 model.enable_growth(growth)
+        model.left_out = left_out
+        if left_out is not None:
+            LOGGER.info("no expert adapts %s", left_out)
         LOGGER.info("%s has %s, on %s", cls.__name__, counted(len(names), "expert"), base.name_or_path or "its base")
         return model
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dylo_moe.base.fingerprint import base_identity, fingerprint
+from dylo_moe.base.frozen import keep_in_eval
 from dylo_moe.continual.growth import Growth
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.config_view import ConfigView
@@ -90,6 +91,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
             needs_token_types=seen.needs_token_types,
             foreign_state=seen.foreign_state,
         )
+        keep_in_eval(self.base)
         self._ddp_params_and_buffers_to_ignore = ["router.step_counts", "router.seen_values"]
         """Each rank has its own; DistributedDataParallel, which reads this, would overwrite them with rank 0's."""
 
@@ -243,10 +245,13 @@ class RoutedPeftModel(PeftModelForCausalLM):
     def train(self, mode: bool = True) -> RoutedPeftModel:
         """Set the mode as PyTorch does, but not in the experts' own modules, where it means nothing.
 
-        Trainers call this at every step, so that it must not take longer the more experts there are.
+        The parts of the frozen base that draw random numbers in training stay in eval mode. Trainers call this at every
+        step, so that it must not take longer the more experts there are.
         """
         with self._pool.set_aside():
-            return super().train(mode)
+            super().train(mode)
+            keep_in_eval(self.base)
+        return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients as PyTorch does, of the experts that learn; `freeze` dropped those of the others."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from dylo_moe.base.frozen import decoder_layers, switch_off_dropout
-from dylo_moe.experts.adapter import layer_linears
+from dylo_moe.base.frozen import switch_off_dropout
+from dylo_moe.base.stack import decoder_layers
+from dylo_moe.experts.targets import layer_linears
 from dylo_moe.routing.cache import RouterCacheLayer, keep_router_layer
 from dylo_moe.routing.config import RouterConfig
 
@@ -76,6 +77,7 @@ class _Probing:
         self.linears = {name: base.get_submodule(name) for name in layer_linears(base)}
         self.fed: dict[str, list[Tensor]] = {}
         self.entering: Tensor | None = None
+        self.entries = 0
         self.head_input: Tensor | None = None
         self.cache: Cache | None = None
         self.with_types = False
@@ -100,7 +102,7 @@ class _Probing:
 
     def _forward(self, ids: Tensor, **inputs: Any) -> Any:
         """A forward of the base that keeps a cache."""
-        self.fed, self.entering, self.head_input, self.cache = {}, None, None, None
+        self.fed, self.entering, self.entries, self.head_input, self.cache = {}, None, 0, None, None
         if self.with_types:
             inputs["token_type_ids"] = torch.ones_like(ids)
         return self.base(input_ids=ids, use_cache=True, return_dict=True, **inputs)
@@ -122,7 +124,7 @@ class _Probing:
                 handle.remove()
 
     def _at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.entering = args[0] if args else kwargs.get("hidden_states")
+        self.entering, self.entries = args[0] if args else kwargs.get("hidden_states"), self.entries + 1
         self.cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
 
     def _at_head(self, head: nn.Module, args: tuple) -> None:
@@ -136,6 +138,10 @@ class _Probing:
             raise ValueError(
                 f"{self.kind} gives {shape} to {place} for {ROWS} rows of {TOKENS} tokens; a router reads hidden "
                 "states [batch, tokens, hidden]"
+            )
+        if self.entries > 1:
+            raise ValueError(
+                f"{self.kind} runs tokens through its layers repeatedly; experts are routed along layers that run once"
             )
         return hidden.shape[-1]
 

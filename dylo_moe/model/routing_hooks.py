@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
 from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, keep_router_layer, num_cached_tokens

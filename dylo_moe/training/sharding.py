@@ -22,7 +22,7 @@ from torch import distributed, nn
 from torch.distributed import device_mesh, fsdp
 
 from dylo_moe.base.fingerprint import SHARDED, fingerprint
-from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.utils.distributed import differing, num_ranks
 

@@ -33,7 +33,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.model.probe import probe
 from dylo_moe.routing.config import RouterConfig
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dylo_moe import DyLoRAMoE
-from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.commands.plan.step_activations import StepActivations, TensorTracker
 from dylo_moe.training.metrics import Meter, token_losses
 

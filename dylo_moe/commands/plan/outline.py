@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dylo_moe.base.frozen import decoder_layers
 from dylo_moe.base.loading import load_base_without_weights
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.commands.plan.base_config import base_config
 from dylo_moe.commands.train.request import Arguments
 from dylo_moe.model.model import DyLoRAMoE

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.training.sharding import Sharding, take_sharding
 from dylo_moe.training.trainer_arguments import TrainArguments
 

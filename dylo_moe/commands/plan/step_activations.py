@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dylo_moe.base.frozen import decoder_layers
+from dylo_moe.base.stack import decoder_layers
 from dylo_moe.commands.plan.outline import Outline
 from dylo_moe.commands.plan.workload import Batch
 from dylo_moe.model.loss import chunk_loss
