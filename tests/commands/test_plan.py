@@ -11,6 +11,7 @@ from reference.paths import ROOT
 from reference.real_steps import evaluation_activations, step_activations
 from reference.tiny import LORA, MIXED_LAYERS, tiny_base, tiny_moe, tokens
 from reference.trainers import train_flags
+from reference.wide import wide_base
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
@@ -271,6 +272,22 @@ def test_without_data_the_reason_is_given_and_the_rest_is_planned(config_folder,
     assert re.search(r"tokens per epoch, steps: not known: \w+", out)
     assert "1 expert of rank 4, a shared one of rank 6" in " ".join(out.split()) and "a training checkpoint" in out
     assert "estimated peak on cpu: 8 rows of 64 tokens" in out and "Python and libraries" in out
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("mamba", "mixer.out_proj, which PEFT refuses in this family"),
+        ("doge", "self_attn.dt_proj, which is fed cached tokens too, 6 in a forward of 2"),
+        ("qwen3_moe", "mlp.experts.down_proj, mlp.experts.gate_up_proj, which is a raw parameter, no linear"),
+        ("gemma3+images", None),
+    ],
+)
+def test_what_no_expert_adapts_is_said_without_weights(family, said, tmp_path, capsys):
+    wide_base(family).config.save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--num_experts", "1", "--datasets", "nowhere.jsonl", "--max_seq_length", "32"]
+    out = " ".join(printed([*words, "--use_cpu"], capsys).split())
+    assert (said or "everything") in out and ("no expert adapts" in out) == (said is not None)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ class Plan(NamedTuple):
     components: list[Component]
     head: str
     """What the output head is."""
+    left_out: str | None
+    """What no expert adapts of what was asked for, and why; None: nothing."""
     workload: Workload | None
     not_known: str
     """Why there is no workload; empty where there is one."""
@@ -94,6 +96,7 @@ def make_plan(request: PlanRequest) -> Plan:
     return Plan(
         components=components(of),
         head=describe_head(of),
+        left_out=of.whole.left_out,
         workload=load,
         not_known=not_known,
         batch=assumed.batch,

@@ -65,6 +65,8 @@ def show_components(screen: Screen, request: PlanRequest, plan: Plan) -> None:
     add("everything", total, "")
     screen.say(table)
     say(screen, plan.head)
+    if plan.left_out is not None:
+        say(screen, f"no expert adapts {plan.left_out}")
     say(
         screen,
         f"one expert: {plan.expert_served_bytes / MB:,.1f} MB served in bf16, "

@@ -113,6 +113,8 @@ def _stream(request: StreamRequest, screen: Screen, stop: StopRequest) -> Path:
             collator = Collator(tokenizer)
             state, model = start_state(request, data, collator, checkpoint)
             show_loss(screen, model, request.model.loss_chunk_size)
+            if model.left_out is not None:
+                screen.say(f"No expert adapts {model.left_out}.")
             record = {"settings": request.settings, "data": data.fingerprint, "facts": run_facts(model, data)}
             context = StreamContext(request, data, collator, folder, screen, stop, record)
             final = run_stages(context, model, state, checkpoint)

@@ -117,6 +117,8 @@ def show_model(screen: Screen, model: DyLoRAMoE) -> None:
         f"{model.base_id}: {frozen:,} parameters frozen, {trainable:,} trained: "
         f"{counted(len(model.experts), 'expert')} of rank {expert.rank} with {each}, a router of {router:,}",
     )
+    if model.left_out is not None:
+        screen.say(f"No expert adapts {model.left_out}.")
 
 
 # The end.
