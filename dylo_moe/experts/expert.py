@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from dylo_moe.experts.adapter import config_at, state_problems
@@ -191,7 +191,7 @@ class ExpertPool:
         problems = state_problems(self.state(name), state)
         if problems:
             raise ValueError(f"adapter {path} does not fit: " + "; ".join(problems[:5]))
-        set_peft_model_state_dict(self._model, state, adapter_name=name)
+        self.fill(name, state)
         self.cast(name, dtype)
         self.pack()
         return expert
@@ -201,6 +201,17 @@ class ExpertPool:
         # The adapters alone, because the base's state may be sharded over several ranks.
         own = {key: value.detach() for key, value in self._model.named_parameters() if ".lora_" in key}
         return get_peft_model_state_dict(self._model, state_dict=own, adapter_name=name, save_embedding_layers=False)
+
+    @torch.no_grad()
+    def fill(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Put values into an expert's matrices, which are all there under the names that `state` has.
+
+        Not through PEFT's loader: it renames keys as Transformers does those of old checkpoints of the base, and what
+        it then finds nowhere it leaves out in silence.
+        """
+        own = self.state(name)
+        for key, value in state.items():
+            own[key].copy_(value)
 
     def copy(self, source: str, target: str) -> None:
         """Give an expert the values of another; of different ranks, the leading components of the smaller."""

@@ -27,6 +27,11 @@ try:
 except ImportError:  # PEFT before 0.19, which converts nothing
     convert_peft_config_for_transformers = None  # type: ignore[assignment]
 
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+except ImportError:  # likewise
+    convert_peft_adapter_state_dict_for_transformers = None  # type: ignore[assignment]
+
 ROUTABLE = "experts adapt nn.Linear, Conv1D, and bitsandbytes' 4-bit and 8-bit linears"
 
 IS_ROUTER = "is the router of a mixture in the base"
@@ -34,6 +39,7 @@ IS_NO_PRODUCT = "is no plain product with its weights"
 IS_READ_DIRECTLY = "is read by torch's attention without being called"
 IS_REFUSED = "PEFT refuses in this family"
 IS_FUSED = "PEFT takes for fused experts by its name"
+IS_RENAMED = "PEFT would not find again in an adapter's file, because Transformers renames it in checkpoints"
 IS_RAW = "is a raw parameter, no linear"
 IS_OUTSIDE = "lies outside the decoder layers"
 
@@ -69,12 +75,15 @@ def find_linears(base: PreTrainedModel, *, misfed: Mapping[str, str]) -> Linears
     modules = {f"{prefix}.{name}": module for name, module in layers.named_modules() if name}
     linears = layer_linears(base)
     refused = _refused_by_peft(base, {name.rpartition(".")[2] for name in linears})
+    renamed = _renamed_by_peft(base, linears)
     for name, index in linears.items():
         last, module = name.rpartition(".")[2], modules[name]
         if name in misfed:
             left_out[name] = misfed[name]
         elif last in refused:
             left_out[name] = refused[last]
+        elif name in renamed:
+            left_out[name] = IS_RENAMED
         elif isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             left_out[name] = IS_READ_DIRECTLY
         elif _is_router(name, prefix, modules):
@@ -150,6 +159,21 @@ def _refused_by_peft(base: PreTrainedModel, names: Iterable[str]) -> dict[str, s
         if _as_injected(base, config) is None:
             reasons[name] = IS_FUSED
     return reasons
+
+
+def _renamed_by_peft(base: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The linears whose matrices PEFT's loader would leave out in silence.
+
+    It renames the keys of an adapter as Transformers does those of old checkpoints of the base, and a pattern may match
+    names that are new already.
+    """
+    if convert_peft_adapter_state_dict_for_transformers is None:
+        return set()
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    read = convert_peft_adapter_state_dict_for_transformers(
+        model=base, peft_config=LoraConfig(), adapter_state_dict={key: torch.zeros(1, 1) for key in keys}
+    )
+    return {name for key, name in keys.items() if key not in read}
 
 
 def _as_injected(base: PreTrainedModel, config: LoraConfig) -> LoraConfig | None:

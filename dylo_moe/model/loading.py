@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -182,7 +181,7 @@ def _load_expert(model: RoutedPeftModel, entry: dict[str, Any], state: dict[str,
     if problems:
         raise CheckpointError(f"{folder / 'experts' / name / ADAPTER_FILES[1]}: " + "; ".join(problems[:5]))
     model.experts.cast(name, next(iter(state.values())).dtype)
-    set_peft_model_state_dict(model, state, adapter_name=name)
+    model.experts.fill(name, state)
     expert = model.experts.find(name)
     expert.mature, expert.skill, expert.trainable = entry["mature"], entry["skill"], entry["trainable"]
 
