@@ -14,10 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, TOOL, Fate, Message, RowError
-
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""The keys of a message under which data and templates know an assistant's thoughts."""
+from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, THOUGHT_KEYS, TOOL, Fate, Message, RowError
 
 IN_CONTENT, BY_PROMPT = "<think> in the content", "<think> in the generation prompt"
 """How a template without such a key can have thoughts: it keeps them in an answer, or its generation prompt opens

@@ -126,7 +126,7 @@ class Benchmark:
         answers = answer_batch(
             model,
             tokenizer,
-            [self.asking.ids(problem, tokenizer) for problem in problems],
+            self.asking.ids(problems, tokenizer),
             decoding=self.decoding,
             stops=self.asking.stops,
             end_ids=end_ids(tokenizer),
@@ -147,7 +147,8 @@ class Benchmark:
         if context is None:
             return None
         if self._longest_prompt is None:
-            lengths = {task_id: len(self.asking.ids(each, tokenizer)) for task_id, each in self.problems.items()}
+            prompts = self.asking.ids(self.problems.values(), tokenizer)
+            lengths = {task_id: len(ids) for task_id, ids in zip(self.problems, prompts, strict=True)}
             self._longest_prompt = max(lengths.items(), key=lambda item: item[1])
         task_id, length = self._longest_prompt
         if length >= context:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -63,17 +63,18 @@ class Asking(NamedTuple):
         shown = [f"{_mbpp_task(example)}\n{BEGIN}\n{example.solution}\n{DONE}\n\n" for example in self.examples]
         return "".join([*shown, f"{_mbpp_task(problem)}\n{BEGIN}\n"])
 
-    def ids(self, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The token ids that the model is given.
+    def ids(self, problems: Iterable[Problem], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """The token ids that the model is given for each problem.
 
         Raises:
             ValueError: for a chat without a chat template.
         """
-        form = text_format(tokenizer)
+        form = text_format(tokenizer)  # the template is asked what it writes: once for all problems
         if self.style == CHAT:
             check_chat(tokenizer)
-            return encode_prompt(form, self.text(problem))
-        return [*form.start_ids, *tokenizer(self.text(problem), add_special_tokens=False)["input_ids"]]
+            return [encode_prompt(form, self.text(problem)) for problem in problems]
+        start = form.start_ids
+        return [[*start, *tokenizer(self.text(each), add_special_tokens=False)["input_ids"]] for each in problems]
 
     def program(self, problem: Problem, answer: str) -> str:
         """The whole program that an answer amounts to.

@@ -27,7 +27,8 @@ def show_example(screen: Screen, benchmark: Benchmark, sample: Completion, token
     """Print one problem as it is processed: the prompt with its special tokens, the raw answer, and the program."""
     asking = benchmark.asking
     problem = benchmark.problems[sample.task_id]
-    prompt = str(tokenizer.decode(asking.ids(problem, tokenizer), clean_up_tokenization_spaces=False))
+    (ids,) = asking.ids([problem], tokenizer)
+    prompt = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     stops = ", ".join(map(repr, asking.stops)) or "none"
     screen.rule(f"{TITLES[asking.benchmark]}, one example: {sample.task_id}")
     for title, text in (

@@ -91,10 +91,10 @@ def test_a_mirror_without_the_examples_is_refused(places, tmp_path):
 
 def test_a_chat_is_asked_with_the_ids_that_training_puts_before_an_answer(humaneval):
     asking, form = Asking("humaneval", "chat"), text_format(CHAT)
-    assert asking.ids(humaneval[0], CHAT) == encode_prompt(form, asking.text(humaneval[0]))
+    assert asking.ids(humaneval[:1], CHAT)[0] == encode_prompt(form, asking.text(humaneval[0]))
     assert humaneval[0].prompt.rstrip() in asking.text(humaneval[0])
     with pytest.raises(ValueError, match=r"prompt is chat, but the tokenizer of .* has no chat template"):
-        asking.ids(humaneval[0], PLAIN)
+        asking.ids(humaneval[:1], PLAIN)
 
 
 BLOCK = "```python\n{}\n```"

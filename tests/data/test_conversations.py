@@ -11,6 +11,7 @@ from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
 from dylo_moe.data.sources.examples import Example, Fate, Message, RowError, ask
 from dylo_moe.data.sources.formats import read_row
+from dylo_moe.data.sources.roles import recognise, unread_columns
 
 USER, ASSISTANT, SYSTEM, TOOL = "user", "assistant", "system", "tool"
 FUNCTION = {"name": "add", "arguments": {"a": 1}}
@@ -146,6 +147,19 @@ def test_contents_may_be_lists_of_parts():
     parts = [{"type": "text", "text": "a "}, "b", {"text": " c", "image": None}]
     thinking = [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "d"}]
     assert read(said(USER, parts), said(ASSISTANT, thinking)) == ask("a b c", "d")._replace(thought="t")
+
+
+@pytest.mark.parametrize("answer", [[said(ASSISTANT, "c")], "c"], ids=["message", "text"])
+def test_a_prompt_may_be_a_conversation_whose_answers_are_only_read(answer):
+    """As TRL has prompts and completions."""
+    prompt = [said(SYSTEM, "s"), said(USER, "q"), said(ASSISTANT, "a"), said(USER, "r")]
+    row = {"prompt": prompt, "completion": answer, "tools": [OFFERED], "input": "more"}
+    context = (Message(SYSTEM, "s"), Message(USER, "q"), Message(ASSISTANT, "a", trained=False), Message(USER, "r"))
+    note = "its input is not read, for its prompt is a conversation"
+    assert read_row(row, None) == Example(context, "c", note, tools=(OFFERED,))
+    assert unread_columns(row, recognise(row)) == []
+    with pytest.raises(RowError, match="a message of the user where the assistant's turn is"):
+        read_row({"prompt": prompt, "completion": [said(USER, "c")]}, None)
 
 
 def test_keys_of_messages_that_nothing_reads_are_named():

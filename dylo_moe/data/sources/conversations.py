@@ -6,7 +6,18 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, TOOL, USER, Example, Fate, Message, RowError, clean_text
+from dylo_moe.data.sources.examples import (
+    ASSISTANT,
+    SYSTEM,
+    THOUGHT_KEYS,
+    TOOL,
+    USER,
+    Example,
+    Fate,
+    Message,
+    RowError,
+    clean_text,
+)
 from dylo_moe.data.sources.roles import TOOLS, holds_something
 
 SPEAKERS = {
@@ -27,9 +38,6 @@ SPEAKERS = {
 }
 """The role of a message's speaker, by the names that chat and ShareGPT data use for it. What a `function_call` says is
 a call of a tool."""
-
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""The keys of a message that hold what an assistant thought before its answer."""
 
 WEIGHT_KEYS = ("weight", "train", "train_on", "loss")
 """The keys of a message that say, with 0 or false, that an answer is read but not learned."""

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 USER, ASSISTANT, SYSTEM, TOOL = "user", "assistant", "system", "tool"
 
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""The keys of a message under which data and templates know what an assistant thought before its answer."""
+
 
 class Fate(IntEnum):
     """Whether a row was kept, or the kind of reason why it was left out."""

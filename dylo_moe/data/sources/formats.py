@@ -8,7 +8,7 @@ from typing import Any
 
 from dylo_moe.data.sources.conversations import read_conversation
 from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, USER, Example, Fate, Message, RowError, clean_text
-from dylo_moe.data.sources.roles import Columns, label_problem, recognise, why_not_recognised
+from dylo_moe.data.sources.roles import Columns, holds_something, label_problem, recognise, why_not_recognised
 
 NOT_UTF8 = "not UTF-8, as every text must be; convert its file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 """The reason for a text in another encoding; its place says the file and the line."""
@@ -51,6 +51,8 @@ def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
     if chosen.messages is not None:
         return _with_earlier(row, chosen, read_conversation(row, chosen.messages))
     assert chosen.prompt is not None and chosen.response is not None
+    if isinstance(row.get(chosen.prompt), list):
+        return _with_earlier(row, chosen, _asked_in_turns(row, chosen, chosen.prompt, chosen.response))
     parts = [_text(row, chosen.prompt)]
     if more := _optional(row, chosen.input):
         parts.append(more)
@@ -59,6 +61,19 @@ def read_row(row: dict[str, Any], columns: Columns | None) -> Example:
     if problem := label_problem(row, chosen):
         raise RowError(Fate.MALFORMED, problem)
     return _with_earlier(row, chosen, Example((Message(USER, "\n\n".join(parts)),), _text(row, chosen.response)))
+
+
+def _asked_in_turns(row: dict[str, Any], columns: Columns, prompt: str, response: str) -> Example:
+    """A prompt that is a conversation, and its response, as TRL has them: answers in the prompt are only read."""
+    asked = [{**message, "weight": 0} if isinstance(message, dict) else message for message in row[prompt]]
+    said = row.get(response)
+    answer = said if isinstance(said, list) else [{"role": ASSISTANT, "content": _text(row, response)}]
+    whole = f"{prompt} and {response}"
+    example = read_conversation({**row, whole: [*asked, *answer]}, whole)
+    besides = [name for name in (columns.input, columns.tests) if name and holds_something(row.get(name))]
+    notes = [example.note, *(f"its {name} is not read, for its {prompt} is a conversation" for name in besides)]
+    context = tuple(turn if turn.role == ASSISTANT else turn._replace(trained=True) for turn in example.context)
+    return example._replace(context=context, note="; ".join(filter(None, notes)))
 
 
 def _with_earlier(row: dict[str, Any], columns: Columns, example: Example) -> Example:

@@ -189,5 +189,8 @@ def label_problem(row: Mapping[str, Any], columns: Columns) -> str | None:
 
 def unread_columns(row: Mapping[str, Any], columns: Columns) -> list[str]:
     """The columns of a row that hold something and play no role."""
-    read = {*columns, *((TOOLS,) if columns.messages is not None else ())}
+    in_turns = columns.messages is not None or (
+        columns.prompt is not None and isinstance(row.get(columns.prompt), list)
+    )
+    read = {*columns, *((TOOLS,) if in_turns else ())}
     return [str(name) for name, value in row.items() if name not in read and holds_something(value)]
