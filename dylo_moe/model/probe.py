@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from dylo_moe.base.frozen import switch_off_dropout
+from dylo_moe.base.limits import context_of
 from dylo_moe.base.stack import decoder_layers
 from dylo_moe.experts.targets import layer_linears
 from dylo_moe.routing.cache import RouterCacheLayer, keep_router_layer
@@ -23,6 +24,9 @@ ROWS, TOKENS = 2, 3
 CHANGED = TOKENS - 1
 """The place, over all rows, of the token that is exchanged: the last of the first row. In a layout with the tokens
 first it would be another."""
+
+LONG = 67
+"""The tokens of a longer text: a prime, because some bases pad a text to a multiple of their chunks (Reformer)."""
 
 STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 """How models of Transformers call what they keep between calls."""
@@ -62,6 +66,10 @@ def probe(base: PreTrainedModel, *, router: RouterConfig) -> Probe:
     return _Probing(base, router).run()
 
 
+class _LayerReached(Exception):
+    """Ends a forward at the router's layer."""
+
+
 class _Probing:
     """One run of `probe`: the base, and what the hooks on it saw of its last forward."""
 
@@ -81,6 +89,7 @@ class _Probing:
         self.head_input: Tensor | None = None
         self.cache: Cache | None = None
         self.with_types = False
+        self.ends_at_layer = False
         self.foreign_state: str | None = None
 
     def run(self) -> Probe:
@@ -95,6 +104,7 @@ class _Probing:
                     return Probe(self.router_index, self.base.config.get_text_config().hidden_size, False, None, {})
                 raise ValueError(f"{self.kind} cannot run on tokens alone: {_in_words(error)}") from error
             hidden_size = self._hidden_size()
+            self._check_long()
             misfed = self._misfed(*self._with_one_changed(whole, other.reshape(ROWS, TOKENS)))
             misfed = self._misfed_with_cache(whole) | misfed
         in_order = {name: misfed[name] for name in self.linears if name in misfed}
@@ -126,6 +136,8 @@ class _Probing:
     def _at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.entering, self.entries = args[0] if args else kwargs.get("hidden_states"), self.entries + 1
         self.cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+        if self.ends_at_layer:
+            raise _LayerReached
 
     def _at_head(self, head: nn.Module, args: tuple) -> None:
         self.head_input = args[0]
@@ -144,6 +156,28 @@ class _Probing:
                 f"{self.kind} runs tokens through its layers repeatedly; experts are routed along layers that run once"
             )
         return hidden.shape[-1]
+
+    def _check_long(self) -> None:
+        """Refuse a base whose layers are given more or fewer tokens than a longer text has."""
+        num_tokens = min(LONG, context_of(self.base) or LONG)
+        ids = _plain_ids(self.base, num_tokens).to(self.base.device)
+        self.ends_at_layer, hidden = True, None
+        try:
+            self._forward(ids[None])
+        except _LayerReached:
+            hidden = self.entering
+        except Exception as error:  # of any model code
+            if self.on_meta:
+                return
+            raise ValueError(f"{self.kind} cannot run on {num_tokens} tokens: {_in_words(error)}") from error
+        finally:
+            self.ends_at_layer = False
+        if hidden is None or hidden.shape[1] != num_tokens:
+            shape = "nothing" if hidden is None else list(hidden.shape)
+            raise ValueError(
+                f"{self.kind} gives {shape} to its layer {self.router_index} for a text of {num_tokens} tokens; a "
+                "router reads hidden states [batch, tokens, hidden]"
+            )
 
     def _with_one_changed(self, ids: Tensor, other: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
         """What the linears are fed of a text, and of the same with another token, which no other place may notice."""

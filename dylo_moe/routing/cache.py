@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, cache_utils
+from transformers import Cache, EncoderDecoderCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 from dylo_moe.routing.features import RouterState
@@ -152,7 +152,12 @@ def _length(states: RouterState) -> int:
 
 def find_router_layer(cache: Cache) -> RouterCacheLayer | None:
     """The router's layer of a cache; None where this cache has none yet."""
-    return next((layer for layer in reversed(cache.layers) if isinstance(layer, RouterCacheLayer)), None)
+    return next((layer for layer in reversed(_of_decoder(cache).layers) if isinstance(layer, RouterCacheLayer)), None)
+
+
+def _of_decoder(cache: Cache) -> Cache:
+    """The part of a cache that holds the tokens read so far: BERT and its like keep another one for an encoder."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def num_cached_tokens(cache: Cache) -> int:
@@ -163,6 +168,7 @@ def num_cached_tokens(cache: Cache) -> int:
     Raises:
         ValueError: where nothing counted the tokens that such layers have read.
     """
+    cache = _of_decoder(cache)
     counting = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     if counting:  # MiniMax has empty ones where it is recurrent
         return next((count for count in (int(layer.get_seq_length()) for layer in counting) if count), 0)
@@ -180,6 +186,7 @@ def keep_router_layer(cache: Cache, memory: RouterCacheLayer, *, num_layers: int
     """Put the router's layer into a cache that does not have it yet, behind those of the base's `num_layers`."""
     if find_router_layer(cache) is not None:
         return
+    cache = _of_decoder(cache)
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     cache.layers.append(memory)
