@@ -116,11 +116,13 @@ def routed_lora_config(
     is_all = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
     prefix, layers = decoder_layers(base)
     if is_all:
-        if not linears.layers:
+        if all(index < router_index for index in linears.layers.values()):
             here = in_words(linears.left_out, linears.raw) or listed(_layer_leaves(base))
             raise ValueError(f"all-linear finds nothing to adapt: {ROUTABLE}, and here are {here}")
         inside = {f"{prefix}.{name}" for name, _ in layers.named_modules() if name}
-        config.target_modules = shortest_names(linears.layers, inside - linears.layers.keys())
+        # The name of what is only below the router could mean a module outside.
+        routed = {name for name, index in linears.layers.items() if index >= router_index}
+        config.target_modules = shortest_names(routed, inside - linears.layers.keys())
     if router_index > 0 and config.layers_to_transform is None and not isinstance(config.target_modules, str):
         config.layers_to_transform = list(range(router_index, len(layers)))
         config.layers_pattern = prefix.rsplit(".", 1)[-1]
