@@ -222,10 +222,10 @@ class _Probing:
         except Exception as error:  # of any model code
             if self.on_meta:
                 return {}
-            raise ValueError(
-                f"{self.kind} cannot be routed: its {type(self.cache).__name__} does not take the router's memory: "
-                f"{_in_words(error)}"
-            ) from error
+            what = "cannot read a text in two steps"
+            if self.cache is not None:
+                what += f" with the router's memory in its {type(self.cache).__name__}"
+            raise ValueError(f"{self.kind} {what}: {_in_words(error)}") from error
         counts = {name: _other_count(calls, ROWS) for name, calls in self.fed.items()}
         return {
             name: f"is fed cached tokens too, {count} in a forward of {ROWS}" for name, count in counts.items() if count
