@@ -103,6 +103,8 @@ def clean_text(value: Any, name: str) -> str:
         raise RowError(Fate.EMPTY, f"{name} is null")
     if isinstance(value, bytes):
         raise RowError(Fate.MALFORMED, f"{name} holds bytes, of which no encoding is known; store it as UTF-8 strings")
+    if isinstance(value, (int, float)):
+        raise RowError(Fate.MALFORMED, f"{name} is not a string but {str(value)[:20]}; write it as text, in quotes")
     if not isinstance(value, str):
         raise RowError(Fate.MALFORMED, f"{name} is not a string")
     if not value.strip():
