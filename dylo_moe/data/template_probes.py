@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, TOOL, USER, Message, RowError
-from dylo_moe.data.templates import BY_PROMPT, IN_CONTENT, THOUGHT_KEYS, Template, written_thought
+from dylo_moe.data.sources.examples import ASSISTANT, SYSTEM, THOUGHT_KEYS, TOOL, USER, Message, RowError
+from dylo_moe.data.templates import BY_PROMPT, IN_CONTENT, Template, written_thought
+from dylo_moe.data.token_rows import ids_of_text
 
 _ASKED = Message(USER, "probe question")
 _ANSWERED = Message(ASSISTANT, "probe answer")
@@ -65,7 +66,7 @@ def _written(
 
 def _with_end(template: Template, tail: str) -> Template:
     """The template with what ends a turn: the first special tokens behind an answer."""
-    tokens = template.tokenizer.convert_ids_to_tokens(_ids(template.tokenizer, tail))
+    tokens = template.tokenizer.convert_ids_to_tokens(ids_of_text(template.tokenizer, tail))
     first = next((token for token in tokens if token in template.specials), None)
     if first is None:
         return replace(template, after=tail[len(tail.rstrip()) :])
@@ -82,11 +83,11 @@ def _with_opening(template: Template) -> Template:
     wholes = [_written(template, [_ASKED, _ANSWERED])]
     if template.thoughts in (*THOUGHT_KEYS, IN_CONTENT):
         wholes.append(_written(template, [_ASKED, _ANSWERED._replace(thought=_THOUGHT)]))
-    ids = [_ids(template.tokenizer, whole) for whole in wholes]
+    ids = [ids_of_text(template.tokenizer, whole) for whole in wholes]
     header = len(prompt) - _num_common(prompt, _written(template, [_ASKED]))
     for size in range(header + 1):
         given = prompt[: len(prompt) - size]
-        given_ids = _ids(template.tokenizer, given)
+        given_ids = ids_of_text(template.tokenizer, given)
         if all(whole.startswith(given) for whole in wholes) and all(of[: len(given_ids)] == given_ids for of in ids):
             lead = wholes[0][len(given) :].partition(_ANSWERED.content)[0]
             return replace(template, opening=prompt[len(given) :], lead=lead)
@@ -119,7 +120,7 @@ def _takes_system(template: Template) -> bool:
 def _shorter_system(template: Template) -> tuple[Message, ...]:
     empty = Message(SYSTEM, "")
     with_empty, without = (_written(template, [*before, _ASKED], generation=True) for before in ([empty], []))
-    is_shorter = len(_ids(template.tokenizer, with_empty)) < len(_ids(template.tokenizer, without))
+    is_shorter = len(ids_of_text(template.tokenizer, with_empty)) < len(ids_of_text(template.tokenizer, without))
     return (empty,) if is_shorter and _ASKED.content in with_empty else ()
 
 
@@ -153,7 +154,3 @@ def text_with_a_call(template: Template) -> str:
 def _num_common(one: str, other: str) -> int:
     """The length of the longest common beginning of two texts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

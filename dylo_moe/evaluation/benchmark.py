@@ -105,7 +105,8 @@ class Benchmark:
         self.problems = {problem.task_id: problem for problem in problems}
         self.asking, self.decoding = asking, decoding
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
-        self._longest_prompt: tuple[str, int] | None = None
+        self._prompts: dict[str, list[int]] = {}
+        self._ends: list[int] = []
 
     @property
     def keys(self) -> list[tuple[str, int]]:
@@ -122,20 +123,29 @@ class Benchmark:
             keys: (task_id, sample) of each sample.
         """
         problems = [self.problems[task_id] for task_id, _ in keys]
+        prompts = self._tokenised(tokenizer)
         room = self.room(model, tokenizer)
         answers = answer_batch(
             model,
             tokenizer,
-            self.asking.ids(problems, tokenizer),
+            [prompts[task_id] for task_id, _ in keys],
             decoding=self.decoding,
             stops=self.asking.stops,
-            end_ids=end_ids(tokenizer),
+            end_ids=self._ends,
             max_new_tokens=self.max_new_tokens if room is None else min(self.max_new_tokens, room),
             seed=batch_seed(self.seed, number),
         )
         return [
             self._sample(key, problem, answer) for key, problem, answer in zip(keys, problems, answers, strict=True)
         ]
+
+    def _tokenised(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+        """The token ids of all prompts, by task. They are made once, as are the end tokens: a chat template is asked
+        what it writes, which takes a while."""
+        if not self._prompts:
+            ids = self.asking.ids(self.problems.values(), tokenizer)
+            self._prompts, self._ends = dict(zip(self.problems, ids, strict=True)), end_ids(tokenizer)
+        return self._prompts
 
     def room(self, model: DyLoRAMoE, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """The number of tokens that the base's context leaves for an answer to the longest prompt; None: no limit.
@@ -146,11 +156,8 @@ class Benchmark:
         context = context_of(model.base)
         if context is None:
             return None
-        if self._longest_prompt is None:
-            prompts = self.asking.ids(self.problems.values(), tokenizer)
-            lengths = {task_id: len(ids) for task_id, ids in zip(self.problems, prompts, strict=True)}
-            self._longest_prompt = max(lengths.items(), key=lambda item: item[1])
-        task_id, length = self._longest_prompt
+        task_id, longest = max(self._tokenised(tokenizer).items(), key=lambda item: len(item[1]))
+        length = len(longest)
         if length >= context:
             raise ValueError(
                 f"the prompt of {task_id} has {length} tokens, and the base reads {context}; use another base"

@@ -162,6 +162,7 @@ class RoutedForward(RoutedPeftModel):
         """
         call = GenerateCall(args, kwargs, defaults=self.base.generation_config)
         call.check(self._hooks)
+        call.leave_foreign_state(self._hooks)
         with self._hooks.generating(call.prompt(self._hooks)):
             output = super().generate(*args, **call.keywords)
             call.finish(self._hooks, output)

@@ -56,17 +56,7 @@ class GenerateCall:
         return mask
 
     def check(self, hooks: RoutingHooks) -> None:
-        """Raise ValueError for a kind of decoding that this router does not allow, and do without a cache where the
-        base's own is none that the router can follow."""
-        if hooks.foreign_state is not None:
-            if self.value("use_cache") is not False:
-                warnings.warn(
-                    f"{type(hooks.base).__name__} keeps its {hooks.foreign_state} in a way that the router cannot "
-                    "follow, so that the whole text is read again for every new token",
-                    DyLoRAWarning,
-                    stacklevel=4,
-                )
-            self.keywords["use_cache"] = False
+        """Raise ValueError for a kind of decoding that this router does not allow."""
         config, forced = hooks.router.config, hooks.decider()
         if config.reads_final and not config.per_sequence and forced is NotForced:
             raise ValueError(
@@ -77,6 +67,19 @@ class GenerateCall:
             raise ValueError("compile_config is given, but decoding of a routed model cannot be compiled yet")
         if self.mask is not None and isinstance(forced, (list, tuple)):
             one_per_row(forced, self.mask.shape[0], expandable=False)
+
+    def leave_foreign_state(self, hooks: RoutingHooks) -> None:
+        """Do without what the base keeps between calls, where the router cannot follow that, and say so."""
+        if hooks.foreign_state is None:
+            return
+        if self.value("use_cache") is not False:
+            warnings.warn(
+                f"{type(hooks.base).__name__} keeps its {hooks.foreign_state} in a way that the router cannot follow, "
+                "so that the whole text is read again for every new token",
+                DyLoRAWarning,
+                stacklevel=4,
+            )
+        self.keywords["use_cache"] = False
 
     def prompt(self, hooks: RoutingHooks) -> Prompt | None:
         """The facts that the forwards of this call need; None if there is no prompt."""

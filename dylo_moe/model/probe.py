@@ -13,9 +13,10 @@ from transformers import Cache, PreTrainedModel
 
 from dylo_moe.base.frozen import switch_off_dropout
 from dylo_moe.base.limits import context_of
+from dylo_moe.base.running import hidden_states, modes_of, plain_ids
 from dylo_moe.base.stack import decoder_layers
 from dylo_moe.experts.targets import layer_linears
-from dylo_moe.routing.cache import RouterCacheLayer, keep_router_layer
+from dylo_moe.routing.cache import RouterCacheLayer, cache_among, keep_router_layer
 from dylo_moe.routing.config import RouterConfig
 
 ROWS, TOKENS = 2, 3
@@ -93,19 +94,20 @@ class _Probing:
         self.foreign_state: str | None = None
 
     def run(self) -> Probe:
-        with torch.no_grad(), _in_eval_mode(self.base), self._watched():
+        with torch.no_grad(), modes_of(self.base), self._watched():
+            self.base.eval()
             try:
-                ids = _plain_ids(self.base, ROWS * TOKENS + 1).to(self.base.device)
+                ids = plain_ids(self.base, ROWS * TOKENS + 1)
                 whole, other = ids[:-1].reshape(ROWS, TOKENS), ids[:-1].clone()
                 other[CHANGED] = ids[-1]
-                self._forward(whole)
+                logits = self._forward(whole).logits
             except Exception as error:  # of any model code
                 if self.on_meta:
                     return Probe(self.router_index, self.base.config.get_text_config().hidden_size, False, None, {})
                 raise ValueError(f"{self.kind} cannot run on tokens alone: {_in_words(error)}") from error
             hidden_size = self._hidden_size()
+            misfed = self._misfed(*self._with_one_changed(whole, other.reshape(ROWS, TOKENS), logits))
             self._check_long()
-            misfed = self._misfed(*self._with_one_changed(whole, other.reshape(ROWS, TOKENS)))
             misfed = self._misfed_with_cache(whole) | misfed
         in_order = {name: misfed[name] for name in self.linears if name in misfed}
         return Probe(self.router_index, hidden_size, self.with_types, self.foreign_state, in_order)
@@ -134,8 +136,8 @@ class _Probing:
                 handle.remove()
 
     def _at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.entering, self.entries = args[0] if args else kwargs.get("hidden_states"), self.entries + 1
-        self.cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+        self.entering, self.entries = hidden_states(args, kwargs), self.entries + 1
+        self.cache = cache_among(args, kwargs)
         if self.ends_at_layer:
             raise _LayerReached
 
@@ -160,7 +162,7 @@ class _Probing:
     def _check_long(self) -> None:
         """Refuse a base whose layers are given more or fewer tokens than a longer text has."""
         num_tokens = min(LONG, context_of(self.base) or LONG)
-        ids = _plain_ids(self.base, num_tokens).to(self.base.device)
+        ids = plain_ids(self.base, num_tokens)
         self.ends_at_layer, hidden = True, None
         try:
             self._forward(ids[None])
@@ -179,16 +181,18 @@ class _Probing:
                 "router reads hidden states [batch, tokens, hidden]"
             )
 
-    def _with_one_changed(self, ids: Tensor, other: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-        """What the linears are fed of a text, and of the same with another token, which no other place may notice."""
-        logits, fed = self._forward(ids).logits, self.fed
-        changed = self._forward(other).logits
+    def _with_one_changed(
+        self, ids: Tensor, other: Tensor, logits: Tensor
+    ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+        """What the linears are fed of a text, which was the last that the base read and gave these logits, and of the
+        same with another token, which no other place may notice."""
+        fed, changed = self.fed, self._forward(other).logits
         if self.on_meta or not _changed_places(logits, changed) - {CHANGED}:
             return fed, self.fed
         has_prefix = getattr(self.base.config.get_text_config(), "use_bidirectional_attention", False)
         if has_prefix and not self.with_types and "token_type_ids" in inspect.signature(self.base.forward).parameters:
             self.with_types = True
-            return self._with_one_changed(ids, other)
+            return self._with_one_changed(ids, other, self._forward(ids).logits)
         raise ValueError(
             f"{self.kind} lets a token change what it computes of earlier ones or of other rows, so that it is no "
             "causal language model"
@@ -230,32 +234,6 @@ class _Probing:
         return {
             name: f"is fed cached tokens too, {count} in a forward of {ROWS}" for name, count in counts.items() if count
         }
-
-
-def _plain_ids(base: PreTrainedModel, count: int) -> Tensor:
-    """Token ids that the base's config does not give a meaning of their own."""
-    embeddings: Any = base.get_input_embeddings()
-    num_ids = embeddings.weight.shape[0]
-    values = [value for name, value in _entries(base.config.to_dict()) if name.endswith(("_id", "_index", "_ids"))]
-    taken = {value for value in values if isinstance(value, int)}
-    plain = [index for index in range(min(num_ids, count + len(taken))) if index not in taken]
-    return torch.tensor((plain * count)[:count])
-
-
-def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        yield from _entries(value) if isinstance(value, dict) else [(str(name), value)]
-
-
-@contextmanager
-def _in_eval_mode(base: PreTrainedModel) -> Iterator[None]:
-    was = [(module, module.training) for module in base.modules()]
-    base.eval()
-    try:
-        yield
-    finally:
-        for module, training in was:
-            module.training = training
 
 
 def _num_tokens(x: Tensor) -> int:

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dylo_moe.base.running import hidden_states
 from dylo_moe.base.stack import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
-from dylo_moe.routing.cache import RouterCacheLayer, find_router_layer, keep_router_layer, num_cached_tokens
+from dylo_moe.routing.cache import (
+    RouterCacheLayer,
+    cache_among,
+    find_router_layer,
+    keep_router_layer,
+    num_cached_tokens,
+)
 from dylo_moe.routing.config import SHARED
 from dylo_moe.routing.features import RouterState, causal_sums, read_tokens
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
@@ -157,7 +164,7 @@ class RoutingHooks:
         context = self.slot.begin()  # first, because `_end` runs whatever happens
         context.forced, context.dense = self.decider(), self.pool.has_nascent
         context.position_ids = kwargs.get("position_ids")
-        cache = _cache_among(args, kwargs)
+        cache = cache_among(args, kwargs)
         context.num_cached = 0 if cache is None else num_cached_tokens(cache)
         if context.labels is None:
             context.labels = kwargs.get("labels")
@@ -231,8 +238,8 @@ class RoutingHooks:
         context = self.slot.current
         if context is None:
             return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        cache = _cache_among(args, kwargs)
+        hidden = cast(Tensor, hidden_states(args, kwargs))
+        cache = cache_among(args, kwargs)
         mask = self._mask(context, hidden)
         context.num_tokens = mask.numel()
         forced, dtype = context.forced, self.pool.compute_dtype()
@@ -379,11 +386,6 @@ def one_per_row(forced: Any, batch: int, *, expandable: bool) -> list[str | None
     if expandable and batch % len(forced) == 0:
         return [name for name in forced for _ in range(batch // len(forced))]
     raise ValueError(f"route_to was given {counted(len(forced), 'expert')} for a batch of {batch}; give one per row")
-
-
-def _cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache among a module's arguments, whatever its family calls it."""
-    return next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
 
 
 def _expand_rows(tensor: Tensor, batch: int) -> Tensor:

@@ -150,6 +150,11 @@ def _length(states: RouterState) -> int:
     return states.mass.shape[1]
 
 
+def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among a module's arguments, whatever its family calls it."""
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+
+
 def find_router_layer(cache: Cache) -> RouterCacheLayer | None:
     """The router's layer of a cache; None where this cache has none yet."""
     return next((layer for layer in reversed(_of_decoder(cache).layers) if isinstance(layer, RouterCacheLayer)), None)

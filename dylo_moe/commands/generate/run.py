@@ -9,7 +9,7 @@ import torch
 from dylo_moe.base.limits import limits_of
 from dylo_moe.base.loading import load_base_without_weights, load_tokenizer
 from dylo_moe.data.encoding import encode_prompt, text_format
-from dylo_moe.evaluation.continuation import end_ids, sample
+from dylo_moe.evaluation.continuation import sample
 from dylo_moe.model.checkpoint import manifest_or_problem, named_base
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.terminal import show_legend, show_sample
@@ -58,7 +58,7 @@ def generate(
         generated = sample(
             model,
             ids,
-            end_ids=end_ids(tokenizer),
+            end_ids=list(form.end_ids),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             label="answer" if not raw else "text",
