@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dylo_moe.routing.turn_tokens import TurnTokens
+from dylo_moe.routing.turns import find_answers
+
 WRITTEN_TEXTS, WRITTEN_TOKENS = 64, 96
 
 
@@ -46,3 +49,20 @@ def write_texts(model: Any, *, seed: int) -> Tensor:
             )
     finally:
         model.train(was_training)
+
+
+def as_prompts(batch: dict[str, Tensor], turns: TurnTokens) -> dict[str, Tensor]:
+    """A batch in which an answer begins behind each row that has none, so that plain texts are judged as prompts.
+
+    Args:
+        batch: input_ids [batch, seq] and, where padded, attention_mask.
+        turns: what opens an answer.
+    """
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    is_plain_B1 = ~find_answers(ids, mask=mask.bool(), turns=turns).openings.any(1, keepdim=True)
+    opening = torch.tensor(turns.recognised, device=ids.device).expand(len(ids), -1)
+    return {
+        "input_ids": torch.cat([ids, opening], 1),
+        "attention_mask": torch.cat([mask, is_plain_B1.expand_as(opening).to(mask)], 1),
+    }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dylo_moe.continual.base_texts import write_texts
+from dylo_moe.continual.base_texts import as_prompts, write_texts
 from dylo_moe.continual.calibration import held_out_nats, place_temperatures
 from dylo_moe.continual.config import (
     CONSOLIDATED,
@@ -272,6 +272,9 @@ class Growth:
             batches: as for `add_skill`.
             seed: of the batches that are scored for calibration.
         """
+        turns = self._model.router_config.turns
+        if turns is not None:
+            batches = (as_prompts(batch, turns) for batch in batches)
         texts = [text.mean for text in self._states(BASE, batches)]
         if BASE in self.library:
             self.library.forget(BASE)

@@ -62,9 +62,9 @@ class RoutedForward(RoutedPeftModel):
             labels: int64 [batch, seq], -100 where nothing is predicted.
             num_items_in_batch: predicted tokens of the whole optimizer step, as the Trainer passes it; the
                 language-model loss is then divided by it, so that accumulation changes nothing.
-            num_tokens_in_batch: real tokens of the whole optimizer step, which the router's losses are
-                divided by. Where only `num_items_in_batch` is known, they are taken over the predicted
-                tokens; where neither is, over the real tokens of this batch.
+            num_tokens_in_batch: routed tokens of the whole optimizer step (see `routed_tokens`), which the router's
+                losses are divided by. Where only `num_items_in_batch` is known, they are taken over the predicted
+                tokens; where neither is, over the routed tokens of this batch.
             prompt_lengths: int64 [batch], in real tokens; with sequence granularity, where each row's prompt
                 ends. None: before its first label that is not -100, else at its 32nd real token.
             label_smoothing: from 0 to below 1; this part of each label is spread evenly over the vocabulary
@@ -89,7 +89,7 @@ class RoutedForward(RoutedPeftModel):
             return_dict=True,
             **kwargs,
         )
-        context.states = None  # as large as hidden states, and nothing reads them any more
+        context.states = context.remembered = None  # as large as hidden states, and nothing reads them any more
         result = out  # of TRL's or Liger's fused head: log-probabilities of the labels, or their loss, and no logits
         if "logits" in out:
             result = DyLoRAMoEOutput(
@@ -122,7 +122,10 @@ class RoutedForward(RoutedPeftModel):
         if "adapter_names" in kwargs:
             raise ValueError("adapter_names has no meaning for a routed model; use `with model.route_to([...]):`")
         if prompt_lengths is not None and not self.router_config.per_sequence:
-            raise ValueError("prompt_lengths has no meaning with granularity='token': every token is routed on its own")
+            raise ValueError(
+                f"prompt_lengths has no meaning with granularity={self.router_config.granularity!r}; only 'sequence' "
+                "asks where a row's prompt ends"
+            )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be from 0 to below 1")
         kwargs.pop("output_router_logits", None)  # how TRL asks for aux_loss, which is always there
@@ -155,6 +158,10 @@ class RoutedForward(RoutedPeftModel):
         With sequence granularity each row is decided on its prompt, once; a cache that is passed in and was
         decided already keeps its decision. With `return_dict_in_generate=True` and a prompt of ids, the result
         also has `.routing`, of every token of `sequences`.
+
+        With response granularity the result also has `.turns`, the answers of each row and who wrote them, and
+        `route_to` names who writes the answer that is open at the prompt's end, and what follows; what stands before
+        it stays as the router sends it.
 
         Raises:
             ValueError: for a router that reads the last hidden states and decides token by token; for

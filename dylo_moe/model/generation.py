@@ -17,6 +17,7 @@ from dylo_moe.routing.cache import find_router_layer
 from dylo_moe.routing.features import RouterState
 from dylo_moe.routing.router import Routing
 from dylo_moe.routing.token_masks import as_list, finished_mask, prompt_mask
+from dylo_moe.routing.turns import TurnState, find_answers, list_turns
 from dylo_moe.utils.errors import DyLoRAWarning
 
 
@@ -89,8 +90,24 @@ class GenerateCall:
         decided = None
         if config.per_sequence and not (config.reads_final and hooks.decider() is not NotForced):
             decided = self._decide(hooks, self.mask)
+        forced_from = None
+        if config.per_response and hooks.decider() is not NotForced:
+            forced_from = self._forced_from(hooks, self.mask)
         drafts = self.value("is_assistant") or self.value("assistant_early_exit") is not None
-        return Prompt(self.mask, decided, drafts=bool(drafts))
+        return Prompt(self.mask, decided, forced_from, drafts=bool(drafts))
+
+    def _forced_from(self, hooks: RoutingHooks, mask: Tensor) -> Tensor:
+        """int64 [prompts]: where the answer begins that is open at the prompt's end, and is to be written by whom
+        `route_to` asks for; what a cache holds, or where none is open the whole prompt, was read already."""
+        turns, ids = hooks.router.config.turns, cast(Tensor, self.input_ids)
+        num_before = mask.shape[1] - ids.shape[1]  # which are in the cache alone
+        memory = None if self.cache is None else find_router_layer(self.cache)
+        state = cast("TurnState | None", memory.state) if memory is not None and num_before > 0 else None
+        recent, is_open = (None, None) if state is None else (state.recent, state.is_open)
+        answers = find_answers(ids, mask=mask[:, num_before:].bool(), turns=turns, recent=recent, is_open=is_open)
+        begins = answers.opened_at[:, -1].clamp_min(0) + num_before
+        begins = torch.where(answers.is_open[:, -1], begins, mask.shape[1])
+        return begins.clamp_min(0 if memory is None else memory.num_tokens)
 
     def _decide(self, hooks: RoutingHooks, mask: Tensor) -> RouterState:
         """What each prompt's row is routed by, total [prompts, hidden]: from its cache, or from all its tokens."""
@@ -123,8 +140,10 @@ class GenerateCall:
         read = hooks.read(input_ids=sequences[:, :end], **self._positioned(real[:, :end], hooks))
         if not bare:
             output.routing = _padded(read.routing, length=sequences.shape[1])
-        if memory is not None and read.states is not None and not hooks.router.config.per_sequence:
-            memory.replace(read.states)
+            if read.answers is not None:
+                output.turns = list_turns(read.routing.names, read.routing.weights, answers=read.answers)
+        if memory is not None and read.remembered is not None:
+            memory.replace(read.remembered)
 
     def _positioned(self, mask: Tensor, hooks: RoutingHooks) -> dict[str, Tensor]:
         """A mask of finished rows and, where the base takes them, position ids that continue the given ones."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -30,9 +30,13 @@ from dylo_moe.model.pool_options import pool_problems
 from dylo_moe.model.probe import probe
 from dylo_moe.model.routing_hooks import NotForced
 from dylo_moe.model.saving import save_checkpoint
+from dylo_moe.model.turns_of_base import turns_of_base
 from dylo_moe.routing.config import BALANCE_COEFFICIENT, SHARED, GrowingRouterConfig, RouterConfig
 from dylo_moe.routing.features import RouterState
+from dylo_moe.routing.forward_context import ForwardContext
 from dylo_moe.routing.router import Routing
+from dylo_moe.routing.token_masks import text_starts
+from dylo_moe.routing.turns import find_answers
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import counted
 
@@ -111,6 +115,8 @@ class DyLoRAMoE(RoutedForward):
         if router is None:
             router = GrowingRouterConfig() if allow_expert_growth else RouterConfig()
         router = RouterConfig(**asdict(router))  # the defaults have been taken
+        if router.per_response and router.turns is None:
+            router = replace(router, turns=turns_of_base(base))
         if not allow_expert_growth and num_experts is None:
             num_experts = ExpertConfig.num_experts
         problems = pool_problems(
@@ -306,21 +312,36 @@ class DyLoRAMoE(RoutedForward):
         """
         return self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).routing
 
+    def routed_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which tokens of a batch are routed: bool [batch, seq]. These are all that are not padding and, with response
+        granularity, of them the answers; others go to the base alone. Nothing is run.
+
+        Args:
+            batch: input_ids [batch, seq] and, where padded or packed, attention_mask and position_ids.
+        """
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        if not self.router_config.per_response:
+            return mask
+        starts = text_starts(batch.get("position_ids"), mask=mask)
+        return find_answers(ids, mask=mask, turns=self.router_config.turns, starts=starts).tokens
+
     def router_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """What the gate reads of these tokens, whatever `route_to` asks for: fp32 [batch, seq, hidden].
 
         Args:
             inputs: as in `route`.
         """
-        return self._router_states(input_ids, attention_mask, **inputs).mean
+        return cast(RouterState, self._read(input_ids, attention_mask, **inputs).states).mean
 
     @torch.no_grad()
-    def _router_states(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> RouterState:
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> ForwardContext:
+        """What the router read of these tokens and, with response granularity, which answers it found."""
         with self._hooks.forcing(NotForced):
-            states = self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs).states
-        if states is None:
+            context = self._hooks.read(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        if context.states is None:
             raise ValueError("an expert is merged into the base, so that the base alone cannot be read; unmerge it")
-        return states
+        return context
 
     def text_features(self, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
         """What the gate reads of each text, padding left out: fp32 [tokens, hidden] each, on the model's device.
@@ -337,15 +358,23 @@ class DyLoRAMoE(RoutedForward):
         """The router's memory after each token of each text: total [tokens, hidden], mass [tokens, 1], and where the
         router filters belief [tokens, members].
 
+        With response granularity each answer counts as one text of one token: that at which it begins, and was decided.
+
         Args:
             batches: as for `text_features`.
         """
-        texts = []
+        texts: list[RouterState] = []
         for batch in batches:
             ids = batch["input_ids"].to(self.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(self.device).bool()
             given = {name: batch[name].to(self.device) for name in ROUTER_INPUTS if name in batch}
-            states = self._router_states(ids, mask, **given)
+            read = self._read(ids, mask, **given)
+            states = cast(RouterState, read.states)
+            if read.answers is not None:
+                row_N, place_N = read.answers.openings.nonzero(as_tuple=True)
+                chosen = states.each(lambda part, at=(row_N, place_N): part[at][:, None])  # type: ignore[misc]
+                texts += [chosen.each(lambda part, index=index: part[index]) for index in range(len(row_N))]  # type: ignore[misc]
+                continue
             texts += [
                 states.each(lambda part, row=row, real=real: part[row][real])  # type: ignore[misc]
                 for row, real in enumerate(mask)
@@ -368,6 +397,11 @@ class DyLoRAMoE(RoutedForward):
         """
         self._check_learned("initialize_router")
         texts = self.text_features(batches)
+        if not texts and self.router_config.per_response:
+            raise ValueError(
+                "initialize_router was given no text with an answer, as RouterConfig.turns finds them; with "
+                "granularity='response' give conversations"
+            )
         if len(texts) < len(self._pool):
             raise ValueError(
                 f"initialize_router was given {counted(len(texts), 'text')} for "

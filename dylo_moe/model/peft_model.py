@@ -205,8 +205,13 @@ class RoutedPeftModel(PeftModelForCausalLM):
 
         Raises:
             ValueError: unless `adapter_names` holds exactly one expert: a mixture that differs from token to
-                token is no single weight.
+                token is no single weight; and with response granularity, where prompts go to the base alone.
         """
+        if self.router_config.per_response:
+            raise ValueError(
+                "with granularity='response' prompts go to the base alone, and an expert that is merged into it would "
+                "read them too; use `with model.route_to(name):`"
+            )
         cast(Any, self.base_model).merge_adapter(self._only_one(adapter_names), **kwargs)
 
     def _only_one(self, adapter_names: list[str] | None) -> list[str]:

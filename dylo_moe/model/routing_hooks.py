@@ -16,6 +16,7 @@ from dylo_moe.base.stack import decoder_layers
 from dylo_moe.experts.expert import ExpertPool
 from dylo_moe.model.nonfinite import blame_nan
 from dylo_moe.routing.cache import (
+    Memory,
     RouterCacheLayer,
     cache_among,
     find_router_layer,
@@ -23,10 +24,12 @@ from dylo_moe.routing.cache import (
     num_cached_tokens,
 )
 from dylo_moe.routing.config import SHARED
+from dylo_moe.routing.dispatch import Dispatch
 from dylo_moe.routing.features import RouterState, causal_sums, read_tokens
 from dylo_moe.routing.forward_context import ContextSlot, ForwardContext
-from dylo_moe.routing.router import Router, force_routing, make_dispatch
+from dylo_moe.routing.router import Router, Routing, force_routing, impose, make_dispatch
 from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
+from dylo_moe.routing.turns import TurnState, decide_answers, find_answers
 from dylo_moe.utils.distributed import are_joined
 from dylo_moe.utils.words import counted
 
@@ -45,6 +48,9 @@ class Prompt(NamedTuple):
     """[prompts, prompt tokens], 0 on padding."""
     decided: RouterState | None
     """With sequence granularity, what the rows are decided on: total [prompts, hidden], mass [prompts, 1]."""
+    forced_from: Tensor | None = None
+    """With response granularity inside `route_to`, int64 [prompts]: the first position that is forced; answers that
+    begin before it are the router's. None: nothing is forced."""
     drafts: bool = False
     """Whether tokens are drafted one by one and may all be taken back."""
 
@@ -175,6 +181,13 @@ class RoutingHooks:
                     "cannot follow; give the whole text instead"
                 )
             kwargs = {**kwargs, "use_cache": False}
+        if self.router.config.per_response:
+            context.input_ids = kwargs.get("input_ids", args[0] if args else None)
+            if context.input_ids is None:
+                raise ValueError(
+                    "granularity='response' finds the answers by the tokens that open and close them, so that it needs "
+                    "input_ids; inputs_embeds alone cannot be routed"
+                )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             context.attention_mask = mask
@@ -242,23 +255,47 @@ class RoutingHooks:
         cache = cache_among(args, kwargs)
         mask = self._mask(context, hidden)
         context.num_tokens = mask.numel()
-        forced, dtype = context.forced, self.pool.compute_dtype()
-        decides = forced is NotForced or context.ends_at_router
+        by_answers = self.router.config.per_response
+        decides = context.forced is NotForced or context.ends_at_router or by_answers
         if decides or cache is not None:
             context.states = self._states(context, hidden.detach(), mask, cache)
-        if forced is NotForced:
-            assert context.states is not None
-            context.routing, selected = self.router(context.states, mask=mask, dense=context.dense)
-            context.dispatch = make_dispatch(context.routing, selected, layouts=self.pool.layouts, dtype=dtype)
-        else:
-            experts = one_per_row(forced, mask.shape[0], expandable=self.prompt is not None)
-            context.routing, context.dispatch = force_routing(
-                self.router.names, experts, mask=mask, layouts=self.pool.layouts, dtype=dtype
-            )
+        context.routing, context.dispatch = self._routing(context, mask)
         if context.ends_at_router:
             raise _RouterReached
-        if self.router.training and not hidden.requires_grad and torch.is_grad_enabled() and are_joined():
-            hidden.requires_grad_()  # so that a rank whose tokens chose no expert takes part in the others' backward
+        # So that a batch without an answer, or a rank whose tokens chose no expert, has a backward pass.
+        trains = self.router.training and torch.is_grad_enabled() and (by_answers or are_joined())
+        if trains and not hidden.requires_grad:
+            hidden.requires_grad_()
+
+    def _routing(self, context: ForwardContext, mask: Tensor) -> tuple[Routing, Dispatch]:
+        """Who computes each token: by the gate, or where `route_to` asks for; of some turns, by both."""
+        answers, dtype = context.answers, self.pool.compute_dtype()
+        is_exact, routed = answers is not None, mask if answers is None else answers.tokens
+        layouts, uses_shared = self.pool.layouts, None
+        experts = None
+        if context.forced is not NotForced:
+            experts = one_per_row(context.forced, mask.shape[0], expandable=self.prompt is not None)
+            forced = routed if answers is None else self._forced_tokens(context, routed)
+            if answers is None or torch.equal(forced, routed):
+                return force_routing(
+                    self.router.names, experts, mask=routed, layouts=layouts, dtype=dtype, is_exact=is_exact
+                )
+        assert context.states is not None
+        routing, selected = self.router(context.states, mask=routed, dense=context.dense)
+        if experts is not None:
+            routing, selected, uses_shared = impose(routing, selected, experts, tokens=forced)
+        dispatch = make_dispatch(
+            routing, selected, layouts=layouts, dtype=dtype, is_exact=is_exact, uses_shared=uses_shared
+        )
+        return routing, dispatch
+
+    def _forced_tokens(self, context: ForwardContext, routed: Tensor) -> Tensor:
+        """bool [batch, seq]: the answers' tokens that `route_to` is for; in `generate`, none that were read before."""
+        if self.prompt is None or self.prompt.forced_from is None:
+            return routed
+        batch, seq = routed.shape
+        position_S = context.num_cached + torch.arange(seq, device=routed.device)
+        return routed & (position_S >= _expand_rows(self.prompt.forced_from, batch)[:, None])
 
     def _mask(self, context: ForwardContext, hidden: Tensor) -> Tensor:
         batch, seq = hidden.shape[:2]
@@ -285,16 +322,38 @@ class RoutingHooks:
                 memory.hold(None, num_tokens=mask.shape[1])
             return None
         starts = text_starts(context.position_ids, mask=mask)
-        state = None if memory is None else memory.state
         tokens = read_tokens(hidden, mask=mask)
-        half_life = self.router.config.router_half_life
-        states = causal_sums(tokens, mask=mask, half_life=half_life, state=state, starts=starts)
-        before = None if state is None else state.belief
-        belief = self.router.believe(tokens, mask=mask, belief=before, starts=starts)
-        states = states._replace(belief=belief)
+        before = None if memory is None else memory.state
+        after: Memory
+        if self.router.config.per_response:
+            after = self._turn_states(context, tokens, mask, starts, cast("TurnState | None", before))
+        else:
+            after = self._token_states(tokens, mask, starts, cast("RouterState | None", before))
+        context.remembered = after
         if memory is not None:
-            memory.store(states, all_of_them=self.prompt is not None and self.prompt.drafts)
-        return states
+            memory.store(after, all_of_them=self.prompt is not None and self.prompt.drafts)
+        return after.decided if isinstance(after, TurnState) else after
+
+    def _token_states(
+        self, tokens: Tensor, mask: Tensor, starts: Tensor | None, before: RouterState | None
+    ) -> RouterState:
+        """The state after each token."""
+        half_life = self.router.config.router_half_life
+        states = causal_sums(tokens, mask=mask, half_life=half_life, state=before, starts=starts)
+        belief = None if before is None else before.belief
+        return states._replace(belief=self.router.believe(tokens, mask=mask, belief=belief, starts=starts))
+
+    def _turn_states(
+        self, context: ForwardContext, tokens: Tensor, mask: Tensor, starts: Tensor | None, before: TurnState | None
+    ) -> TurnState:
+        """The state after each token, and where an answer is open, the one with which it began."""
+        config, ids = self.router.config, cast(Tensor, context.input_ids).to(mask.device)
+        recent, is_open, read = (None, None, None) if before is None else (before.recent, before.is_open, before.read)
+        context.answers = find_answers(
+            ids, mask=mask, turns=config.turns, starts=starts, recent=recent, is_open=is_open
+        )
+        states = causal_sums(tokens, mask=mask, half_life=config.router_half_life, state=read, starts=starts)
+        return decide_answers(states, context.answers, before=before)
 
     def _sequence_states(
         self, context: ForwardContext, hidden: Tensor | None, mask: Tensor, memory: RouterCacheLayer | None

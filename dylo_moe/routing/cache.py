@@ -14,10 +14,14 @@ from transformers import Cache, EncoderDecoderCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 from dylo_moe.routing.features import RouterState
+from dylo_moe.routing.turns import TurnState
 from dylo_moe.utils.words import counted
 
 HISTORY = 128
 """The number of tokens before the last call that can be removed again; those of the last call always can."""
+
+Memory = RouterState | TurnState
+"""What the router carries from token to token: `TurnState` where it decides once an answer."""
 
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
 """Transformers' own layer that holds no keys and values; it has one since 5.23."""
@@ -27,8 +31,9 @@ class RouterCacheLayer(DummyLayer):
     """What the router remembers of each row, and how many tokens it has seen.
 
     With token granularity that is the causal mean's state after each of the last tokens, because a running
-    mean cannot be unsummed; with sequence granularity, the features on which the row was decided. To
-    Transformers it is one of the layers that hold no keys and values, and it is passed over as those are.
+    mean cannot be unsummed; with response granularity also which answer is open, and what it was decided on;
+    with sequence granularity, the features on which the row was decided. To Transformers it is one of the
+    layers that hold no keys and values, and it is passed over as those are.
     """
 
     is_compileable = True  # as static layers are: Transformers masks by it what they have not filled yet
@@ -44,7 +49,7 @@ class RouterCacheLayer(DummyLayer):
         self.num_tokens = 0
         self.decided: RouterState | None = None
         """What the routing of the whole row was decided on: total [batch, hidden], mass [batch, 1]."""
-        self._history: list[RouterState] = []
+        self._history: list[Memory] = []
 
     def check_continues(self, num_tokens: int) -> None:
         """Raises ValueError when the rest of the cache holds another number of tokens than this memory saw."""
@@ -55,11 +60,11 @@ class RouterCacheLayer(DummyLayer):
             )
 
     @property
-    def state(self) -> RouterState | None:
-        """The memory after the last token: total [batch, hidden], mass [batch, 1]. None when nothing was seen yet."""
+    def state(self) -> Memory | None:
+        """The memory after the last token, without the dimension of the tokens. None when nothing was seen yet."""
         return self._history[-1].last if self._history else None
 
-    def store(self, states: RouterState, *, all_of_them: bool = False) -> None:
+    def store(self, states: Memory, *, all_of_them: bool = False) -> None:
         """Remember some more tokens (padding counted).
 
         Args:
@@ -77,7 +82,7 @@ class RouterCacheLayer(DummyLayer):
                 self._history.insert(0, oldest.span(excess, None).each(Tensor.clone))
             excess -= _length(oldest)
 
-    def replace(self, states: RouterState) -> None:
+    def replace(self, states: Memory) -> None:
         """Remember other states than were stored, for the same tokens."""
         self._history = [states.span(0, self.num_tokens)]
 
@@ -146,7 +151,7 @@ class RouterCacheLayer(DummyLayer):
         self._history, self.decided, self.num_tokens = [], None, 0
 
 
-def _length(states: RouterState) -> int:
+def _length(states: Memory) -> int:
     return states.mass.shape[1]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
+from dylo_moe.routing.turn_tokens import TurnTokens
 from dylo_moe.utils.checks import choice_problems, is_number
 from dylo_moe.utils.words import counted
 
@@ -15,6 +17,8 @@ FINAL = "final"
 TOKEN = "token"
 
 SEQUENCE = "sequence"
+
+RESPONSE = "response"
 
 LEARNED = "learned"
 
@@ -91,12 +95,16 @@ class RouterConfig:
     granularity: str = field(
         default=TOKEN,
         metadata={
-            "help": "What is routed: each token on its own, or a sequence as a whole, decided on its prompt.",
-            "choices": [TOKEN, SEQUENCE],
+            "help": "What is routed: each token on its own; a sequence as a whole, decided on its prompt; or each "
+            "response of a conversation, decided as it begins, while whatever stands before it is read by the base.",
+            "choices": [TOKEN, SEQUENCE, RESPONSE],
         },
     )
     """"token": every token is routed on its own. "sequence": a text is routed as a whole, by what the router
-    reads at the last token of its prompt, and its generated tokens are routed likewise."""
+    reads at the last token of its prompt, and its generated tokens are routed likewise. "response": each answer of a
+    conversation is routed as a whole, by what the router reads as it begins, and every other token goes to the
+    unchanged base, so that one cache of a conversation serves all experts (as with aLoRA, Greenewald et al. 2025,
+    arXiv:2504.12397, where the user chooses the one adapter)."""
 
     policy: str = field(
         default=LEARNED,
@@ -120,7 +128,11 @@ class RouterConfig:
     change_rate: float = field(default=0.0, metadata={"flag": None})
     """The probability that the subject changes at a token, of the filter through which a gate that follows the skill
     library reads a text (`dylo_moe.routing.belief`); 0: no filter, the gate reads the mean alone. A gate that is
-    trained, or decides by sequence, has none."""
+    trained, or does not decide by token, has none."""
+
+    turns: Any = field(default=None, metadata={"flag": None})
+    """With granularity "response", the tokens that open and close an answer: a `TurnTokens` of routing/turn_tokens.py,
+    or its fields in a dict. None: those of the chat template of the base's tokenizer, which `from_base` looks up."""
 
     temperature: float = field(default=1.0, metadata={"flag": None})
     """Divides the gate logits of dense collaboration; towards 0 it becomes top-1."""
@@ -148,20 +160,40 @@ class RouterConfig:
         problems += choice_problems(self)
         if not is_number(self.change_rate) or not 0 <= self.change_rate < 1:
             problems.append(f"change_rate is {self.change_rate!r}; it must be a number of at least 0 and below 1")
-        elif self.change_rate and self.per_sequence:
+        elif self.change_rate and self.granularity != TOKEN:
             problems.append(
-                f"change_rate is {self.change_rate!r}, which has no meaning with granularity 'sequence', where a text "
-                "is routed as a whole; leave it out"
+                f"change_rate is {self.change_rate!r}, which has no meaning with granularity {self.granularity!r}, "
+                "where tokens are not routed on their own; leave it out"
             )
+        if self.per_response and self.reads_final:
+            problems.append(
+                "router_layer is 'final', which granularity 'response' cannot have: what the base says of an answer "
+                "would need a second pass; use 'embeddings' or a layer's index"
+            )
+        if self.turns is not None and not self.per_response:
+            problems.append(f"turns is given, which has no meaning with granularity {self.granularity!r}; leave it out")
         for name in ("router_half_life", "temperature"):
             if not is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number above 0")
         for name in ("z_loss_coefficient", "entropy_coefficient"):
             if not is_number(getattr(self, name)) or not math.isfinite(getattr(self, name)):
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a finite number")
+        problems += self._turns_problems()
         problems += [] if problems else self._policy_problems()
         if problems:
             raise ValueError("RouterConfig: " + "; ".join(problems))
+
+    def _turns_problems(self) -> list[str]:
+        """What is wrong with `turns`; a dict, as a checkpoint holds them, becomes `TurnTokens`."""
+        if self.turns is None or isinstance(self.turns, TurnTokens):
+            return []
+        if not isinstance(self.turns, dict):
+            return [f"turns is {self.turns!r}; it must be TurnTokens, a dict of its fields, or None"]
+        try:
+            object.__setattr__(self, "turns", TurnTokens(**self.turns))
+        except (TypeError, ValueError) as error:
+            return [f"turns is {self.turns!r}: {error}"]
+        return []
 
     def _policy_problems(self) -> list[str]:
         """What cannot apply where nothing is learned, or, with "uniform", nothing is chosen."""
@@ -192,6 +224,11 @@ class RouterConfig:
     def per_sequence(self) -> bool:
         """Whether a text is routed as a whole."""
         return self.granularity == SEQUENCE
+
+    @property
+    def per_response(self) -> bool:
+        """Whether each answer of a conversation is routed as a whole, and the base reads all else."""
+        return self.granularity == RESPONSE
 
     def layer_index(self, num_layers: int) -> int:
         """Index of the first layer that carries experts, in a model of `num_layers` layers; the routing is
@@ -245,13 +282,13 @@ class GrowingRouterConfig(RouterConfig):
         metadata={
             "flag": "router_change_rate",
             "help": "How likely a text changes its subject at a token; larger follows a change faster. 0: the gate "
-            "reads a mean that forgets with its half-life. Default 0.01, and 0 with granularity sequence.",
+            "reads a mean that forgets with its half-life. Default 0.01, and 0 with granularity sequence or response.",
         },
     )
 
     def __post_init__(self) -> None:
         if self.change_rate is None:
-            object.__setattr__(self, "change_rate", 0.0 if self.per_sequence else CHANGE_RATE)
+            object.__setattr__(self, "change_rate", CHANGE_RATE if self.granularity == TOKEN else 0.0)
         if self.router_half_life is None:
             object.__setattr__(self, "router_half_life", FILTERED_HALF_LIFE if self.change_rate else HALF_LIFE)
         super().__post_init__()

@@ -120,6 +120,7 @@ def dispatch_to_selected(
     selected_TK: Tensor,
     layouts: Iterable[Layout],
     dtype: torch.dtype,
+    is_exact: bool = False,
 ) -> Dispatch:
     """Send each token to its selected experts; others are computed, with weight 0, only if that is cheaper.
 
@@ -130,8 +131,9 @@ def dispatch_to_selected(
         selected_TK: int64, each token's experts as positions in `names`; -1 for none, as for padding.
         layouts: the layouts of the model's routed linears.
         dtype: the dtype in which the adapters are computed.
+        is_exact: a token without experts meets none, not even with weight 0.
     """
-    selection = _Selection(names, selected_TK)
+    selection = _Selection(names, selected_TK, is_exact=is_exact)
     parts: dict[Layout, Dense | Grouped | None] = {}
     for layout in layouts:
         shapes = [shape for shape in layout.shapes if selection.count(shape.name)]
@@ -169,8 +171,10 @@ def add_shared(dispatch: Dispatch, uses_T: Tensor, *, is_exact: bool) -> Dispatc
 class _Selection:
     """Which tokens selected which experts."""
 
-    def __init__(self, names: Sequence[str], selected_TK: Tensor) -> None:
+    def __init__(self, names: Sequence[str], selected_TK: Tensor, *, is_exact: bool = False) -> None:
         self.num_tokens, self.top_k = selected_TK.shape
+        self.leaves_some_out = is_exact and bool((selected_TK < 0).all(-1).any())
+        """Whether some tokens have no expert, and must meet none."""
         self.position = {name: index for index, name in enumerate(names)}
         self._expert_N = selected_TK.reshape(-1)
         self._counts = torch.bincount(self._expert_N + 1, minlength=len(names) + 1).tolist()
@@ -202,9 +206,8 @@ def _part(
         if weights_TE is None or not weights_TE.requires_grad:
             return Dense((shapes[0].name,), None, shapes[0].scaling)
         return _dense(shapes, weights_TE, position=selection.position, dtype=dtype)
-    if weights_TE is not None and dense_is_quicker(
-        num_tokens=selection.num_tokens, num_experts=len(shapes), top_k=selection.top_k
-    ):
+    is_quicker = dense_is_quicker(num_tokens=selection.num_tokens, num_experts=len(shapes), top_k=selection.top_k)
+    if weights_TE is not None and not selection.leaves_some_out and is_quicker:
         return _dense(shapes, weights_TE, position=selection.position, dtype=dtype)
     return _grouped(shapes, weights_TE, selection=selection, dtype=dtype)
 

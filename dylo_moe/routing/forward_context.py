@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from dylo_moe.routing.cache import RouterCacheLayer
+from dylo_moe.routing.cache import Memory, RouterCacheLayer
 from dylo_moe.routing.dispatch import Dispatch
 from dylo_moe.routing.features import RouterState
+from dylo_moe.routing.turns import Answers
 
 
 class ForwardContext:
@@ -47,6 +48,8 @@ class ForwardContext:
         """What `route_to` asks for, in the terms of `RoutingHooks`."""
         self.dense = False
         """Whether some expert is nascent; kept, because an older Transformers recomputes the routing too."""
+        self.input_ids: Tensor | None = None
+        """[batch, seq], where the router finds answers by their tokens."""
         self.attention_mask: Tensor | None = None
         """[batch, tokens], cached ones included."""
         self.position_ids: Tensor | None = None
@@ -61,7 +64,12 @@ class ForwardContext:
         self.memory: RouterCacheLayer | None = None
         """The router's layer of it, which joins a new cache when the base has ended: some count their layers."""
         self.states: RouterState | None = None
-        """What each token is routed by: the router's memory after it, or with sequence granularity after its prompt."""
+        """What each token is routed by: the router's memory after it, with sequence granularity after its prompt, with
+        response granularity as its answer began."""
+        self.remembered: Memory | None = None
+        """What a cache keeps after each token; None with sequence granularity, which keeps the decision alone."""
+        self.answers: Answers | None = None
+        """With response granularity, the answers among the tokens."""
         self.routing: Any = None
         """A `Routing`: which experts each token uses, with which weights."""
         self.dispatch: Dispatch | None = None

@@ -38,9 +38,9 @@ class Routing(NamedTuple):
     names: tuple[str, ...]
     """The experts, in gate order: the columns of the tensors below."""
     weights: Tensor
-    """[batch, seq, experts]; zero where not selected and on padding; else a distribution."""
+    """[batch, seq, experts]; zero where not selected and on tokens that are not routed; else a distribution."""
     mask: Tensor
-    """bool [batch, seq]; False on padding."""
+    """bool [batch, seq]; the tokens that are routed: not padding, and with response granularity only answers."""
     logits: Tensor | None
     """[batch, seq, experts] gate logits; None where the gate did not decide: by `route_to`, or with a policy of the
     router that is not learned."""
@@ -261,7 +261,7 @@ class Router(nn.Module):
         Args:
             states: what each token is routed by: total [batch, seq, hidden], mass [batch, seq, 1], and where the router
                 filters belief [batch, seq, members].
-            mask: bool [batch, seq], False on padding.
+            mask: bool [batch, seq], the tokens that are routed.
             dense: all experts for every token (some expert is nascent), else the top-k.
 
         Returns:
@@ -404,23 +404,75 @@ def _exactly_one(probability: Tensor) -> Tensor:
 
 
 def make_dispatch(
-    routing: Routing, selected_BSK: Tensor | None, *, layouts: Iterable[Layout], dtype: torch.dtype
+    routing: Routing,
+    selected_BSK: Tensor | None,
+    *,
+    layouts: Iterable[Layout],
+    dtype: torch.dtype,
+    is_exact: bool = False,
+    uses_shared: Tensor | None = None,
 ) -> Dispatch:
-    """Choose the kernel path, and arrange the tokens for it; every real token uses the shared expert too.
+    """Choose the kernel path, and arrange the tokens for it; every routed token uses the shared expert too.
 
     Args:
         selected_BSK: int64 [batch, seq, top_k], positions in `routing.names`; None: all experts.
         layouts: of the model's routed linears.
         dtype: what the adapters are computed in.
+        is_exact: tokens that are not routed meet no adapter, not even with weight 0; compiled code, which knows them by
+            values only, computes them so all the same.
+        uses_shared: bool [batch, seq], which tokens use the shared expert; None: all that are routed.
     """
     names = routing.names
     weights_TE = routing.weights.reshape(-1, len(names))
+    uses_shared = routing.mask if uses_shared is None else uses_shared
+    if selected_BSK is None and is_exact:
+        selected_BSK = _all_selected(routing)
     if selected_BSK is None or torch.compiler.is_compiling():  # who is at hand is known by values only
         dispatch = dispatch_to_all(names, weights_TE, layouts=layouts, dtype=dtype)
     else:
         selected_TK = selected_BSK.masked_fill(~routing.mask[..., None], -1).reshape(-1, selected_BSK.shape[-1])
-        dispatch = dispatch_to_selected(names, weights_TE, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
-    return add_shared(dispatch, routing.mask.reshape(-1), is_exact=False)
+        dispatch = dispatch_to_selected(
+            names, weights_TE, selected_TK=selected_TK, layouts=layouts, dtype=dtype, is_exact=is_exact
+        )
+    return add_shared(dispatch, uses_shared.reshape(-1), is_exact=is_exact)
+
+
+def _all_selected(routing: Routing) -> Tensor:
+    """int64 [batch, seq, experts], where every token selects all experts."""
+    everyone_E = torch.arange(len(routing.names), device=routing.mask.device)
+    return everyone_E.expand(*routing.mask.shape, -1)
+
+
+def _chosen(names: Sequence[str], experts: Sequence[str | None], *, device: torch.device) -> Tensor:
+    """int64 [rows]: the position in `names` of what `route_to` asks for in each row; -1 for the base alone."""
+    members = [BASE if name in (None, SHARED) else name for name in experts]
+    chosen = [-1 if name == BASE and name not in names else names.index(name) for name in members]
+    return torch.tensor(chosen, device=device)
+
+
+def impose(
+    routing: Routing, selected_BSK: Tensor | None, experts: Sequence[str | None], *, tokens: Tensor
+) -> tuple[Routing, Tensor, Tensor]:
+    """Send some tokens where `route_to` asks for, and leave the others where the gate sends them.
+
+    Args:
+        routing: of the gate; of the result the logits are None.
+        selected_BSK: int64 [batch, seq, top_k], positions in `routing.names`; None: all experts.
+        experts: one entry per row of the batch; None: the base alone.
+        tokens: bool [batch, seq], routed tokens that are to go there.
+
+    Returns:
+        The routing, the selected experts, and bool [batch, seq], the routed tokens that use the shared expert.
+    """
+    chosen_B = _chosen(routing.names, experts, device=tokens.device)
+    forced_BSE = (chosen_B[:, None, None] == torch.arange(len(routing.names), device=tokens.device)).float()
+    weights_BSE = torch.where(tokens[..., None], forced_BSE, routing.weights)
+    selected_BSK = _all_selected(routing) if selected_BSK is None else selected_BSK
+    first_K = torch.arange(selected_BSK.shape[-1], device=tokens.device) == 0
+    forced_BSK = torch.where(first_K, chosen_B[:, None, None], -1)
+    selected_BSK = torch.where(tokens[..., None], forced_BSK, selected_BSK)
+    is_alone_B1 = torch.tensor([[name is None] for name in experts], device=tokens.device)
+    return Routing(routing.names, weights_BSE, routing.mask, None), selected_BSK, routing.mask & ~(tokens & is_alone_B1)
 
 
 def force_routing(
@@ -430,6 +482,7 @@ def force_routing(
     mask: Tensor,
     layouts: Iterable[Layout],
     dtype: torch.dtype,
+    is_exact: bool = False,
 ) -> tuple[Routing, Dispatch]:
     """The routing that `route_to` asks for: one expert a row, or None for the base alone.
 
@@ -438,14 +491,16 @@ def force_routing(
     Args:
         names: the members of the pool, in gate order.
         experts: one entry per row of the batch.
-        mask: bool [batch, seq].
+        mask: bool [batch, seq], the tokens that are routed.
         layouts: of the model's routed linears.
         dtype: what the adapters are computed in.
+        is_exact: other tokens go to the base alone; else they may go along, because they are padding.
     """
     names = tuple(names)
-    members = [BASE if name in (None, SHARED) else name for name in experts]
-    chosen = [-1 if name == BASE and name not in names else names.index(name) for name in members]
-    chosen_BS = torch.tensor(chosen, device=mask.device)[:, None].expand_as(mask)
+    uses_B1 = torch.tensor([[name is not None] for name in experts], device=mask.device)
+    chosen_BS, uses_BS = _chosen(names, experts, device=mask.device)[:, None].expand_as(mask), uses_B1.expand_as(mask)
+    if is_exact:
+        chosen_BS, uses_BS = chosen_BS.masked_fill(~mask, -1), uses_BS & mask
     weights_BSE = (chosen_BS[..., None] == torch.arange(len(names), device=mask.device)).float()
     routing = Routing(names, weights_BSE * mask[..., None], mask, None)
     if torch.compiler.is_compiling():
@@ -453,5 +508,4 @@ def force_routing(
     else:
         selected_TK = chosen_BS.reshape(-1, 1)
         dispatch = dispatch_to_selected(names, None, selected_TK=selected_TK, layouts=layouts, dtype=dtype)
-    uses_B1 = torch.tensor([[name is not None] for name in experts], device=mask.device)
-    return routing, add_shared(dispatch, uses_B1.expand_as(mask).reshape(-1), is_exact=True)
+    return routing, add_shared(dispatch, uses_BS.reshape(-1), is_exact=True)

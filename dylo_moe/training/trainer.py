@@ -68,6 +68,8 @@ class DyLoRATrainer(CheckpointingTrainer):
         self.eval_meter = Meter(domains, experts)
         self.step_tokens: Tensor | None = None
         """Real tokens of the present optimizer step, over all ranks; None where the batches have no mask."""
+        self._routed_tokens: Tensor | None = None
+        """Those of them that are routed: with response granularity, the answers'."""
         self._balance_sum, self._balance_steps = 0.0, 0
         self._num_parameters: int | None = None
         self._on_alarm, self._bell = on_alarm or log_alarms, AlarmBell()
@@ -100,10 +102,15 @@ class DyLoRATrainer(CheckpointingTrainer):
         num_rows, batch_size = len(cast(Any, self.train_dataset)), self.args.train_batch_size
         batches = (self._without_repeats(batch, num_rows, batch_size) for batch in epoch_iterator)
         samples, num_items = super().get_batch_samples(batches, num_batches, device)
-        counts = [batch["attention_mask"].sum() for batch in samples if "attention_mask" in batch]
-        self.step_tokens = torch.stack(counts).sum().to(device) if len(counts) == len(samples) and counts else None
-        if self.step_tokens is not None and self.args.world_size > 1:
-            self.step_tokens = self.accelerator.gather(self.step_tokens).sum()
+        self.step_tokens = self._routed_tokens = None
+        if samples and all("attention_mask" in batch for batch in samples):
+            masks = [batch["attention_mask"] for batch in samples]
+            routed = [self.own_model().routed_tokens(batch) for batch in samples]
+            counts = torch.stack([torch.stack([part.sum() for part in parts]).sum() for parts in (masks, routed)])
+            counts = counts.to(device)
+            if self.args.world_size > 1:
+                counts = self.accelerator.gather(counts[None]).sum(0)
+            self.step_tokens, self._routed_tokens = counts
         return samples, num_items
 
     def _without_repeats(self, batch: dict[str, Any], num_rows: int, batch_size: int) -> dict[str, Any]:
@@ -147,8 +154,8 @@ class DyLoRATrainer(CheckpointingTrainer):
         domain = inputs.pop("domain", None)
         if model.training:
             inputs["label_smoothing"] = self.args.label_smoothing_factor
-            if self.step_tokens is not None:
-                inputs["num_tokens_in_batch"] = self.step_tokens
+            if self._routed_tokens is not None:
+                inputs["num_tokens_in_batch"] = self._routed_tokens
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if domain is None:
             domain = torch.zeros(len(inputs["labels"]), dtype=torch.int64)
