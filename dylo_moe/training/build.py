@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from dylo_moe.base.loading import four_bit, load_base
+from dylo_moe.base.loading import four_bit, load_base, load_tokenizer
 from dylo_moe.continual.config import GrowthConfig
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData
+from dylo_moe.data.turn_tokens import find_turn_tokens
 from dylo_moe.experts.adapter import lora_config
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.model.model import DyLoRAMoE
@@ -43,6 +45,9 @@ def build_model(
     """
     if router.reads_final and not router.per_sequence:
         raise ValueError("router_layer final with granularity token cannot generate; add --granularity sequence")
+    if router.per_response and router.turns is None:
+        tokenizer = load_tokenizer(flags.model, accept_terms=flags.accept_gemma_terms)
+        router = replace(router, turns=find_turn_tokens(tokenizer))
     return DyLoRAMoE.from_base(
         load(flags.model, **base_options(flags, bf16=bf16)),
         num_experts=experts.num_experts if growth is None else None,

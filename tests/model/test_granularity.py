@@ -449,7 +449,9 @@ def test_a_gate_that_starts_at_texts_without_difference_scales_nothing(laws, tex
 
 @pytest.mark.parametrize("granularity", ["rows", "", None, 1, "Token"], ids=repr)
 def test_another_granularity_is_refused(granularity):
-    with pytest.raises(ValueError, match=f"granularity is {granularity!r}; it must be 'token', 'sequence' or 'response'"):
+    with pytest.raises(
+        ValueError, match=f"granularity is {granularity!r}; it must be 'token', 'sequence' or 'response'"
+    ):
         DyLoRAMoE.from_base(tiny_base("llama"), router=RouterConfig(granularity=granularity))
 
 

@@ -18,7 +18,7 @@ from dylo_moe.base.stack import decoder_layers
 from dylo_moe.commands.plan.base_config import base_config
 from dylo_moe.commands.train.request import Arguments
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.routing.config import UNIFORM
+from dylo_moe.routing.config import TOKEN, UNIFORM
 from dylo_moe.training.build import build_model
 
 LAYERS_OF_A_KIND = 3
@@ -112,6 +112,8 @@ def outline(arguments: Arguments, *, bf16: bool = False) -> Outline:
         ValueError: where the config cannot be had, or the flags do not fit it.
     """
     flags, experts, router, bf16 = arguments.model, arguments.experts, arguments.router, bf16 or arguments.train.bf16
+    if router.per_response:  # a tokenizer is not needed for a bound: that of rows whose tokens are all an answer's
+        router = replace(router, granularity=TOKEN)
     autocast = torch.bfloat16 if bf16 else torch.float16 if arguments.train.fp16 else None
     pools = followed_pools(Pool(experts.num_experts, router.top_k), to_all=router.policy == UNIFORM)
     one, to_one = replace(experts, num_experts=1), replace(router, top_k=1)

@@ -122,6 +122,8 @@ def show_memory(screen: Screen, request: PlanRequest, plan: Plan) -> None:
     table.add_row(f"peak, in {peak.when}", f"{plan.total_bytes / MB:,.0f}", style="bold")
     screen.say(table)
     say(screen, ON_CPU if request.device == CPU else ON_GPU)
+    if request.arguments.router.per_response:
+        say(screen, "Of rows that are an answer throughout: with granularity response, prompts need less.")
 
 
 def precision(request: PlanRequest) -> str:

@@ -76,6 +76,9 @@ def sample_of(rows: Dataset, collator: Collator, num_rows: int) -> Iterator[dict
 
 def text_means(model: DyLoRAMoE, rows: Dataset, collator: Collator) -> Tensor:
     """The mean of the router features of each row: fp32 [rows, hidden], on the CPU."""
+    if model.router_config.per_response:  # where each answer has a feature of its own, and a row may have several
+        alone = (model.text_features([collator([row])]) for row in rows)
+        return torch.stack([torch.cat(features).mean(0).cpu() for features in alone])
     batches = sample_of(rows, collator, len(rows))
     return torch.stack([text.mean(0).cpu() for batch in batches for text in model.text_features([batch])])
 
