@@ -17,13 +17,16 @@ rows, by each task's own metric and in nats per answer token:
   oracle         our experts, the right one chosen by somebody who knows: the ceiling
   any_ssr        our experts behind Any-SSR's closed-form router, decided on the prompt (arXiv:2503.13575)
   ours_sequence  `model.add_skill`, `granularity="sequence"`: the prompt decides
+  ours_response  `granularity="response"`: the prompt decides, and the base reads it; its experts learned only to answer
+  oracle_response  the same, the right expert chosen by somebody who knows
   ours_token     the same, each token on its own
   top1_token     the same with one expert for each token, where the gate is unsure too
   frozen_token, frozen_sequence   the same two with gate rows that stay as they were fitted, one expert for each token
 
-The last seven share their experts, which are trained once a seed. Each stage of each run leaves a file and is not done
-again, so the command can be interrupted and run again. In the end it prints the tables of all runs in the output folder
-and writes summary.json. It needs the package `rapidfuzz`, which `make lint` adds to .venv.
+Ours, the oracle and any_ssr share their experts, trained once a seed; the two with `response` have others. Each
+stage of each run leaves a file and is not done again, so the command can be interrupted and run again. In the end it
+prints the tables of all runs in the output folder and writes summary.json. It needs the package `rapidfuzz`, which
+`make lint` adds to .venv.
 """
 
 from __future__ import annotations
@@ -46,11 +49,11 @@ from dylo_moe.utils.atomic_files import write_whole
 
 METHODS: dict[str, Method] = {**OURS, **PLAIN}
 
-ORDER_MATTERS = {"in_turn", "replay_1", "replay_5", "o_lora", *OURS} - {"oracle"}
+ORDER_MATTERS = {"in_turn", "replay_1", "replay_5", "o_lora", *OURS} - {"oracle", "oracle_response"}
 
 RUN_FIRST = (
     "oracle", "ours_sequence", "any_ssr", "ours_token", "base", "in_turn", "replay_5", "joint", "o_lora", "replay_1",
-    "top1_token", "frozen_token", "frozen_sequence",
+    "top1_token", "frozen_token", "frozen_sequence", "oracle_response", "ours_response",
 )  # fmt: skip
 """What matters most comes first."""
 

@@ -10,6 +10,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from dylo_moe import DyLoRAMoE
 from dylo_moe.continual.config import FRESH, FROZEN, GROW, LIBRARY, GrowthConfig
 from dylo_moe.model.saving import save_tensors
-from dylo_moe.routing.config import BASE, SEQUENCE, GrowingRouterConfig
+from dylo_moe.routing.config import BASE, RESPONSE, SEQUENCE, TOKEN, GrowingRouterConfig
 from dylo_moe.utils.atomic_files import write_whole
 
 SAMPLE_ROWS = 16
@@ -69,9 +70,16 @@ def grown(
         )
 
 
+def expert_folder(run: Run, granularity: str) -> Path:
+    """The folder of the experts of one seed. Those that only write answers learn other weights than those that also
+    read prompts."""
+    folder = run.setting.folder / "experts" / f"seed{run.seed}"
+    return folder / RESPONSE if granularity == RESPONSE else folder
+
+
 def learn(run: Run, model: DyLoRAMoE, task: Task) -> float:
     """Train a task's expert, or read it from its file; the seconds that its training took."""
-    folder = run.setting.folder / "experts" / f"seed{run.seed}"
+    folder = expert_folder(run, model.router_config.granularity)
     weights, facts = folder / f"{task.name}.safetensors", folder / f"{task.name}.json"
     if facts.exists():
         set_peft_model_state_dict(model, load_file(weights), adapter_name=task.name)
@@ -95,11 +103,12 @@ class Forced:
 
     Args:
         run: of any method on these experts.
+        granularity: whose experts they are.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, granularity: str = TOKEN) -> None:
         self.judge = run.setting.judge
-        self.path = run.setting.folder / "experts" / f"seed{run.seed}" / "forced.json"
+        self.path = expert_folder(run, granularity) / "forced.json"
         self.known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def outputs(self, model: DyLoRAMoE, name: str, sent: Decisions) -> list[str]:
@@ -149,11 +158,11 @@ class Forced:
         }
 
 
-def oracle(run: Run) -> Iterator[Stage]:
+def oracle(run: Run, *, granularity: str = TOKEN) -> Iterator[Stage]:
     """One LoRA for each task, and somebody who knows which task a text is of."""
-    forced = Forced(run)
+    forced = Forced(run, granularity)
     facts: dict[str, Any] = {}
-    for model, facts in grown(run, GrowingRouterConfig()):  # noqa: B007
+    for model, facts in grown(run, GrowingRouterConfig(granularity=granularity)):  # noqa: B007
         pass
     own = {name: [name] * len(task.prompts) for name, task in run.setting.tasks.items()}
     read = {name: sent[: run.setting.judge.num_matrix_rows] for name, sent in own.items()}
@@ -171,10 +180,12 @@ def ours_token(run: Run, *, top_k: int | None = None, gate_rows: str = LIBRARY) 
             yield {**facts, **run.setting.judge.stage(model, run.due(place)), "shares": shares(run, model, place)}
 
 
-def ours_sequence(run: Run, *, top_k: int | None = None, gate_rows: str = LIBRARY) -> Iterator[Stage]:
-    """The prompt decides for the whole row."""
-    forced, chosen = Forced(run), {} if top_k is None else {"top_k": top_k}
-    router = GrowingRouterConfig(granularity=SEQUENCE, **chosen)
+def ours_by_prompt(
+    run: Run, *, granularity: str, top_k: int | None = None, gate_rows: str = LIBRARY
+) -> Iterator[Stage]:
+    """The prompt decides: with "sequence" for the whole row, with "response" for its answer, and the base reads it."""
+    forced, chosen = Forced(run, granularity), {} if top_k is None else {"top_k": top_k}
+    router = GrowingRouterConfig(granularity=granularity, **chosen)
     for place, (model, facts) in enumerate(grown(run, router, gate_rows=gate_rows)):
         if place < run.done:
             continue
@@ -197,7 +208,9 @@ def decided(model: DyLoRAMoE, prompts: Sequence[Sequence[int]]) -> Decisions:
     sent = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        routing = model.route(ids, torch.ones_like(ids), prompt_lengths=torch.tensor([len(prompt)]))
+        by_text = model.router_config.per_sequence
+        lengths = {"prompt_lengths": torch.tensor([len(prompt)])} if by_text else {}
+        routing = model.route(ids, torch.ones_like(ids), **lengths)
         weights = routing.weights[0, -1]
         sent.append(routing.names[int(weights.argmax())] if float(weights.max()) == 1.0 else MIXED)
     return sent
@@ -209,17 +222,19 @@ def shares(run: Run, model: DyLoRAMoE, place: int) -> dict[str, dict[str, float]
     found = {}
     for name in run.order[: place + 1]:
         rows = run.setting.tasks[name].test
-        is_own = []
+        is_own, is_routed = [], []
         for first in range(0, len(rows.input_ids), SAMPLE_ROWS):
             part = rows.take(slice(first, first + SAMPLE_ROWS))
             routing = model.route(part.input_ids, part.attention_mask, labels=part.labels)
             is_own.append(routing.weights.argmax(-1) == routing.names.index(name))
-        own, is_answer = torch.cat(is_own), rows.labels != -100
+            is_routed.append(routing.mask)
+        own, routed = torch.cat(is_own), torch.cat(is_routed)
+        is_answer = (rows.labels != -100) & routed
         lasts = is_answer.int().argmax(1) - 1
         found[name] = {
             "answers": float(own[is_answer].float().mean()),
             "last prompt token": float(own.gather(1, lasts[:, None]).float().mean()),
-            "all tokens": float(own[rows.attention_mask.bool()].float().mean()),
+            "all tokens": float(own[routed].float().mean()),
         }
     return found
 
@@ -294,9 +309,11 @@ def any_ssr(run: Run) -> Iterator[Stage]:
 OURS: dict[str, Method] = {
     "oracle": oracle,
     "ours_token": ours_token,
-    "ours_sequence": ours_sequence,
+    "oracle_response": functools.partial(oracle, granularity=RESPONSE),
+    "ours_sequence": functools.partial(ours_by_prompt, granularity=SEQUENCE),
+    "ours_response": functools.partial(ours_by_prompt, granularity=RESPONSE),
     "top1_token": functools.partial(ours_token, top_k=1),
     "frozen_token": functools.partial(ours_token, top_k=1, gate_rows=FROZEN),
-    "frozen_sequence": functools.partial(ours_sequence, top_k=1, gate_rows=FROZEN),
+    "frozen_sequence": functools.partial(ours_by_prompt, granularity=SEQUENCE, top_k=1, gate_rows=FROZEN),
     "any_ssr": any_ssr,
 }

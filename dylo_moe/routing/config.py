@@ -34,8 +34,12 @@ SHARED = "shared"
 
 BALANCE_COEFFICIENT = 0.01
 
-HALF_LIFE, FILTERED_HALF_LIFE, CHANGE_RATE = 32.0, 8.0, 0.01
-"""Defaults: of the half-life of the router's mean without a filter and with one, and of the filter's change rate."""
+HALF_LIFE, FILTERED_HALF_LIFE, RESPONSE_HALF_LIFE = 32.0, 8.0, 16.0
+"""Defaults of the half-life of the router's mean: without a filter, with one, and with granularity "response", where a
+decision stands on the prompt that it ends, and not on the turns before (benchmarks/continual/response_gates.py)."""
+
+CHANGE_RATE = 0.01
+"""Default of the filter's change rate."""
 
 TOP_P_HELP = (
     "Where the gate is sure, fewer than top_k experts: the fewest whose probabilities reach this sum. 1: always top_k."
@@ -120,10 +124,14 @@ class RouterConfig:
     a fixed pseudo-random function of the gate's input, so a text is always routed the same way, whatever it says."""
 
     router_half_life: float = field(
-        default=HALF_LIFE,
-        metadata={"help": "Half-life of the router's memory, in tokens; shorter follows a change of subject faster."},
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Half-life of the router's memory, in tokens; shorter follows a change of subject faster. Default "
+            "32, and 16 with granularity response."
+        },
     )
-    """Half-life, in tokens, of the causal exponential mean that the gate reads."""
+    """Half-life, in tokens, of the causal exponential mean that the gate reads; None: 32, and 16 with granularity
+    "response"."""
 
     change_rate: float = field(default=0.0, metadata={"flag": None})
     """The probability that the subject changes at a token, of the filter through which a gate that follows the skill
@@ -147,6 +155,8 @@ class RouterConfig:
     """Weight of the mean entropy of a token's routing, in nats; positive makes the router surer."""
 
     def __post_init__(self) -> None:
+        if self.router_half_life is None:
+            object.__setattr__(self, "router_half_life", self._default_half_life)
         problems = []
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
             problems.append(f"top_k is {self.top_k!r}; it must be a whole number of at least 1")
@@ -200,7 +210,7 @@ class RouterConfig:
         without_meaning = {LEARNED: (), RANDOM: (*OF_LEARNING, "top_p"), UNIFORM: (*OF_LEARNING, *OF_CHOOSING)}[
             self.policy
         ]
-        defaults = {item.name: item.default for item in fields(self)}
+        defaults = {item.name: item.default for item in fields(self)} | {"router_half_life": self._default_half_life}
         problems = [
             f"{name} is {getattr(self, name)!r}, which has no meaning with policy {self.policy!r}; leave it out"
             for name in without_meaning
@@ -209,6 +219,12 @@ class RouterConfig:
         if self.policy == UNIFORM and self.reads_final:
             problems.append("router_layer is 'final', which has no meaning with policy 'uniform'; leave it out")
         return problems
+
+    @property
+    def _default_half_life(self) -> float:
+        if self.change_rate:
+            return FILTERED_HALF_LIFE
+        return RESPONSE_HALF_LIFE if self.per_response else HALF_LIFE
 
     @property
     def is_learned(self) -> bool:
@@ -269,11 +285,11 @@ class GrowingRouterConfig(RouterConfig):
         },
     )
 
-    router_half_life: float | None = field(  # type: ignore[assignment]
-        default=None,
+    router_half_life: float = field(
+        default=None,  # type: ignore[assignment]
         metadata={
             "help": "Half-life of the router's memory, in tokens; default 8 with a change rate (a filter remembers "
-            "longer by itself), and 32 without."
+            "longer by itself), 16 with granularity response, and else 32."
         },
     )
 
@@ -289,8 +305,6 @@ class GrowingRouterConfig(RouterConfig):
     def __post_init__(self) -> None:
         if self.change_rate is None:
             object.__setattr__(self, "change_rate", CHANGE_RATE if self.granularity == TOKEN else 0.0)
-        if self.router_half_life is None:
-            object.__setattr__(self, "router_half_life", FILTERED_HALF_LIFE if self.change_rate else HALF_LIFE)
         super().__post_init__()
 
 
