@@ -36,7 +36,7 @@ BALANCE_COEFFICIENT = 0.01
 
 HALF_LIFE, FILTERED_HALF_LIFE, RESPONSE_HALF_LIFE = 32.0, 8.0, 16.0
 """Defaults of the half-life of the router's mean: without a filter, with one, and with granularity "response", where a
-decision stands on the prompt that it ends, and not on the turns before (benchmarks/continual/response_gates.py)."""
+decision stands on the prompt that it ends, and not on the turns before."""
 
 CHANGE_RATE = 0.01
 """Default of the filter's change rate."""

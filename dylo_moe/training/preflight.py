@@ -17,7 +17,7 @@ from transformers.optimization import get_scheduler
 from dylo_moe.base.limits import BaseLimits, limits_of
 from dylo_moe.base.loading import load_base_without_weights
 from dylo_moe.continual.config import GrowthConfig
-from dylo_moe.data.config import DataConfig
+from dylo_moe.data.config import ALL, DataConfig
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.data.sources.locate import locate_for_training
 from dylo_moe.experts.config import ExpertConfig
@@ -82,6 +82,11 @@ def check_before_reading(
         limits = _limits(model, experts, router, growth)
     except (ValueError, ImportError) as error:
         raise UsageError("; ".join([*problems, str(error)])) from error
+    if router.per_response and data.loss_on == ALL:
+        problems.append(
+            "loss_on is 'all', which has no meaning with granularity 'response', where the base reads the prompts and "
+            "nothing learns them; leave it out"
+        )
     if problem := limits.length_problem(data.max_seq_length, "--max_seq_length"):
         problems.append(problem)
     if problems:

@@ -17,7 +17,12 @@ from dylo_moe.commands.stream.request import StreamRequest
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import LoadedData, load_data
+from dylo_moe.data.turn_rows import only_answers
+from dylo_moe.data.turn_tokens import find_turn_tokens
+from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.config import RouterConfig
+from dylo_moe.routing.turn_tokens import TurnTokens
 
 SKILL_BATCH = 16
 """Rows in a batch for the novelty detector and the skill library."""
@@ -45,7 +50,16 @@ class StageData(NamedTuple):
 def read_data(request: StreamRequest, tokenizer: PreTrainedTokenizerBase) -> LoadedData:
     """Read all datasets together, in the order of `Roles`, so that rows which several of them share are found."""
     with request.train.main_process_first(desc="tokenising"):  # the others take it from the cache
-        return load_data(all_data(request), tokenizer, seed=request.train.seed)
+        data = load_data(all_data(request), tokenizer, seed=request.train.seed)
+    turns = turns_of(request, tokenizer)
+    return data if turns is None else only_answers(data, turns, plain=roles_of(request, data).base)
+
+
+def turns_of(request: StreamRequest, tokenizer: PreTrainedTokenizerBase) -> TurnTokens | None:
+    """What opens and closes an answer, where answers are routed as wholes; of --checkpoint's pool, as it says."""
+    if request.stream.checkpoint is not None:
+        return RouterConfig(**read_manifest(request.stream.checkpoint)["router"]).turns
+    return find_turn_tokens(tokenizer) if request.router.per_response else None
 
 
 def all_data(request: StreamRequest) -> DataConfig:

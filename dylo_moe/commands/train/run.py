@@ -25,6 +25,8 @@ from dylo_moe.commands.train.screen import (
 from dylo_moe.data.collator import Collator
 from dylo_moe.data.loading import LoadedData, load_data
 from dylo_moe.data.packing import check_texts_kept_apart, epoch_of
+from dylo_moe.data.turn_rows import only_answers
+from dylo_moe.data.turn_tokens import find_turn_tokens
 from dylo_moe.evaluation.callback import BenchmarkCallback, BenchmarkSchedule, plan_benchmarks
 from dylo_moe.evaluation.continuation import RoutedText, end_ids, sample
 from dylo_moe.evaluation.results import rename_evaluations
@@ -185,6 +187,8 @@ def read_data(arguments: Arguments, screen: Screen) -> tuple[PreTrainedTokenizer
     tokenizer = load_tokenizer(arguments.model.model, accept_terms=arguments.model.accept_gemma_terms)
     with arguments.train.main_process_first(desc="tokenising"):
         data = load_data(arguments.data, tokenizer, seed=arguments.train.seed)
+    if arguments.router.per_response:
+        data = only_answers(data, find_turn_tokens(tokenizer))
     show_data(screen, data)
     check_same_data(arguments.resumed, data)
     return tokenizer, data
