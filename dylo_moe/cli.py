@@ -13,6 +13,7 @@ from typing import Any
 from dylo_moe.parsing.ending import no_such_command, print_error
 from dylo_moe.parsing.help_format import overview
 from dylo_moe.utils.failures import REPORT, explained
+from dylo_moe.utils.harmless import harmless
 from dylo_moe.utils.other_libraries import only_our_lines
 from dylo_moe.utils.quiet import quiet
 
@@ -83,7 +84,7 @@ def _run(name: str, words: list[str], options: dict[str, Any]) -> int:
             raise
         message = explained(error, name)
         if message is None:
-            traceback.print_exc()
+            sys.stderr.write(harmless(traceback.format_exc()))
             print_error(name, REPORT)
             return 1
         print_error(name, message)

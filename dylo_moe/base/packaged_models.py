@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -20,9 +19,10 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylo_moe.base.packages import PACKAGED_MODELS, PackagedModel, terms_problem
+from dylo_moe.utils.harmless import harmless, harmless_logger
 from dylo_moe.utils.quiet import is_quiet
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = harmless_logger(__name__)
 
 # Written last into a converted folder: where the model comes from, and the size of each file.
 RECORD_NAME = "dylora_base.json"
@@ -116,7 +116,7 @@ def _make(model: PackagedModel, folder: Path) -> None:
 def _say(text: str) -> None:
     LOGGER.info("%s", text)
     if not is_quiet():
-        print(f"dylora: {text}", file=sys.stderr, flush=True)
+        print(f"dylora: {harmless(text)}", file=sys.stderr, flush=True)
 
 
 def fetch_gguf(model: PackagedModel, into: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -39,9 +38,10 @@ from dylo_moe.model.probe import probe
 from dylo_moe.routing.config import SHARED, RouterConfig
 from dylo_moe.routing.features import NUM_PLACES
 from dylo_moe.utils.errors import DyLoRAWarning
+from dylo_moe.utils.harmless import harmless_logger
 from dylo_moe.utils.words import counted
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = harmless_logger(__name__)
 
 Model = TypeVar("Model", bound=RoutedPeftModel)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,9 +37,10 @@ from dylo_moe.routing.router import Routing
 from dylo_moe.routing.token_masks import text_starts
 from dylo_moe.routing.turns import find_answers
 from dylo_moe.utils.file_names import MANIFEST
+from dylo_moe.utils.harmless import harmless_logger
 from dylo_moe.utils.words import counted
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = harmless_logger(__name__)
 
 ROUTER_INPUTS = ("position_ids", "labels", "prompt_lengths")
 """What the router reads of a batch besides its tokens and their mask."""

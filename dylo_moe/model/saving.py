@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -27,9 +26,10 @@ from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.utils.atomic_files import files_below, listing, replace_folder, sync
 from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.file_names import MANIFEST
+from dylo_moe.utils.harmless import harmless_logger
 from dylo_moe.utils.words import listed
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = harmless_logger(__name__)
 
 _NO_TENSORS = save({}, {"format": "pt"})
 

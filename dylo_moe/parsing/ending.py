@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 
 from dylo_moe.utils.errors import RankLost, Stopped
+from dylo_moe.utils.harmless import harmless
 from dylo_moe.utils.words import nearest
 
 
@@ -38,8 +39,9 @@ def print_error(name: str, reason: object) -> None:
 
         if not prints_for_all():
             return
-    print(f"{f'dylora {name}'.strip()}: {reason}", file=sys.stderr, flush=True)
-    logging.getLogger(f"dylo_moe.{name or 'cli'}").error("%s", reason)
+    said = harmless(str(reason))
+    print(f"{f'dylora {name}'.strip()}: {said}", file=sys.stderr, flush=True)
+    logging.getLogger(f"dylo_moe.{name or 'cli'}").error("%s", said)
 
 
 def until_stopped(name: str, run: Callable[[], object]) -> int:

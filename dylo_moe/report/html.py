@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from dylo_moe.report.run_record import finite
 from dylo_moe.training.charts import COLOURS
+from dylo_moe.utils.harmless import harmless
 from dylo_moe.utils.redact import open_settings
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a page with one of the templates of this package."""
-    return _environment().get_template(template).render(values)
+    """Render a page with one of the templates of this package; no text in it can steer what shows the page."""
+    return harmless(_environment().get_template(template).render(values))
 
 
 def page_link(page: Path, home: Path) -> str:

@@ -7,7 +7,6 @@ on.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -22,11 +21,12 @@ from dylo_moe.training.alarms import AlarmBell, alarms
 from dylo_moe.training.metrics import Meter, MeterReading, as_metrics, gate_drift, gradient_norms, token_losses
 from dylo_moe.training.sharding import ShardedModel, average_gradients, is_sharded
 from dylo_moe.training.trainer_checkpoints import CheckpointingTrainer
+from dylo_moe.utils.harmless import harmless_logger
 
 OnAlarm = Callable[[int, list[str]], None]
 """Called with the step and one sentence for each alarm about the routing that begins or ends there."""
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = harmless_logger(__name__)
 
 
 def log_alarms(step: int, sentences: list[str]) -> None:

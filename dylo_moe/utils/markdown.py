@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from dylo_moe.utils.harmless import harmless
+
 
 class Markdown(str):
     """Text that is Markdown already and is not escaped again."""
@@ -15,7 +17,7 @@ def plain(value: Any) -> Markdown:
     """A value as text in one line, for a table or a sentence."""
     if isinstance(value, Markdown):
         return value
-    text = " ".join(str(value).split())
+    text = " ".join(harmless(str(value)).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # An underscore inside a word means nothing in Markdown, so that names such as expert_0 stay readable.
     return Markdown(re.sub(r"([\\|*`~\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text))
@@ -23,7 +25,7 @@ def plain(value: Any) -> Markdown:
 
 def code(value: Any) -> Markdown:
     """A value in the letters of code; a backtick in it becomes an apostrophe."""
-    return Markdown("`" + " ".join(str(value).replace("`", "'").split()) + "`")
+    return Markdown("`" + " ".join(harmless(str(value)).replace("`", "'").split()) + "`")
 
 
 def markdown_table(titles: Sequence[Any], rows: Sequence[Sequence[Any]], *, right: Collection[int] = ()) -> str:

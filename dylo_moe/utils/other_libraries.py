@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dylo_moe.utils.errors import DyLoRAWarning
+from dylo_moe.utils.harmless import harmless
 
 SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -82,7 +83,7 @@ def only_our_lines(show: Callable[[str], None]) -> Iterator[None]:
             if issubclass(category, DyLoRAWarning):
                 show(str(message))
             else:
-                theirs(message, category, *rest, **more)
+                theirs(harmless(str(message)), category, *rest, **more)
 
         warnings.showwarning = show_warning
         try:

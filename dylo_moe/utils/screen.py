@@ -17,6 +17,8 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from dylo_moe.utils.harmless import harmless, harmless_logger
+from dylo_moe.utils.harmless_console import HarmlessConsole, harmless_text
 from dylo_moe.utils.quiet import is_quiet
 
 SECONDS_BETWEEN_LINES = 15
@@ -54,7 +56,7 @@ class Screen:
         self._errors = console or make_console(quiet=not is_first, stderr=True)
         self.is_quiet = is_quiet() and not is_answer
         self.console = make_console(quiet=True) if self.is_quiet else self._answers
-        self._logger = logging.getLogger(f"dylo_moe.{area}")
+        self._logger = harmless_logger(f"dylo_moe.{area}")
         self._is_logged = is_logged and is_first
 
     @property
@@ -104,7 +106,7 @@ class Screen:
         Args:
             is_answer: whether this is what the command was asked for, which --quiet does not hide.
         """
-        (self._answers if is_answer else self.console).print(Text(text), soft_wrap=True)
+        (self._answers if is_answer else self.console).print(Text(harmless(text)), soft_wrap=True)
         self._log(logging.INFO, text)
 
     def file(self, label: str, path: str | Path) -> None:
@@ -121,14 +123,14 @@ class Screen:
 
     def rule(self, title: str = "") -> None:
         """Print a line across the screen."""
-        self.console.rule(Text(title), align="left", style="dim")
+        self.console.rule(Text(harmless(title)), align="left", style="dim")
         if title:
             self._log(logging.INFO, title)
 
     def status(self, title: str) -> AbstractContextManager[Any]:
         """Say what is being done: on a terminal until the `with` block ends, elsewhere in a line."""
         self.progress(title)
-        return self.console.status(Text(title)) if self.is_live else nullcontext()
+        return self.console.status(Text(harmless(title))) if self.is_live else nullcontext()
 
     @contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -151,7 +153,7 @@ class Screen:
                 left = (now - started) / max(done, 1) * max(total - done, 0)
                 text = f"{title}: {done:,} of {total:,}, about {left:.0f} s left"
                 if status is not None:
-                    status.update(Text(text))
+                    status.update(Text(harmless(text)))
                 elif now - said >= SECONDS_BETWEEN_LINES:
                     self.progress(text)
                     said = now
@@ -173,6 +175,7 @@ class Screen:
                 what = Text(in_letters(what, width=console.width))
             console.print(what, crop=False, soft_wrap=isinstance(what, Text))
             return
+        what = harmless(what) if isinstance(what, str) else harmless_text(what)
         text = Text(what, style) if isinstance(what, str) else what
         # A terminal's lines are wrapped between words. Elsewhere a sentence stays one line, and so does what is to be
         # copied: a sentence with a path or a command that no line can hold.
@@ -186,14 +189,14 @@ class Screen:
 
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """A console of rich; with NO_COLOR it prints plain text, also where FORCE_COLOR or a terminal asks for more.
+    """A console that prints; with NO_COLOR it prints plain text, also where FORCE_COLOR or a terminal asks for more.
 
     It reads the environment of now: rich keeps the object that `os.environ` was when rich was imported, and datasets
     puts a copy in its place when it has worked in several processes.
     """
     plain, file = bool(os.environ.get("NO_COLOR")), cast(IO[str], _Stderr()) if stderr else None
     terminal = False if plain else None
-    return Console(quiet=quiet, file=file, force_terminal=terminal, highlight=False, _environ=os.environ)
+    return HarmlessConsole(quiet=quiet, file=file, force_terminal=terminal, _environ=os.environ)
 
 
 class _Stderr:
@@ -219,6 +222,6 @@ class _Stderr:
 
 def in_letters(what: RenderableType, *, width: int = LOG_WIDTH) -> str:
     """What a table and its like look like in plain letters."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = HarmlessConsole(file=io.StringIO(), width=width, color_system=None)
     console.print(what)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]

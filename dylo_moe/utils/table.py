@@ -13,6 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from dylo_moe.utils.harmless import harmless
+from dylo_moe.utils.harmless_console import harmless_text
 from dylo_moe.utils.words import counted
 
 GAP = 3
@@ -74,7 +76,7 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the title and the blocks; rich calls this."""
-        yield Text(self.title, style="italic")
+        yield Text(harmless(self.title), style="italic")
         for block in self.blocks(options.max_width):
             width = max(options.max_width, _total(list(block.values())))
             yield from console.render(self._block(block), options.update(width=width))
@@ -148,7 +150,7 @@ class Table:
 
 
 def _text(what: str | Text) -> Text:
-    return Text(what) if isinstance(what, str) else what
+    return Text(harmless(what)) if isinstance(what, str) else harmless_text(what)
 
 
 def _joined(cell: tuple[Text, ...]) -> Text:

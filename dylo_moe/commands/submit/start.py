@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dylo_moe.training.run_folder import CONFIG_FILE, checkpoints_in
 from dylo_moe.utils.file_names import RESULT
+from dylo_moe.utils.harmless import harmless
 from dylo_moe.utils.install import how_to_install
 
 SECRET_MANAGER = "https://secretmanager.googleapis.com"
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = with_start(command, given.run_folder, os.environ.get(ARTIFACT_VARIABLE))
         os.execvp(command[0], command)
     except (ValueError, OSError) as error:
-        print(f"dylora job: {error}", file=sys.stderr)
+        print(f"dylora job: {harmless(str(error))}", file=sys.stderr)
     return 2
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.base.frozen import count_parameters
@@ -24,6 +23,7 @@ from dylo_moe.training.trainer import DyLoRATrainer
 from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.file_names import RESULT
+from dylo_moe.utils.harmless_console import HarmlessConsole
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.words import counted
 
@@ -158,7 +158,7 @@ def _show_results(
 ) -> None:
     """Print losses, routing and samples, and save them as samples.json and as a picture, result.svg."""
     write_json(folder / "samples.json", [readable(item, tokenizer) for item in results.samples])
-    picture = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
+    picture = HarmlessConsole(record=True, width=100, file=io.StringIO(), force_terminal=True)
     for target in (screen, Screen("train", console=picture, is_answer=True, is_logged=False)):
         show_losses(target, results.before, results.after)
         show_shares(target, results.after)
