@@ -147,7 +147,8 @@ class RoutedPeftModel(PeftModelForCausalLM):
     @contextmanager
     def route_to(self, experts: str | Sequence[str | None] | None) -> Iterator[None]:
         """Force the routing of every forward inside: one expert, None for the base alone, or a list with
-        one entry per row of the batch. Nests; the inner one holds.
+        one entry per row of the batch. Nests; the inner one holds. It holds for the thread that entered it, and no
+        other: several threads can run one model, each with its own experts.
 
         Tokens then compute what those compute that the router sends there: with a shared expert, that one too, and
         "shared" is that one alone, as for tokens of the member `base`.

@@ -31,6 +31,7 @@ from dylo_moe.routing.router import Router, Routing, force_routing, impose, make
 from dylo_moe.routing.token_masks import prompt_ends, text_starts, token_mask
 from dylo_moe.routing.turns import TurnState, decide_answers, find_answers
 from dylo_moe.utils.distributed import are_joined
+from dylo_moe.utils.per_thread import PerThread
 from dylo_moe.utils.words import counted
 
 BASE_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -53,6 +54,14 @@ class Prompt(NamedTuple):
     begin before it are the router's. None: nothing is forced."""
     drafts: bool = False
     """Whether tokens are drafted one by one and may all be taken back."""
+
+
+class _Asked(PerThread):
+    """What the calls that run in a thread ask of its forwards."""
+
+    def __init__(self) -> None:
+        self.forced: Any = NotForced
+        self.prompt: Prompt | None = None
 
 
 class _RouterReached(Exception):
@@ -99,10 +108,7 @@ class RoutingHooks:
         self.slot = slot
         self.needs_token_types = needs_token_types
         self.foreign_state = foreign_state
-        self.forced: Any = NotForced
-        """What `route_to` asks for: an expert's name, None for the base alone, a list of these, or `NotForced`."""
-        self.prompt: Prompt | None = None
-        """The prompt of the running `generate`; None outside one."""
+        self._asked = _Asked()
         _, layers = decoder_layers(base)
         self._num_layers = len(layers)
         self._first_layer = router.config.layer_index(self._num_layers)
@@ -149,20 +155,31 @@ class RoutingHooks:
     @contextmanager
     def forcing(self, experts: Any) -> Iterator[None]:
         """Route all forwards to these experts, or by the router (`NotForced`), while the context lasts. It nests."""
-        before, self.forced = self.forced, experts
+        before, self._asked.forced = self._asked.forced, experts
         try:
             yield
         finally:
-            self.forced = before
+            self._asked.forced = before
 
     @contextmanager
     def generating(self, prompt: Prompt | None) -> Iterator[None]:
         """Treat all forwards as those of one `generate` on this prompt while the context lasts."""
-        before, self.prompt = self.prompt, prompt
+        before, self._asked.prompt = self._asked.prompt, prompt
         try:
             yield
         finally:
-            self.prompt = before
+            self._asked.prompt = before
+
+    @property
+    def forced(self) -> Any:
+        """What `route_to` asks for in this thread: an expert's name, None for the base alone, a list of these, or
+        `NotForced`."""
+        return self._asked.forced
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt of the `generate` that runs in this thread; None outside one."""
+        return self._asked.prompt
 
     # Before the base.
 

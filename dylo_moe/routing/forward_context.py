@@ -17,6 +17,7 @@ from dylo_moe.routing.cache import Memory, RouterCacheLayer
 from dylo_moe.routing.dispatch import Dispatch
 from dylo_moe.routing.features import RouterState
 from dylo_moe.routing.turns import Answers
+from dylo_moe.utils.per_thread import PerThread
 
 
 class ForwardContext:
@@ -83,8 +84,12 @@ class ForwardContext:
         """The forward inside which this one runs, if any."""
 
 
-class ContextSlot:
-    """Holds the context of the forward that is running, for a model and all its routed linears."""
+class ContextSlot(PerThread):
+    """Holds the context of the forward that is running, for a model and all its routed linears.
+
+    Each thread has its own, so that several can run one model at once. A backward pass that recomputes activations may
+    run in yet another thread: `checkpoint_contexts` takes the context there.
+    """
 
     def __init__(self) -> None:
         self.current: ForwardContext | None = None
