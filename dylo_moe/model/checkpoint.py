@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +36,10 @@ from dylo_moe.model.manifest import (
 )
 from dylo_moe.routing.config import BASE, SHARED, RouterConfig
 from dylo_moe.utils.atomic_files import files_below, sha256
+from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.file_names import MANIFEST, RESULT
+from dylo_moe.utils.locks import is_held
+from dylo_moe.utils.whole_folders import LOCK, NEW, hidden_of, left_by_kill
 
 ROUTER_FILE = "router.safetensors"
 
@@ -64,6 +69,16 @@ def checkpoint_in(path: str | os.PathLike[str]) -> Path:
         CheckpointError: for the folder of a run that has not ended, with the checkpoints that it has.
     """
     folder = Path(path)
+    for place in (folder, folder / RESULT):
+        older = left_by_kill(place)
+        if older is not None and (older / MANIFEST).is_file():
+            text = (
+                f"a save over {place} was interrupted; what was there before is {older}, and the next save puts it back"
+            )
+            warnings.warn(text, DyLoRAWarning, stacklevel=2)
+            return older
+    if folder.is_dir() and not (folder / MANIFEST).is_file():
+        finish_move(folder)
     if (folder / MANIFEST).is_file() or not folder.is_dir():
         return folder
     if (folder / RESULT / MANIFEST).is_file():
@@ -75,6 +90,35 @@ def checkpoint_in(path: str | os.PathLike[str]) -> Path:
             f"{folder} has no checkpoint of a run that has ended; its newest one is {newest}: name that"
         )
     return folder
+
+
+def move_in(aside: Path, target: Path) -> None:
+    """Move a checkpoint's files into a folder that holds others too, the manifest last: a folder without it is no
+    checkpoint.
+
+    What was moved by a call that was killed is left as it is, so that another call with the same folders ends the work.
+    """
+    listed = {name.split("/")[0] for name in json.loads((aside / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    (target / MANIFEST).unlink(missing_ok=True)
+    for name in OWN_ENTRIES:
+        is_here = (aside / name).exists()
+        if is_here or name not in listed:
+            if (target / name).is_dir():
+                shutil.rmtree(target / name)
+            else:
+                (target / name).unlink(missing_ok=True)
+        if is_here:
+            os.replace(aside / name, target / name)
+
+
+def finish_move(folder: Path) -> None:
+    """End what `move_in` had begun, before it was killed, in a folder without a manifest."""
+    for hidden in hidden_of(folder, folder):
+        if (hidden / NEW / MANIFEST).is_file() and not ((hidden / LOCK).exists() and is_held(hidden / LOCK)):
+            move_in(hidden / NEW, folder)
+            shutil.rmtree(hidden, ignore_errors=True)
+            warnings.warn(f"a save into {folder} was interrupted; it was finished", DyLoRAWarning, stacklevel=3)
+            return
 
 
 def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:

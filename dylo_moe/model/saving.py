@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -18,16 +16,27 @@ from torch import Tensor
 
 from dylo_moe.base.fingerprint import differences, fingerprint, some_of
 from dylo_moe.base.frozen import quantization
-from dylo_moe.model.checkpoint import ADAPTER_FILES, CARD, LIBRARY_FILE, OWN_ENTRIES, ROUTER_FILE, plain_config
+from dylo_moe.model.checkpoint import (
+    ADAPTER_FILES,
+    CARD,
+    LIBRARY_FILE,
+    OWN_ENTRIES,
+    ROUTER_FILE,
+    CheckpointError,
+    move_in,
+    plain_config,
+)
 from dylo_moe.model.manifest import FORMAT_VERSION, format_version
 from dylo_moe.model.model_card import model_card
 from dylo_moe.model.nonfinite import broken_weights
 from dylo_moe.model.peft_model import RoutedPeftModel
-from dylo_moe.utils.atomic_files import files_below, listing, replace_folder, sync
+from dylo_moe.utils.atomic_files import files_below, listing, sync
 from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.harmless import harmless_logger
+from dylo_moe.utils.whole_folders import hidden_of, replace_folder, written_aside
 from dylo_moe.utils.words import listed
+from dylo_moe.utils.write_errors import as_os_errors, why_not_saved
 
 LOGGER = harmless_logger(__name__)
 
@@ -47,8 +56,12 @@ def save_checkpoint(
     Args:
         training, losses: as of `write_files`.
         beside: leave other files of the folder where they are, as the stock Trainer needs it: its output folder
-            also holds its numbered checkpoints, and a README.md that it wrote. A crash may then leave no checkpoint,
-            but never a mixture of two.
+            also holds its numbered checkpoints, and a README.md that it wrote. They cannot be exchanged at once, so
+            that a kill may leave a part of them; the next reader or save then moves the others in.
+
+    Raises:
+        ValueError: for a folder that holds other files, and weights with NaN or infinity.
+        CheckpointError: where it cannot be written, as on a full disk; what was there before stays as it was.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
@@ -62,17 +75,17 @@ def save_checkpoint(
             f"cannot save to {target}: it holds other files ({', '.join(foreign[:3])}); choose a new folder"
         )
     check_finite(model, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if beside else target.parent))
     try:
-        write_files(model, aside, training=training, losses=losses, for_trainer=for_trainer)
-        if beside:
-            _put_into(aside, target)
-        else:
-            replace_folder(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(target, within=target if beside else None) as aside:
+            write_files(model, aside, training=training, losses=losses, for_trainer=for_trainer)
+            if beside:
+                move_in(aside, target)
+            else:
+                replace_folder(aside, target)
+    except OSError as error:
+        state = "what was there stays as it was" if target.exists() else "nothing of it was kept"
+        raise CheckpointError(f"cannot save {target}: {why_not_saved(target, error)}; {state}") from error
     LOGGER.info("saved %s", target)
 
 
@@ -184,18 +197,8 @@ def _foreign_files(folder: Path) -> list[str]:
     empty = folder / ADAPTER_FILES[1]
     if empty.is_file() and empty.read_bytes() == _NO_TENSORS:  # the Trainer copies it when it pushes to the hub
         own.add(empty.name)
-    return sorted(files_below(folder) - own)
-
-
-def _put_into(aside: Path, target: Path) -> None:
-    """Move a checkpoint's files in, the manifest last: a folder without it is no checkpoint."""
-    (target / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(target / "experts", ignore_errors=True)
-    (target / LIBRARY_FILE).unlink(missing_ok=True)
-    for name in OWN_ENTRIES:
-        if (aside / name).exists():
-            os.replace(aside / name, target / name)
-    aside.rmdir()
+    leftovers = {path.name for path in hidden_of(folder, folder)}
+    return sorted(name for name in files_below(folder) - own if name.split("/")[0] not in leftovers)
 
 
 def _sort_lists(path: Path) -> None:
@@ -208,5 +211,6 @@ def _sort_lists(path: Path) -> None:
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    """Write tensors of any device as one safetensors file."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
+    """Write tensors of any device as one safetensors file. Raises OSError where it cannot be written."""
+    with as_os_errors(path):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})

@@ -15,6 +15,7 @@ import yaml
 
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.file_names import MANIFEST
+from dylo_moe.utils.whole_folders import left_by_kill
 
 NEW_RUN = "new"
 
@@ -30,7 +31,8 @@ GATE_START_FILE = "gate_start.safetensors"
 
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 
-UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old\..*)")
+UNFINISHED = re.compile(r"\.(checkpoint|checkpoint-\d+)\.(partial|(old\.)?[a-z0-9_]{8})")
+"""The hidden folders of saves and deletions."""
 
 
 def new_output_dir(wanted: str) -> Path:
@@ -132,11 +134,18 @@ def discard(checkpoint: Path) -> None:
 
 
 def clear_unfinished(run: Path) -> list[str]:
-    """Delete what interrupted saves left behind; returns the names."""
-    names = sorted(path.name for path in run.iterdir() if UNFINISHED.fullmatch(path.name))
-    for name in names:
-        shutil.rmtree(run / name, ignore_errors=True)
-    return names
+    """Delete what interrupted saves left behind, and put back what one had moved aside; returns the deleted names.
+
+    No other process may be writing there.
+    """
+    found = {path: match for path in run.iterdir() if (match := UNFINISHED.fullmatch(path.name)) and path.is_dir()}
+    for name in sorted({match[1] for match in found.values()}):
+        older = left_by_kill(run / name)
+        if older is not None:
+            older.rename(run / name)
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return sorted(path.name for path in found)
 
 
 def set_aside(run: Path, newest: Path | None) -> list[str]:

@@ -6,9 +6,7 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dylo_moe.training.run_folder import checkpoint_name
-from dylo_moe.utils.atomic_files import replace_folder
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.install import how_to_install
 from dylo_moe.utils.redact import SECRET_NAME
 from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.whole_folders import replace_folder, written_aside
 
 PROJECT = "dylora-moe"
 
@@ -284,8 +282,7 @@ def download_checkpoint(reference: str, into: Path) -> Path:
     if problems:
         raise ValueError(f"{what}: it is no checkpoint of DyLoRA-MoE: {'; '.join(problems)}. Nothing was fetched")
     into.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
-    try:
+    with written_aside(into) as aside:
         try:
             artifact.download(root=str(aside), skip_cache=True)
         except Exception as error:
@@ -294,8 +291,6 @@ def download_checkpoint(reference: str, into: Path) -> Path:
         if problems:
             raise ValueError(f"{what}: what arrived is not what it lists: {'; '.join(problems)}")
         replace_folder(aside, into)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return into
 
 

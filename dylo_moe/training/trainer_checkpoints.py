@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from dylo_moe.model.checkpoint import CheckpointError
 from dylo_moe.model.loading import load_into
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.model.saving import check_finite, write_files
+from dylo_moe.model.saving import check_finite, save_tensors, write_files
 from dylo_moe.training.metrics import MeterReading
 from dylo_moe.training.resume import trainable_set
 from dylo_moe.training.run_folder import GATE_START_FILE, checkpoint_name, checkpoints_in, discard, unfinished
-from dylo_moe.utils.atomic_files import replace_folder
 from dylo_moe.utils.distributed import is_lost_peer
+from dylo_moe.utils.whole_folders import replace_folder
+from dylo_moe.utils.write_errors import why_not_saved
 
 
 class SavePoints(TrainerCallback):
@@ -38,15 +38,19 @@ class SavePoints(TrainerCallback):
     Args:
         limit: `save_total_limit`. It is hidden from the Trainer while it trains, because at a limit of 1 that deletes
             the newest checkpoint at the end of a training whose best one is older.
+        delete_oldest: deletes the checkpoints beyond the limit, which a kill between a save and that has left.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, delete_oldest: Callable[[], object]) -> None:
         self.limit = limit
+        self.delete_oldest = delete_oldest
         self.is_put_off = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hide the limit, after the trackers have recorded it with the other arguments."""
+        """Hide the limit, after the trackers have recorded it with the other arguments, and keep to it."""
         args.save_total_limit = None
+        if args.should_save:
+            self.delete_oldest()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the limit again."""
@@ -84,7 +88,9 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, *args: Any, training: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.training = {} if training is None else training
-        self.save_points = SavePoints(self.args.save_total_limit)
+        self.save_points = SavePoints(
+            self.args.save_total_limit, lambda: self._delete_oldest(Path(str(self.args.output_dir)))
+        )
         self.add_callback(self.save_points)
         self.readings: dict[str, MeterReading] = {}
         """What the newest evaluation found, by dataset."""
@@ -156,8 +162,8 @@ class CheckpointingTrainer(Trainer):
             if self.args.should_save:
                 self._complete(aside)
                 replace_folder(aside, target)
-                hidden.rmdir()
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # RuntimeError: torch.save on a full disk
+                shutil.rmtree(hidden)
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: torch.save on a full disk
             if is_lost_peer(error):
                 raise
             if self.args.should_save:
@@ -186,7 +192,7 @@ class CheckpointingTrainer(Trainer):
     def _complete(self, aside: Path) -> None:
         """Add to the Trainer's state what is ours; the manifest with every file's hash comes last."""
         self.state.save_to_json(str(aside / "trainer_state.json"))
-        save_file(self.gate_start or self.gate_rows(), aside / GATE_START_FILE)
+        save_tensors(self.gate_start or self.gate_rows(), aside / GATE_START_FILE)
         after = {name: reading.loss for name, reading in self.readings.items()}
         known = {"before": self.training.get("losses_before", {}), "after": after}
         write_files(self.own_model(), aside, training=self.checkpoint_record(), losses=known if after else None)
@@ -225,6 +231,8 @@ class CheckpointingTrainer(Trainer):
         """Load the weights and state of a checkpoint whose training is over."""
         self.load_weights(folder)
         self.state = state
+        if self.args.should_save:
+            self._delete_oldest(folder.parent)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights that training resumes from, and check that the optimizer's saved state belongs to them.
@@ -258,11 +266,4 @@ def cannot_save(target: Path, error: Exception) -> str:
     """The message for a checkpoint that cannot be written: why, how much room is left, and which one is the newest."""
     complete = [path.name for _, path in checkpoints_in(target.parent)]
     left = f"the last whole checkpoint is {complete[-1]}" if complete else "there is no earlier checkpoint"
-    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-    if isinstance(error, RuntimeError) and "inline_container" in reason:  # torch.save gives no better reason
-        reason = "a file could not be written to its end"
-    try:
-        free = f"; {shutil.disk_usage(target.parent).free / 1e6:,.0f} MB are free there"
-    except OSError:
-        free = ""
-    return f"cannot save {target}: {reason}{free}. Nothing of it was kept; {left}"
+    return f"cannot save {target}: {why_not_saved(target, error)}. Nothing of it was kept; {left}"

@@ -1,14 +1,10 @@
-"""Atomic writes of files and folders, and hashes that recognise them."""
+"""Atomic writes of files, and hashes that recognise files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,45 +47,10 @@ def listing(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def replace_folder(aside: Path, target: Path) -> None:
-    """Rename the folder `aside` to `target`, in place of a folder that may be there."""
-    os.chmod(aside, 0o755)
-    if not target.exists():
-        os.rename(aside, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
-        os.rename(target, old / "checkpoint")
-        try:
-            os.rename(aside, target)
-        except BaseException:
-            os.rename(old / "checkpoint", target)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def check_free(target: Path) -> None:
     """Raise ValueError if an export would replace something."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output {target} exists and is not an empty folder; name a new one")
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder beside `target` to write into; it becomes `target` if the body succeeds, and is removed if not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors keeps its files from all other users, such as a server's
-                sync(path)
-        replace_folder(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

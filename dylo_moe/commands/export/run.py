@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -37,11 +37,14 @@ from dylo_moe.evaluation.losses import measure
 from dylo_moe.model.checkpoint import ADAPTER_FILES, named_base, read_manifest
 from dylo_moe.model.manifest import expert_problem
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.model.saving import save_tensors
 from dylo_moe.routing.config import BASE, SHARED
-from dylo_moe.utils.atomic_files import check_free, listing, sha256, whole_folder, write_json
+from dylo_moe.utils.atomic_files import check_free, listing, sha256, write_json
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.markdown import Markdown, markdown_table
 from dylo_moe.utils.screen import Screen
+from dylo_moe.utils.whole_folders import whole_folder
+from dylo_moe.utils.write_errors import as_os_errors
 
 EXPORT_FORMAT_VERSION = 1
 
@@ -98,8 +101,7 @@ def export_adapters(export: Export) -> None:
     with whole_folder(export.output) as folder:
         for name, adapter in adapters.items():
             (folder / name).mkdir()
-            state = {key: tensor.contiguous() for key, tensor in adapter.state.items()}
-            save_file(state, folder / name / ADAPTER_FILES[1], {"format": "pt"})
+            save_tensors(adapter.state, folder / name / ADAPTER_FILES[1])
             text = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
             (folder / name / ADAPTER_FILES[0]).write_text(text, encoding="utf-8")
         record = {**adapters_record(export, adapters), "measured": told(export, measured)}
@@ -227,7 +229,8 @@ def write_merged(export: Export, folder: Path, weights: Mapping[str, float]) -> 
     loaded = load_base(base["id"], revision=base["revision"], dtype="auto")
     model = DyLoRAMoE.from_pretrained(str(export.checkpoint), base=loaded)
     plain = bake(model, weights, dtype=None if dtype is None else getattr(torch, dtype))
-    plain.save_pretrained(str(folder))
+    with as_os_errors(folder):
+        plain.save_pretrained(str(folder))
     load_tokenizer(base["id"], revision=base["revision"]).save_pretrained(str(folder))
 
 

@@ -190,7 +190,7 @@ def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
     """
     if request.resumed is not None:
         resumed = request.resumed
-        distributed.first_does(lambda: clear_leftovers(resumed))
+        distributed.first_does(lambda: clear_leftovers(resumed, keep=request.stream.keep_stages))
         return resumed, last_checkpoint(resumed)
     folder = Path(distributed.from_first(lambda: str(_new_folder(request))))
     request.train.output_dir = str(folder)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dylo_moe.commands.stream.arguments import OWN, StreamArguments
+from dylo_moe.model.saving import save_tensors
 from dylo_moe.training.scheduler import TwoPhaseLR
 from dylo_moe.training.trainer import DyLoRATrainer
 
@@ -136,9 +137,7 @@ class StageTrainer(DyLoRATrainer):
     def _complete(self, aside: Path) -> None:
         """Add the best weights so far to a checkpoint."""
         if self._best_weights:
-            save_file(
-                {str(place): weight.contiguous() for place, weight in enumerate(self._best_weights)}, aside / BEST_FILE
-            )
+            save_tensors({str(place): weight for place, weight in enumerate(self._best_weights)}, aside / BEST_FILE)
         super()._complete(aside)
 
     def checkpoint_record(self) -> dict[str, Any]:

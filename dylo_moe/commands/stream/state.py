@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,12 +167,22 @@ def write_view(run: Path, state: StreamState, *, is_over: bool) -> None:
     )
 
 
-def clear_leftovers(run: Path) -> list[str]:
-    """Delete unfinished saves that a kill has left in the stages' folders; returns their names."""
-    names = []
-    for stage in stage_folders(run):
-        names += clear_unfinished(stage)
-        for path in stage.glob(f".{RESULT}.*"):
-            names.append(path.name)
-            shutil.rmtree(path, ignore_errors=True)
+def clear_leftovers(run: Path, *, keep: bool) -> list[str]:
+    """Delete what a kill has left in the stages' folders: unfinished saves, and checkpoints that a later one replaces.
+
+    Args:
+        keep: whether the checkpoints of earlier stages are kept.
+
+    Returns:
+        The names of the unfinished saves.
+    """
+    stages = stage_folders(run)
+    names = [name for folder in (run, *stages) for name in clear_unfinished(folder)]
+    last = last_checkpoint(run)
+    num_done = len(stages) if last == run / RESULT else 0 if last is None else stages.index(last.parent) + 1
+    for stage in stages[:num_done]:  # the stage that is under way goes on from its own
+        for _, spare in checkpoints_in(stage):
+            discard(spare)
+        if (stage / RESULT).is_dir() and stage / RESULT != last and not keep:
+            discard(stage / RESULT)
     return names
