@@ -41,6 +41,8 @@ WHY_NOT = {
     "target_parameters": "raw parameters have no layer of their own to route",
     "lora_bias": "a bias of an expert cannot be weighted with the stacked products",
     "bias": "training the base's biases would change the frozen base",
+    "alora_invocation_tokens": "which tokens an expert reads is the router's to say, with RouterConfig(granularity="
+    "'response', turns=...)",
     "modules_to_save": "a trained copy of a base module would change the base for every expert",
 }
 

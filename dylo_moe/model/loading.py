@@ -146,6 +146,7 @@ def _build(cls: type[Model], folder: Path, manifest: dict[str, Any], base: PreTr
         files = [folder / "experts" / entry["name"] / file for file in ADAPTER_FILES]
         configs[entry["name"]] = PeftConfig.from_pretrained(str(files[0].parent))
         configs[entry["name"]].inference_mode = False
+        configs[entry["name"]].alora_invocation_tokens = None  # which tokens it reads is the router's to say
         states[entry["name"]] = _load_tensors(files[1])
     router_state, library = _load_tensors(folder / ROUTER_FILE), load_library(folder, manifest)
     first = entries[0]["name"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from dylo_moe.continual.skill_library import SkillLibrary
 from dylo_moe.experts.adapter import config_at, lora_config, lora_problems, read_adapter, routed_lora_config
 from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.experts.expert import Expert, check_name
+from dylo_moe.experts.invocation import take_invocation
 from dylo_moe.experts.merging import Merge, merge_experts
 from dylo_moe.model.forward import RoutedForward
 from dylo_moe.model.loading import load_checkpoint, load_into
@@ -36,6 +38,7 @@ from dylo_moe.routing.forward_context import ForwardContext
 from dylo_moe.routing.router import Routing
 from dylo_moe.routing.token_masks import text_starts
 from dylo_moe.routing.turns import find_answers
+from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.harmless import harmless_logger
 from dylo_moe.utils.words import counted
@@ -193,6 +196,9 @@ class DyLoRAMoE(RoutedForward):
         comes in like an expert of `add_expert`: nascent, with a small random gate row, trainable. Its dropout
         becomes the pool's, because the experts of a layer share one mask.
 
+        With granularity "response", aLoRA adapters whose invocation is in the header of an answer come in too, and a
+        plain one with a warning: here the base reads what stands before the answer.
+
         Args:
             name: in this pool.
             skill: what it is for; kept in the checkpoint.
@@ -204,12 +210,17 @@ class DyLoRAMoE(RoutedForward):
         self._check_learned("import_expert")
         check_name(name, taken=self._pool, modules=self._pool.base_modules())
         config, state = read_adapter(path, **kwargs)
-        problems = lora_problems(self.base, config, router_index=self.seen.router_index, misfed=self.seen.misfed)
+        taken = take_invocation(config, self.router_config)
+        problems = taken.problems + lora_problems(
+            self.base, config, router_index=self.seen.router_index, misfed=self.seen.misfed
+        )
         if problems:
             raise ValueError(f"adapter {path} cannot be an expert: " + "; ".join(problems))
         with self.whole_or_not_at_all():
             expert = self._pool.load(name, config, state, path=path, skill=skill)
             self.router.add_row(name)
+        if taken.difference is not None:
+            warnings.warn(f"adapter {path}: {taken.difference}", DyLoRAWarning, stacklevel=2)
         return expert
 
     def _check_learned(self, what: str) -> None:

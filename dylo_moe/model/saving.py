@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dylo_moe.base.fingerprint import differences, fingerprint, some_of
 from dylo_moe.base.frozen import quantization
+from dylo_moe.experts.invocation import invocation_of
 from dylo_moe.model.checkpoint import (
     ADAPTER_FILES,
     CARD,
@@ -140,6 +141,7 @@ def write_files(
         config = LoraConfig(**plain_config(model.peft_config[expert.name]))
         config.inference_mode = True
         config.base_model_name_or_path = model.base_id or None
+        config.alora_invocation_tokens = invocation_of(model.router_config)
         config.save_pretrained(str(folder / name))
         _sort_lists(folder / name / ADAPTER_FILES[0])
     save_tensors(model.router.state_dict(), folder / ROUTER_FILE)
