@@ -35,7 +35,10 @@ def mix(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tens
         ups: the transposed matrix B of each, [r, O].
     """
     if len(downs) == 1 and not torch.is_grad_enabled() and _is_plain(x_TD, result, part, downs[0]):
-        result.view(-1, result.shape[-1]).addmm_(torch.mm(x_TD, downs[0].t()), ups[0], alpha=part.scaling)
+        result_TO = result.view(-1, result.shape[-1])
+        if isinstance(part, Grouped):
+            x_TD, result_TO = x_TD[part.span], result_TO[part.span]
+        result_TO.addmm_(torch.mm(x_TD, downs[0].t()), ups[0], alpha=part.scaling)
         return result
     if torch.compiler.is_compiling():
         return _traced(x_TD, result, part=part, downs=downs, ups=ups)
@@ -50,8 +53,9 @@ def mix(x_TD: Tensor, result: Tensor, *, part: Dense | Grouped, downs: list[Tens
 
 
 def _is_plain(x_TD: Tensor, result: Tensor, part: Dense | Grouped, down: Tensor) -> bool:
-    """Whether one expert is used for all tokens and all tensors have one dtype, as in most steps of decoding."""
-    alone = isinstance(part, Dense) and part.weights_TR is None
+    """Whether one expert is used, for all tokens, as in most steps of decoding, or for some that stand side by side, as
+    at the end of a prompt, and all tensors have one dtype."""
+    alone = part.weights_TR is None if isinstance(part, Dense) else part.span is not None and part.weights_N1 is None
     return alone and x_TD.dtype == result.dtype == down.dtype
 
 
@@ -214,6 +218,8 @@ def _grouped_product(x_NV: Tensor, matrices: list[Tensor], part: Grouped, *, tra
     """
     if x_NV.dtype != matrices[0].dtype:
         matrices = [matrix.to(x_NV.dtype) for matrix in matrices]
+    if len(matrices) == 1:
+        return torch.mm(x_NV, matrices[0].t() if transposed else matrices[0])
     shapes = {matrix.shape for matrix in matrices}
     if len(shapes) == 1 and has_grouped_kernel(x_NV, matrices[0]):
         bank_GVW = torch.stack(matrices)

@@ -70,6 +70,8 @@ class Grouped(NamedTuple):
     """w_e s_e of each assignment; None: all weights are exactly 1, and the scalings are equal."""
     scaling: float
     """s_e, if all scalings are equal."""
+    span: slice | None = None
+    """Where the tokens are, if they are of one expert and stand side by side, as the header that ends a prompt does."""
 
 
 class Dispatch:
@@ -251,7 +253,14 @@ def _grouped(
         None if in_order else rows_N,
         None if weights_N1 is None else weights_N1.to(dtype),
         shapes[0].scaling,
+        _span(rows_N) if len(names) == selection.top_k == 1 else None,
     )
+
+
+def _span(rows_N: Tensor) -> slice | None:
+    """The range that ascending rows fill; None where some are missing in it."""
+    first, last = rows_N[[0, -1]].tolist()
+    return slice(first, last + 1) if last - first + 1 == len(rows_N) else None
 
 
 def dense_is_quicker(*, num_tokens: int, num_experts: int, top_k: int) -> bool:

@@ -202,6 +202,24 @@ def test_forced_rows_equal_the_naive_loop_and_base_rows_the_base_bit_for_bit(exp
         assert torch.equal(y[row], base[row]) == (expert is None)
 
 
+@pytest.mark.parametrize("tokens", [[9, 10], [0], [2, 3, 4, 7], [1, 11]], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_expert_on_some_tokens_equals_the_naive_loop_and_the_others_are_the_base_s(tokens, grad):
+    """As where an answer's header ends a prompt; without gradients, tokens side by side are not moved."""
+    routed, x = routed_linear(), torch.randn(2, 6, 10, requires_grad=grad)
+    mask = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.tensor(tokens), True).view(2, 6)
+    weights, selected = mask[..., None] * torch.eye(4)[2], torch.where(mask[..., None], 2, -1)
+    routing = Routing(NAMES, weights, mask, None)
+    dispatch = make_dispatch(routing, selected, layouts=[routed.layout], dtype=torch.float32, is_exact=True)
+    part = dispatch.parts[routed.layout]
+    assert (part.span is not None) == (tokens[-1] - tokens[0] + 1 == len(tokens))
+    with torch.set_grad_enabled(grad):
+        y = call(routed, x, dispatch)
+    assert_close(y, naive(routed, x, weights), torch.float32, "output")
+    base = routed.base_layer(x)
+    assert torch.equal(y[~mask], base[~mask]) and not torch.isclose(y[mask], base[mask]).all()
+
+
 def test_weight_exactly_one_without_gradient_equals_the_weighted_product(monkeypatch):
     """At top_k=1 without gradients the weights are left out of the products; that must not be seen."""
     force_path(monkeypatch, "sparse")
