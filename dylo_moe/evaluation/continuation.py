@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.data.encoding import text_format
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.routing.turns import Turn
 
 
 def sample(
@@ -45,7 +46,8 @@ def sample(
         routing.names[index] if weight > 0 else None
         for index, weight in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    return RoutedText(label, ids, experts, len(prompt_ids))
+    written = getattr(output, "turns", None)
+    return RoutedText(label, ids, experts, len(prompt_ids), None if written is None else written[0])
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -60,3 +62,5 @@ class RoutedText(NamedTuple):
     ids: list[int]
     experts: list[str | None]
     prompt_length: int
+    turns: list[Turn] | None = None
+    """With response granularity, its answers in their order; None with another."""

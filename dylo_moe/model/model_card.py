@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from dylo_moe.model.manifest import expert_entries
-from dylo_moe.routing.config import RANDOM, SHARED, UNIFORM
+from dylo_moe.routing.config import RANDOM, RESPONSE, SHARED, UNIFORM
 from dylo_moe.utils.markdown import code, markdown_table, plain
 from dylo_moe.utils.redact import bytes_in_words, open_settings, short_name, without_secrets
 from dylo_moe.utils.words import counted
@@ -40,6 +40,7 @@ def model_card(
         _summary(manifest, facts, step),
         _loading(manifest),
         _experts(manifest),
+        _turns(manifest["router"].get("turns")),
         _data(facts),
         _losses(losses),
         _settings(settings),
@@ -61,6 +62,12 @@ def _is_hub(manifest: dict[str, Any]) -> bool:
     return bool(_HUB_ID.fullmatch(manifest["base"]["id"] or "")) and bool(manifest["base"].get("revision"))
 
 
+def _what(router: dict[str, Any]) -> str:
+    """What a router sends as a whole, in words."""
+    granularity = router.get("granularity", "token")
+    return "answer of a conversation" if granularity == RESPONSE else granularity
+
+
 def _whom(router: dict[str, Any]) -> str:
     """How many experts, and which, a router sends a token to, in words."""
     if router.get("policy") == UNIFORM:
@@ -80,11 +87,11 @@ def _summary(manifest: dict[str, Any], facts: dict[str, Any], step: int | None) 
     kind += next((text for key, text in bits.items() if (base.get("quantization") or {}).get(key)), "")
     sentences = [
         f"{counted(len(experts), 'LoRA expert')} on the frozen {named}{kind}{revision}, and a router that sends each "
-        f"{manifest['router'].get('granularity', 'token')} to {_whom(manifest['router'])}. The base is not in this "
-        "folder."
+        f"{_what(manifest['router'])} to {_whom(manifest['router'])}. The base is not in this folder."
     ]
     if SHARED in manifest:
-        sentences.append(f"One more expert, {code(SHARED)}, serves every token beside them.")
+        of = " of an answer" if manifest["router"].get("granularity") == RESPONSE else ""
+        sentences.append(f"One more expert, {code(SHARED)}, serves every token{of} beside them.")
     if facts.get("trainable") is not None:
         sentences.append(f"{facts['trainable']:,} parameters were trained, {facts['frozen']:,} stayed as they were.")
     if step is not None:
@@ -137,6 +144,29 @@ def _state(expert: dict[str, Any]) -> str:
     return ("mature" if expert.get("mature", True) else "nascent") + (
         "" if expert.get("trainable", True) else ", frozen"
     )
+
+
+def _turns(turns: dict[str, Any] | None) -> str:
+    """Who reads and who writes, where routing is decided once for each answer."""
+    if turns is None:
+        return ""
+    opening, at = turns["opening"], turns["adapted_from"]
+    endings = " or ".join(_ids(ending) for ending in turns["endings"])
+    return f"""## Who reads, and who writes
+
+The unchanged base reads whatever no assistant wrote, so that one cache of a conversation serves every expert. As an
+answer begins the router chooses who writes it, once, from all that was read; earlier answers keep theirs. In token ids
+of the base's tokenizer:
+
+- the header of an answer is {_ids(opening)}; the answer is recognised by {_ids(opening[: at + 1])}, and its expert
+  reads from the last of these on;
+- an answer ends with {endings}; the token that completes an end is read by the base again.
+
+A text without this header has no answer, and goes to the base as a whole."""
+
+
+def _ids(ids: list[int]) -> str:
+    return code(" ".join(str(token) for token in ids))
 
 
 def _data(facts: dict[str, Any]) -> str:

@@ -38,6 +38,11 @@ def benchmark_charts(record: Record) -> list[Chart]:
     return charts
 
 
+def _routed(record: Record) -> str:
+    """What is routed, and counted."""
+    return "answers' tokens" if record.by_answers else "tokens"
+
+
 def share_maps(record: Record) -> list[Chart]:
     """Draw the share of each dataset that went to each expert, from the evaluations if training did not log it."""
     charts = []
@@ -63,7 +68,7 @@ def entropy_charts(record: Record) -> list[Chart]:
         Series("of the mean", record.points("average_entropy"), 1),
     ]
     charts = [line_chart("entropy in training", training, unit="nats", floor=0, marks=marks)]
-    for key, title in (("token", "of one held-out token"), ("average", "of the mean over held-out tokens")):
+    for key, title in (("token", "of one held-out token"), ("average", f"of the mean over held-out {_routed(record)}")):
         series = [
             Series(short_name(domain), record.points(f"eval_{domain}_{key}_entropy"), index)
             for index, domain in enumerate(record.domains)
@@ -78,7 +83,7 @@ def load_charts(record: Record) -> list[Chart]:
     even = [(1 / len(record.experts), "even")] if len(record.experts) > 1 else []
     imbalance = [Series("load imbalance", record.points("load_imbalance"), 0)]
     return [
-        line_chart("share of all training tokens", shares, unit="share of the tokens", floor=0, marks=even),
+        line_chart(f"share of all training {_routed(record)}", shares, unit="share of the tokens", floor=0, marks=even),
         line_chart("load imbalance", imbalance, unit="busiest share / mean share", floor=1),
         line_chart(
             "balance loss", [Series("balance loss", record.points("balance_loss"), 0)], unit="loss term, no unit"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from dylo_moe.experts.config import lora_scale
@@ -13,6 +14,7 @@ from dylo_moe.report import run_charts
 from dylo_moe.report.charts import Key, colour_class, mean, number
 from dylo_moe.report.html import Cell, HtmlTable, count, in_short, render, settings_table, share
 from dylo_moe.report.run_record import Record, finite
+from dylo_moe.report.turns import Answer, turns_in_words
 from dylo_moe.utils.redact import short_name, without_secrets
 from dylo_moe.utils.words import counted
 
@@ -43,7 +45,8 @@ def run_page(record: Record) -> str:
         gradient_charts=run_charts.gradient_charts(record),
         expert_keys=[Key(name, colour_class(index)) for index, name in enumerate(record.experts)],
         samples=[
-            (short_name(str(sample.get("domain", ""))), _coloured(sample, record.experts)) for sample in record.samples
+            (short_name(str(sample.get("domain", ""))), _coloured(sample, record.experts), _turns(sample, record.experts))
+            for sample in record.samples
         ],
         data=_data(record),
         configuration=settings_table(record.settings),
@@ -138,6 +141,36 @@ def _coloured(sample: dict[str, Any], names: list[str]) -> list[ColouredToken]:
         prompt = " prompt" if position < (sample.get("prompt_length") or 0) else ""
         found.append(ColouredToken(str(token), kind + prompt, str(expert or "the base alone")))
     return found
+
+
+class WrittenTurn(NamedTuple):
+    """What a page says of one answer of a sample, or of the rest of it."""
+
+    text: str
+    kind: str
+    """The CSS classes that give it the colour of its expert."""
+
+
+def _turns(sample: dict[str, Any], names: list[str]) -> list[WrittenTurn]:
+    """A line for each answer of a sample, and one for the rest; none where routing was not decided by answers."""
+    found = sample.get("turns")
+    if not isinstance(found, list):
+        return []
+    answers = [answer for item in found if (answer := _answer(item)) is not None]
+    best = [max(answer.experts, key=lambda name, by=answer.experts: by[name], default="") for answer in answers]
+    kinds = [colour_class(names.index(name)) if name in names else "base" for name in best]
+    lines = turns_in_words(answers, num_tokens=len(sample.get("tokens") or []))
+    return [WrittenTurn(line, kind) for line, kind in zip_longest(lines, kinds, fillvalue="base")]
+
+
+def _answer(item: Any) -> Answer | None:
+    """An answer of samples.json; None for what is none."""
+    start, stop, experts = (item.get(name) if isinstance(item, dict) else None for name in ("start", "stop", "experts"))
+    first, last = finite(start), finite(stop)
+    if first is None or last is None or not isinstance(experts, dict):
+        return None
+    weights = {str(name): weight for name, value in experts.items() if (weight := finite(value)) is not None}
+    return Answer(int(last - first), weights)
 
 
 def _data(record: Record) -> HtmlTable:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dylo_moe.routing.config import RESPONSE
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import counted
 
@@ -36,6 +37,11 @@ class Record(NamedTuple):
     is_finished: bool
     missing: list[str]
     """Sentences about files that are not there or cannot be read."""
+
+    @property
+    def by_answers(self) -> bool:
+        """Whether only answers are routed, and counted, while the base reads all other tokens."""
+        return self.settings.get("granularity") == RESPONSE
 
     @property
     def has_training_log(self) -> bool:

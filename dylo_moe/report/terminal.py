@@ -13,6 +13,7 @@ from dylo_moe.data.tokenized import Reason
 from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
+from dylo_moe.report.turns import Answer, turns_in_words
 from dylo_moe.routing.config import BASE
 from dylo_moe.training.alarms import DEAD_SHARE, dead_experts
 from dylo_moe.training.metrics import MeterReading
@@ -126,7 +127,9 @@ def show_losses(screen: Screen, before: dict[str, float], after: dict[str, Meter
 
 def show_shares(screen: Screen, readings: dict[str, MeterReading]) -> None:
     """Print the share of each dataset's held-out tokens that went to each expert."""
-    table = Table("share of the held-out tokens sent to each expert", ["expert", *readings])
+    are_all = all(reading.num_routed == reading.num_tokens for reading in readings.values())
+    what = "held-out tokens" if are_all else "tokens of held-out answers"
+    table = Table(f"share of the {what} sent to each expert", ["expert", *readings])
     experts = list(next(iter(readings.values())).shares)
     for index, expert in enumerate(experts):
         cells = []
@@ -143,7 +146,9 @@ def show_shares(screen: Screen, readings: dict[str, MeterReading]) -> None:
         table.add_row(Text(label, style="dim"), *cells_)
     screen.say(table)
     dead = dead_experts(readings)
-    if dead:
+    if not any(reading.num_routed for reading in readings.values()):
+        screen.warn("no held-out row holds an answer, so that the unchanged base read all of them")
+    elif dead:
         screen.warn(
             f"dead: {', '.join(dead)} (under {DEAD_SHARE:.0%} of every dataset); raise --balance_coefficient or use "
             "fewer experts"
@@ -154,7 +159,7 @@ def show_shares(screen: Screen, readings: dict[str, MeterReading]) -> None:
 
 def show_sample(screen: Screen, sample: RoutedText, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]) -> None:
     """Print a text with each token in the colour of its expert; without colours, each change of expert is written
-    out."""
+    out. Where routing is decided once for each answer, a line behind the text says who wrote it."""
     styles: dict[str | None, str] = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(experts)}
     text, last = Text(), None
     for position, (token, expert) in enumerate(zip(sample.ids, sample.experts, strict=True)):
@@ -168,6 +173,10 @@ def show_sample(screen: Screen, sample: RoutedText, tokenizer: PreTrainedTokeniz
         text.append(str(tokenizer.decode([token])), style=styles.get(expert, "white") + dim)
     screen.rule(sample.domain)
     screen.say(text)
+    if sample.turns is not None:
+        answers = [Answer(turn.stop - turn.start, turn.experts) for turn in sample.turns]
+        for line in turns_in_words(answers, num_tokens=len(sample.ids)):
+            screen.say(line)
 
 
 def show_legend(screen: Screen, experts: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, L tokens that are compared at once, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -121,8 +122,7 @@ def list_turns(names: Sequence[str], weights: Tensor, *, answers: Answers) -> li
     rows = []
     for weights_SE, is_of_S, opens_S in zip(weights.cpu(), answers.tokens.cpu(), answers.openings.cpu(), strict=True):
         turns = []
-        starts = opens_S.nonzero().flatten().tolist()
-        for start, end in zip(starts, [*starts[1:], len(is_of_S)], strict=True):
+        for start, end in pairwise([*opens_S.nonzero().flatten().tolist(), len(is_of_S)]):
             members = is_of_S[start:end].nonzero().flatten()
             used = {name: float(weight) for name, weight in zip(names, weights_SE[start], strict=True) if weight > 0}
             turns.append(Turn(start, start + int(members[-1]) + 1, used))

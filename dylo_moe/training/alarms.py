@@ -17,9 +17,9 @@ COLLAPSED_SHARE = 0.9
 
 
 def dead_experts(readings: Mapping[str, MeterReading]) -> list[str]:
-    """The experts with less than `DEAD_SHARE` of the tokens of every dataset."""
-    experts = next(iter(readings.values())).shares
-    return [name for name in experts if all(reading.shares[name] < DEAD_SHARE for reading in readings.values())]
+    """The experts with less than `DEAD_SHARE` of the tokens of every dataset that has routed tokens."""
+    shares = [reading.shares for reading in readings.values() if reading.num_routed > 0]
+    return [name for name in (shares or [{}])[0] if all(share[name] < DEAD_SHARE for share in shares)]
 
 
 def alarms(reading: MeterReading) -> dict[str, str]:
@@ -53,7 +53,7 @@ class AlarmBell:
 
         Args:
             found: the alarms of the stretch.
-            num_tokens: its real tokens.
+            num_tokens: its tokens that were routed.
         """
         before = self.held
         self.held = {name: before.get(name, 0) + num_tokens for name in found}

@@ -23,15 +23,17 @@ class MeterReading(NamedTuple):
     """Language-model loss over all trained tokens."""
     domain_losses: dict[str, float]
     shares: dict[str, float]
-    """The share of all real tokens that each expert got."""
+    """The share of all routed tokens that each expert got; 0 where none is routed."""
     domain_shares: dict[str, dict[str, float]]
-    """The share of each domain's real tokens that each expert got."""
+    """The share of each domain's routed tokens that each expert got; without the domains that have none."""
     token_entropy: float
     """Mean entropy of one token's gate probabilities; low: the router is sure of each token."""
     num_tokens: int
     """Real tokens, without padding."""
     average_entropy: float
     """Entropy of the mean probabilities; high (at most log of the number of experts): all experts are used."""
+    num_routed: int
+    """The tokens of these that are routed: all, or with response granularity those of answers."""
 
 
 @torch.no_grad()
@@ -70,7 +72,9 @@ class Meter:
         self.sums: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, *, losses: Tensor, labels: Tensor, routing: Routing, domain: Tensor) -> None:
+    def add(
+        self, *, losses: Tensor, labels: Tensor, routing: Routing, domain: Tensor, mask: Tensor | None = None
+    ) -> None:
         """Add one batch.
 
         Args:
@@ -78,17 +82,19 @@ class Meter:
             labels: int64 [batch, seq], -100 where nothing is predicted.
             routing: the routing of the same forward.
             domain: int64 [batch], each row's position in `domains`, or [batch, seq], each token's.
+            mask: [batch, seq], 0 on padding; None: all tokens that are not routed are padding.
         """
         num_experts, (batch, seq) = len(self.experts), labels.shape
-        sums_BSX = torch.zeros(batch, seq, 4 + 2 * num_experts, dtype=torch.float64, device=losses.device)
+        sums_BSX = torch.zeros(batch, seq, 5 + 2 * num_experts, dtype=torch.float64, device=losses.device)
         sums_BSX[:, :, 0] = losses.double()
         sums_BSX[:, 1:, 1] = (labels[:, 1:] != -100).double()
         sums_BSX[:, :, 2] = routing.mask.double()
-        sums_BSX[..., 4 : 4 + num_experts] = routing.weights.double()
+        sums_BSX[:, :, 4] = (routing.mask if mask is None else mask).double()
+        sums_BSX[..., 5 : 5 + num_experts] = routing.weights.double()
         if routing.logits is not None:
             p_BSE = routing.probabilities * routing.mask[..., None]
             sums_BSX[:, :, 3] = torch.special.entr(p_BSE).sum(-1)
-            sums_BSX[..., 4 + num_experts :] = p_BSE.double()
+            sums_BSX[..., 5 + num_experts :] = p_BSE.double()
         domain = domain.to(losses.device)
         sums = sums_BSX.sum(1) if domain.dim() == 1 else sums_BSX.flatten(0, 1)
         if self.sums is None:
@@ -101,30 +107,30 @@ class Meter:
 
     def read(self) -> MeterReading | None:
         """The means since the last reset; None where no token was added."""
-        if self.sums is None or float(self.sums[:, 2].sum()) == 0:
+        if self.sums is None or float(self.sums[:, 4].sum()) == 0:
             return None
         sums_GX, num_experts = self.sums.cpu(), len(self.experts)
-        seen = [index for index in range(len(self.domains)) if sums_GX[index, 2] > 0]
-        shares_GE = sums_GX[:, 4 : 4 + num_experts]
+        shares_GE = sums_GX[:, 5 : 5 + num_experts]
         total = sums_GX.sum(0)
-        mean_p_E = total[4 + num_experts :] / total[2]
+        num_routed = total[2].clamp_min(1)  # with response granularity there may be no answer
+        mean_p_E = total[5 + num_experts :] / num_routed
         return MeterReading(
             loss=float(total[0] / total[1].clamp_min(1)),
             domain_losses={
-                self.domains[index]: float(sums_GX[index, 0] / sums_GX[index, 1])
-                for index in seen
+                domain: float(sums_GX[index, 0] / sums_GX[index, 1])
+                for index, domain in enumerate(self.domains)
                 if sums_GX[index, 1] > 0
             },
-            shares=dict(zip(self.experts, (shares_GE.sum(0) / total[2]).tolist(), strict=True)),
+            shares=dict(zip(self.experts, (shares_GE.sum(0) / num_routed).tolist(), strict=True)),
             domain_shares={
-                self.domains[index]: dict(
-                    zip(self.experts, (shares_GE[index] / sums_GX[index, 2]).tolist(), strict=True)
-                )
-                for index in seen
+                domain: dict(zip(self.experts, (shares_GE[index] / sums_GX[index, 2]).tolist(), strict=True))
+                for index, domain in enumerate(self.domains)
+                if sums_GX[index, 2] > 0
             },
-            num_tokens=int(total[2]),
-            token_entropy=float(total[3] / total[2]),
+            num_tokens=int(total[4]),
+            token_entropy=float(total[3] / num_routed),
             average_entropy=float(torch.special.entr(mean_p_E).sum()),
+            num_routed=int(total[2]),
         )
 
 

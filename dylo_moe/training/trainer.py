@@ -161,7 +161,8 @@ class DyLoRATrainer(CheckpointingTrainer):
             domain = torch.zeros(len(inputs["labels"]), dtype=torch.int64)
         meter = self.train_meter if model.training else self.eval_meter
         losses = token_losses(outputs, inputs["labels"])
-        meter.add(losses=losses, labels=inputs["labels"], routing=outputs.routing, domain=domain)
+        given = {"routing": outputs.routing, "mask": inputs.get("attention_mask")}
+        meter.add(losses=losses, labels=inputs["labels"], domain=domain, **given)
         if model.training:
             self._balance_sum += float(outputs.balance_loss.detach())
         else:
@@ -250,7 +251,7 @@ class DyLoRATrainer(CheckpointingTrainer):
             self._balance_sum, self._balance_steps = 0.0, 0
             self._logged_at, self.paused_seconds = time.monotonic(), 0.0
         super().log(logs, *args, **kwargs)
-        changes = [] if reading is None else self._bell.changes(alarms(reading), reading.num_tokens)
+        changes = [] if reading is None else self._bell.changes(alarms(reading), reading.num_routed)
         if changes:
             self._on_alarm(self.state.global_step, changes)
 

@@ -17,18 +17,27 @@ WORDS = [f"w{index}" for index in range(90)]
 TIMES = ("time", "runtime", "per_second", "total_flos")
 
 
-def tiny_run_folder(folder: Path, *, words: int | None = None) -> Path:
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def tiny_run_folder(folder: Path, *, words: int | None = None, is_chat: bool = False) -> Path:
     """A base with its tokenizer, and two small datasets of different words.
 
     Args:
         words: of each text; None: many lengths.
+        is_chat: each text is a question and its answer, which the tokenizer's template writes.
     """
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    roles = ["<user>", "<assistant>"] if is_chat else []
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS, *roles])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=roles, chat_template=CHAT if is_chat else None,
+    )  # fmt: skip
     tiny_base("llama", eos_token_id=2).save_pretrained(folder / "base")
     wrapped.save_pretrained(folder / "base")
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +46,10 @@ def tiny_run_folder(folder: Path, *, words: int | None = None) -> Path:
             for _ in range(60):
                 length = words or int(torch.randint(8, 40, (1,), generator=generator))
                 picks = (torch.randint(0, 45, (length,), generator=generator) + low).tolist()
-                file.write(json.dumps({"text": " ".join(WORDS[pick] for pick in picks)}) + "\n")
+                text = [WORDS[pick] for pick in picks]
+                cut = length // 2 if is_chat else 0
+                parts = {"prompt": text[:cut], "response": text[cut:]} if is_chat else {"text": text}
+                file.write(json.dumps({name: " ".join(part) for name, part in parts.items()}) + "\n")
     return folder
 
 

@@ -32,7 +32,7 @@ def test_a_run_of_any_names_has_its_plots(names, tmp_path, recwarn):
     lines += [{"step": 0, f"eval_{names[1]}_loss": 2.5}, {"step": 4, f"eval_{names[1]}_loss": None}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shares = {"e0": 1.0, f"e1{names[1]}": 0.0}
-    readings = {name: MeterReading(1.0, {}, shares, {}, 0.5, 3, 0.5) for name in names}
+    readings = {name: MeterReading(1.0, {}, shares, {}, 0.5, 3, 0.5, 3) for name in names}
     losses, routing = write_plots(tmp_path / "plots", tmp_path / "metrics.jsonl", readings)
     assert pixels_like(losses, COLOURS[0]) > 500  # a line
     assert pixels_like(losses, COLOURS[1]) > 100  # its dot, and that of the legend
@@ -47,7 +47,7 @@ def test_one_log_of_nine_datasets_with_long_names_is_seen_whole(tmp_path):
     line = {"step": 4} | {f"loss_{name}": 2.0 + place for place, name in enumerate(names)}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     shares = {"an_expert_with_a_long_name_" * 3: 1.0, "e1": 0.0}
-    readings = {name: MeterReading(1.0, {}, shares, {}, 0.5, 3, 0.5) for name in names}
+    readings = {name: MeterReading(1.0, {}, shares, {}, 0.5, 3, 0.5, 3) for name in names}
     for path in write_plots(tmp_path / "plots", tmp_path / "metrics.jsonl", readings):
         pixels = np.asarray(Image.open(path).convert("RGB"))
         edges = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]

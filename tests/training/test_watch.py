@@ -20,6 +20,7 @@ def reading(*shares: float, domains: int = 2) -> MeterReading:
         num_tokens=3000,
         token_entropy=0.0,
         average_entropy=0.0,
+        num_routed=3000,
     )
 
 

@@ -24,7 +24,8 @@ def make_parser() -> PlainParser:
     parser = PlainParser(
         "dylora generate",
         "--checkpoint FOLDER --prompt TEXT [--FLAG VALUE ...]",
-        "Continue a prompt with a trained model. Each token is coloured by the expert that processed it.",
+        "Continue a prompt with a trained model. Each token is coloured by the expert that processed it. Where routing "
+        "is decided once for each answer, a line tells who wrote it.",
         [
             "dylora generate --checkpoint runs/code/checkpoint --prompt 'Sort a list.'",
             "dylora generate --checkpoint runs/code/checkpoint --raw --prompt 'def clamp('",
@@ -35,7 +36,7 @@ def make_parser() -> PlainParser:
     parser.add_flag("--checkpoint", is_needed=True, help="A run's folder, or the folder that holds dylora.json.")
     parser.add_flag("--prompt", is_needed=True, help="The question to answer, or with --raw the text to continue.")
     parser.add_argument("--raw", action="store_true", help="Continue the prompt as plain text, without a template.")
-    parser.add_flag("--expert", help="Send every token to this expert; base: to the unchanged model.")
+    parser.add_flag("--expert", help="The expert of every token, or of the answer; base: the unchanged model.")
     parser.add_flag("--max_new_tokens", kind=int, default=128, help="Longest continuation, in tokens.")
     parser.add_flag(
         "--temperature", kind=float, default=0.0, help="0: greedy decoding; above 0: sampling at this temperature."

@@ -43,7 +43,9 @@ def measure_stage(
             if name in state.matrix.unlearned:
                 owner = BASE
             if owner in reading.shares:
-                stage.accuracy[name] = reading.shares[owner]
+                # A dataset in which nothing is routed, as text without answers is with response granularity, is all
+                # read by the base.
+                stage.accuracy[name] = reading.shares[owner] if reading.num_routed else float(owner == BASE)
             if owner is not None and owner == decision.expert:
                 with model.route_to(owner):
                     trainer.evaluate(rows)

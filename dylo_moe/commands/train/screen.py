@@ -169,9 +169,12 @@ def _show_results(
 
 
 def readable(item: RoutedText, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Write a sample as JSON values for samples.json: the text of each token, and the expert that it was routed to."""
+    """Write a sample as JSON values for samples.json: the text of each token, and the expert that it was routed to;
+    where routing is decided once for each answer, also its answers."""
     tokens = [str(tokenizer.decode([token])) for token in item.ids]
-    return {"domain": item.domain, "prompt_length": item.prompt_length, "tokens": tokens, "experts": item.experts}
+    turns = {} if item.turns is None else {"turns": [turn._asdict() for turn in item.turns]}
+    known = {"domain": item.domain, "prompt_length": item.prompt_length}
+    return {**known, "tokens": tokens, "experts": item.experts, **turns}
 
 
 def _show_files(screen: Screen, folder: Path, plots: list[Path]) -> None:
