@@ -45,7 +45,11 @@ def run_page(record: Record) -> str:
         gradient_charts=run_charts.gradient_charts(record),
         expert_keys=[Key(name, colour_class(index)) for index, name in enumerate(record.experts)],
         samples=[
-            (short_name(str(sample.get("domain", ""))), _coloured(sample, record.experts), _turns(sample, record.experts))
+            (
+                short_name(str(sample.get("domain", ""))),
+                _coloured(sample, record.experts),
+                _turns(sample, record.experts),
+            )
             for sample in record.samples
         ],
         data=_data(record),
@@ -157,7 +161,7 @@ def _turns(sample: dict[str, Any], names: list[str]) -> list[WrittenTurn]:
     if not isinstance(found, list):
         return []
     answers = [answer for item in found if (answer := _answer(item)) is not None]
-    best = [max(answer.experts, key=lambda name, by=answer.experts: by[name], default="") for answer in answers]
+    best = [max(answer.experts, key=answer.experts.__getitem__, default="") for answer in answers]
     kinds = [colour_class(names.index(name)) if name in names else "base" for name in best]
     lines = turns_in_words(answers, num_tokens=len(sample.get("tokens") or []))
     return [WrittenTurn(line, kind) for line, kind in zip_longest(lines, kinds, fillvalue="base")]

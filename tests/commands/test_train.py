@@ -24,6 +24,7 @@ from reference.tiny import (
     tokens,
 )
 from reference.trainers import train_flags, trainer_for
+from reference.turns import chat, naive_openers, shared_answering
 from transformers import PreTrainedTokenizerFast
 
 from dylo_moe import DyLoRAMoE
@@ -32,7 +33,9 @@ from dylo_moe.commands.train.request import parse_train, settings_of
 from dylo_moe.commands.train.run import train
 from dylo_moe.data.config import DataConfig
 from dylo_moe.data.loading import load_data
-from dylo_moe.training.metrics import Meter, token_losses
+from dylo_moe.routing.router import Routing
+from dylo_moe.training.alarms import dead_experts
+from dylo_moe.training.metrics import Meter, as_metrics, token_losses
 from dylo_moe.training.run_folder import new_output_dir, save_config
 from dylo_moe.utils.errors import UsageError
 
@@ -201,6 +204,31 @@ def test_the_meter_agrees_with_the_definition():
     assert reading.token_entropy == pytest.approx(float(-(p * p.log()).sum(1).mean()), rel=1e-5)
     assert reading.average_entropy == pytest.approx(float(-(p.mean(0) * p.mean(0).log()).sum()), rel=1e-5)
     assert "never" not in reading.domain_losses
+
+
+def test_where_answers_are_routed_the_meter_counts_no_other_token_and_every_loss():
+    """A dataset whose rows hold no answer, and a stretch that consists of such rows, were once left out altogether."""
+    model, rows = shared_answering("llama"), [chat(5, 4, seed=1), chat(3, 6, 2, 2, seed=2), tokens(9, high=90)]
+    ids, mask = padded(rows, side="right")
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask)
+    meter, losses = Meter(["chats", "texts"], model.experts.names), token_losses(out, labels)
+    given = {"losses": losses, "labels": labels, "routing": out.routing, "mask": mask}
+    meter.add(**given, domain=torch.tensor([0, 0, 1]))
+    reading, routed = meter.read(), [place is not None for row in rows for place in naive_openers(row.tolist())]
+    assert (reading.num_tokens, reading.num_routed) == (int(mask.sum()), sum(routed))
+    assert list(reading.domain_shares) == ["chats"] and sum(reading.shares.values()) == pytest.approx(1)
+    assert reading.shares == pytest.approx(reading.domain_shares["chats"])
+    assert reading.domain_losses["texts"] == pytest.approx(float(losses[2].sum() / 8))
+    meter.reset()
+    of_text = {name: value[2:] for name, value in given.items() if name != "routing"}
+    routing = Routing(*(part[2:] if isinstance(part, torch.Tensor) else part for part in out.routing))
+    meter.add(**of_text, routing=routing, domain=torch.tensor([1]))
+    alone = meter.read()
+    assert alone.loss == pytest.approx(reading.domain_losses["texts"]) and alone.num_routed == 0
+    assert set(alone.shares.values()) == {0.0} and not alone.domain_shares and dead_experts({"texts": alone}) == []
+    assert as_metrics(alone)["token_entropy"] == 0
 
 
 def test_the_gate_starts_at_the_kinds_of_text():

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from reference.checkpoints import contents
 from reference.decoding import generate, prompts, uncached
-from reference.tiny import LORA, assert_same_gradients, gradients, scramble, tiny_base, tiny_moe, tokens
+from reference.tiny import LORA, assert_same_gradients, gradients, padded, scramble, tiny_base, tiny_moe, tokens
+from reference.turns import BY_ANSWER, chat
 from torch import nn
 
 from dylo_moe import CheckpointError, DyLoRAMoE
@@ -143,11 +144,14 @@ def test_training_changes_the_experts_and_not_one_bit_of_the_base(folder, bits):
     assert all(not torch.equal(dict(model.named_parameters())[name], value) for name, value in experts.items())
 
 
-@BITS
-def test_cached_decoding_is_the_uncached_forward(laws, folder, bits):
-    model = tiny_moe(quantised(folder, bits))
-    ids, mask = prompts()
+@pytest.mark.parametrize(("bits", "granularity"), [(4, "token"), (8, "token"), (4, "response")])
+def test_cached_decoding_is_the_uncached_forward(laws, folder, bits, granularity):
+    by_answer = granularity == "response"
+    model = tiny_moe(quantised(folder, bits), **(BY_ANSWER if by_answer else {}))
+    rows = [chat(5, 4, 3, 0, seed=1, closed=False), chat(6, 0, seed=2, closed=False)]
+    ids, mask = padded(rows, side="left") if by_answer else prompts()
     ours, (expected, logits) = generate(model, ids, mask), uncached(model, ids, mask)
+    assert (len(ours.turns[1]) if by_answer else 1) == 1
     family = f"llama, {bits} bits"
     laws.equal("quantised base, cached = uncached", ours.sequences, expected, family=family)
     law, found = "quantised base, cached = uncached, logits", torch.stack(ours.logits, 1)

@@ -318,6 +318,17 @@ def test_the_turns_of_a_result_say_where_each_answer_stands_and_who_wrote_it():
             assert turn.experts == {EXPERTS[at]: weights[at].item() for at in weights.nonzero()[:, 0].tolist()}
 
 
+def test_a_text_in_which_no_answer_begins_is_the_bases(laws):
+    """The list of its answers was once an error."""
+    model, (ids, mask) = shared_answering("llama"), padded([chat(4, 0, closed=False), tokens(9, high=90)], side="left")
+    out = generate(model, ids, mask, suppress_tokens=[91, 93, 95])
+    with model.route_to(None):
+        base = generate(model, ids, mask, suppress_tokens=[91, 93, 95])
+    assert [len(turns) for turns in out.turns] == [1, 0]
+    laws.equal("a text without an answer = plain base", out.sequences[1], base.sequences[1])
+    assert not torch.equal(out.sequences[0], base.sequences[0])
+
+
 def test_packed_texts_are_each_as_alone(laws):
     model, rows = shared_answering("llama", top_k=2), [chat(4, 3, seed=1, closed=False), chat(5, 2, 1, 4, seed=2)]
     ids = torch.cat(rows)[None]
@@ -364,6 +375,34 @@ def test_router_losses_are_over_the_answers(laws):
     laws.close("balance loss = over the answers", out.balance_loss, 3 * (p / 3).sum(), atol=1e-5)
     entropy = -torch.special.entr(out.routing.probabilities[routed]).sum(-1).mean()
     laws.close("entropy = over the answers", -out.entropy_loss, entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("knows_tokens", [True, False])
+def test_a_step_in_pieces_gives_the_gradient_of_the_whole(laws, knows_tokens):
+    """The router's losses too; one of the pieces holds no answer. Labels are on prompts as well."""
+    model = answering(tiny_base("llama", dtype=torch.float64), top_k=2, balance_coefficient=0.5, z_loss_coefficient=0.3)
+    rows = [*(row[real.bool()] for row, real in zip(*chats(side="right"), strict=True)), tokens(7, high=90)]
+
+    def batch(*chosen):
+        ids, mask = padded(list(chosen), side="right")
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    whole_batch = batch(*rows)
+    totals = {"num_items_in_batch": int((whole_batch["labels"][:, 1:] != -100).sum())}
+    if knows_tokens:
+        totals["num_tokens_in_batch"] = int(model.routed_tokens(whole_batch).sum())
+    losses = {}
+
+    def backward(name, batches):
+        parts = [model(**each, **totals).loss for each in batches]
+        losses[name] = sum(parts)
+        losses[name].backward()
+
+    model.train()
+    whole_one = gradients(model, lambda: backward("whole", [whole_batch]))
+    pieces = gradients(model, lambda: backward("pieces", [batch(rows[0], rows[1]), batch(rows[3]), batch(rows[2])]))
+    laws.close("a step in pieces, answers routed", losses["pieces"], losses["whole"], atol=1e-6)
+    assert_same_gradients(pieces, whole_one, relative=1e-5)
 
 
 @pytest.mark.parametrize("way", ["save", "deepcopy", "pickle"])

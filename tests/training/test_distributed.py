@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from reference.forks import forked
 from reference.laws import Laws
 from reference.paths import ROOT
 from reference.runs import files_of, flags, tiny_run_folder, trained
@@ -147,6 +148,22 @@ def test_two_processes_with_a_sharded_base_give_the_weights_of_one(folder, alone
     near(laws, "two processes with a sharded base = one, weights", alone, folder / "shared")
     close(alone, folder / "shared")
     assert files_of(folder / "shared" / "checkpoint") == files_of(pair / "checkpoint")
+
+
+def test_two_processes_that_route_answers_give_the_weights_of_one(tmp_path, laws, monkeypatch):
+    """Each with all of the base and with a share of it; the balance loss counts the answers of all ranks."""
+    folder = tiny_run_folder(tmp_path, is_chat=True)
+    more = (*PLAIN, "--granularity", "response", "--top_k", "2", "--max_steps", "3", "--balance_coefficient", "1")
+    assert main(["train", *flags(folder, folder / "one", *more, "--per_device_train_batch_size", "24")]) == 0
+    for name in ("two", "sharded"):
+        if name == "sharded":
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+            monkeypatch.setenv("FSDP_VERSION", "2")
+        two, log = flags(folder, folder / name, *more, "--per_device_train_batch_size", "12"), folder / f"{name}.log"
+        assert forked(["train", *two], log, count=2) == [0, 0], log.read_text()
+        assert ("FSDP2" in log.read_text()) == (name == "sharded")
+        near(laws, f"{name} processes that route answers = one, weights", folder / "one", folder / name)
+        close(folder / "one", folder / name)
 
 
 @pytest.mark.parametrize("processes", [1, 3])

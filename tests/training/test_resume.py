@@ -31,6 +31,11 @@ def folder(tmp_path_factory) -> Path:
     return tiny_run_folder(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    return tiny_run_folder(tmp_path_factory.mktemp("chats"), is_chat=True)
+
+
 SAVES = ("--save_strategy", "steps", "--save_steps", "5", "--eval_strategy", "steps", "--eval_steps", "4")
 CASES = {
     "plain": (),
@@ -43,13 +48,15 @@ CASES = {
                      "--label_smoothing_factor", "0.1"),
     "epochs": ("--save_strategy", "epoch", "--eval_strategy", "epoch"),
     "evaluated at epochs, saved at steps": ("--save_steps", "7", "--eval_strategy", "epoch"),
-    "gradient checkpointing": ("--gradient_checkpointing", "true", "--attn_implementation", "eager"),
+    "gradient checkpointing, answers routed": ("--gradient_checkpointing", "true", "--attn_implementation", "eager",
+                                               "--granularity", "response"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_ends_bit_equal(case, folder, tmp_path):
+def test_a_resumed_run_ends_bit_equal(case, folder, chats, tmp_path):
     """From each of its checkpoints, in the middle of an epoch and at its end: weights, optimizer and log."""
+    folder = chats if "answers" in case else folder
     whole = train(parse_train(flags(folder, tmp_path / "whole", *SAVES, *CASES[case]))).parent
     found = checkpoints_in(whole)
     assert len(found) > 2
