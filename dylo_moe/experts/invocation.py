@@ -1,8 +1,8 @@
 """Activated LoRA (aLoRA): adapters that act from their invocation on, the tokens at which an answer begins.
 
-PEFT looks for the last place of `alora_invocation_tokens` in what it is given, and adapts from the first of these tokens
-to the end (Greenewald et al. 2025, arXiv:2504.12397). So an expert of a model that decides once an answer is such an
-adapter for as long as there is one answer.
+PEFT looks for the last place of `alora_invocation_tokens` in what it is given, and adapts from the first of these
+tokens to the end (Greenewald et al. 2025, arXiv:2504.12397). So an expert of a model that decides once an answer is
+such an adapter for as long as there is one answer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dylo_moe.routing.turn_tokens import TurnTokens
 from dylo_moe.utils.words import counted
 
 PLAIN_ADAPTER = (
-    "it is a plain LoRA adapter, which most train on prompts and answers alike; here the base reads every prompt, which "
-    "may cost some of what the adapter knows (docs/serving.md has figures)"
+    "it is a plain LoRA adapter, which most train on prompts and answers alike; here the base reads every prompt, "
+    "which may cost some of what the adapter knows (docs/granularity.md has figures)"
 )
 
 
@@ -58,7 +58,7 @@ def take_invocation(lora: LoraConfig, config: RouterConfig) -> Taken:
     return Taken(
         [],
         f"it acts from its invocation {ids} on, {counted(earlier, 'token')} before an expert does here: the first "
-        f"{counted(earlier, 'token')} of an answer's header {verb} read by the base (docs/serving.md says what that costs)",
+        f"{counted(earlier, 'token')} of an answer's header {verb} read by the base (what that costs is not measured)",
     )
 
 
@@ -71,8 +71,8 @@ def _place_of(ids: tuple[int, ...], turns: TurnTokens) -> int | None:
 
 def _without_answers(ids: list[int], config: RouterConfig) -> str:
     return (
-        f"alora_invocation_tokens is {ids}: it acts from these tokens on, and with granularity {config.granularity!r} an "
-        f"expert acts on every token that it is chosen for; a model with granularity {RESPONSE!r} takes it if its "
+        f"alora_invocation_tokens is {ids}: it acts from these tokens on, and with granularity {config.granularity!r} "
+        f"an expert acts on every token that it is chosen for; a model with granularity {RESPONSE!r} takes it if its "
         "answers begin with them"
     )
 

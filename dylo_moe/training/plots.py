@@ -80,7 +80,8 @@ def _plot_routing(readings: dict[str, MeterReading]) -> Any:
         for column, share in enumerate(cells):
             colour = "white" if share > 0.5 else "black"
             axes.text(column + 0.5, row + 0.5, f"{share:.2f}", ha="center", va="center", color=colour)
-    axes.set_title("share of held-out tokens")
+    are_all = all(reading.num_routed == reading.num_tokens for reading in readings.values())
+    axes.set_title("share of held-out tokens" if are_all else "share of the tokens of held-out answers")
     return figure
 
 
