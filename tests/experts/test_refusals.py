@@ -14,7 +14,7 @@ BAD_ROUTER = {
     "top_k": [0, -1, 1.5, "1", True, None],
     "router_layer": ["last", "embedding", -1, 0.0, 1.0, -0.5, True, None, float("nan"), [0]],
     "granularity": ["row", "", None, True],
-    "router_half_life": [0, -1.0, float("inf"), float("nan"), "32", None, True],
+    "router_half_life": [0, -1.0, float("inf"), float("nan"), "32", True],
     "temperature": [0, -1.0, float("inf"), float("nan"), "1", None],
     "z_loss_coefficient": [float("inf"), float("nan"), "0", None, True],
     "entropy_coefficient": [float("inf"), float("nan"), "0", None],
