@@ -14,7 +14,7 @@ from dylo_moe.evaluation.continuation import RoutedText
 from dylo_moe.model.loss import chunk_loss
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.turns import Answer, turns_in_words
-from dylo_moe.routing.config import BASE
+from dylo_moe.routing.config import BASE, RESPONSE, SEQUENCE, TOKEN
 from dylo_moe.training.alarms import DEAD_SHARE, dead_experts
 from dylo_moe.training.metrics import MeterReading
 from dylo_moe.training.precision import bf16_over_fp32
@@ -189,6 +189,19 @@ def show_legend(screen: Screen, experts: Sequence[str]) -> None:
         legend.append(f"{name}  ", style=COLOURS[index % len(COLOURS)])
     legend.append("(the prompt is dim; the model continues after »)", style="dim")
     screen.say(legend)
+
+
+ROUTED = {
+    TOKEN: "each token on its own",
+    SEQUENCE: "each text as a whole, by its prompt",
+    RESPONSE: "each answer as a whole, by its prompt, which the base reads",
+}
+
+
+def show_routing(screen: Screen, model: DyLoRAMoE) -> None:
+    """Print what is routed as a whole."""
+    granularity = model.router_config.granularity
+    screen.say(f"routed: {ROUTED[granularity]} (granularity {granularity})")
 
 
 def show_loss(screen: Screen, model: DyLoRAMoE, wanted: int | None) -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from reference.pages import HOSTILE, Reader, read
 from reference.runs import flags, tiny_run_folder
+from reference.tiny import tiny_moe
+from reference.turns import BY_ANSWER
 
 from dylo_moe.base.loading import load_tokenizer
 from dylo_moe.cli import main
 from dylo_moe.report.charts import colour_class
 from dylo_moe.report.pages import write_report
+from dylo_moe.report.terminal import show_routing
 from dylo_moe.report.turns import Answer, turns_in_words
+from dylo_moe.utils.screen import Screen
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +110,17 @@ def test_a_pages_turns_may_be_anything(folder, tmp_path):
 
 def test_a_text_that_is_all_answer_has_no_rest():
     assert turns_in_words([Answer(3, {"a": 1.0})], num_tokens=3) == ["answer 1, 3 tokens: written by a"]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "says"),
+    [
+        ({"granularity": "token"}, "routed: each token on its own (granularity token)"),
+        ({"granularity": "sequence"}, "routed: each text as a whole, by its prompt (granularity sequence)"),
+        (BY_ANSWER, "routed: each answer as a whole, by its prompt, which the base reads (granularity response)"),
+    ],
+    ids=["token", "sequence", "response"],
+)
+def test_a_run_says_what_it_routes_as_a_whole(granularity, says, capsys):
+    show_routing(Screen("train"), tiny_moe(**granularity))
+    assert says in " ".join(capsys.readouterr().out.split())

@@ -55,7 +55,7 @@ from dylo_moe.data.packing import check_texts_kept_apart
 from dylo_moe.evaluation.loss_matrix import Matrix
 from dylo_moe.model.checkpoint import read_manifest
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.report.terminal import show_device, show_loss
+from dylo_moe.report.terminal import show_device, show_loss, show_routing
 from dylo_moe.training.build import base_options, build_model
 from dylo_moe.training.fit import removed_unless_trained
 from dylo_moe.training.preflight import Configs, check_before_reading, check_rows
@@ -112,6 +112,7 @@ def _stream(request: StreamRequest, screen: Screen, stop: StopRequest) -> Path:
         with removed_unless_trained(folder, is_new=request.resumed is None):
             collator = Collator(tokenizer)
             state, model = start_state(request, data, collator, checkpoint)
+            show_routing(screen, model)
             show_loss(screen, model, request.model.loss_chunk_size)
             if model.left_out is not None:
                 screen.say(f"No expert adapts {model.left_out}.")

@@ -32,7 +32,7 @@ from dylo_moe.evaluation.continuation import RoutedText, end_ids, sample
 from dylo_moe.evaluation.results import rename_evaluations
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
-from dylo_moe.report.terminal import show_data, show_loss
+from dylo_moe.report.terminal import show_data, show_loss, show_routing
 from dylo_moe.training.build import build_model, check_start, start_router
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.finished import LOSSES_AFTER, keep_earlier_result, nothing_left
@@ -200,6 +200,7 @@ def make_model(arguments: Arguments, screen: Screen) -> DyLoRAMoE:
     if arguments.data.packing:
         check_texts_kept_apart(model, model.base)
     show_model(screen, model)
+    show_routing(screen, model)
     show_loss(screen, model, arguments.model.loss_chunk_size)
     return model
 
