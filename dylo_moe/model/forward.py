@@ -145,7 +145,7 @@ class RoutedForward(RoutedPeftModel):
         head = cast(nn.Linear, self.base.get_output_embeddings())
         losses = chunked_loss(hidden, head, labels, chunk_size=chunk_size, label_smoothing=label_smoothing)
         lost = hidden.isnan().any(-1) | losses.plain.isnan()
-        blame_nan(context.routing, lost, base=self.base, pool=self._pool, router=self.router)
+        blame_nan(context.routing, lost, mask=context.mask, base=self.base, pool=self._pool, router=self.router)
         count = count.to(hidden.device)
         result.loss = losses.trained.sum() / count
         result.lm_loss = losses.plain.sum() / count if label_smoothing > 0 else result.loss

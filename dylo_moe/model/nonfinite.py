@@ -19,7 +19,9 @@ def broken_weights(pool: ExpertPool, router: Router) -> list[str]:
     return broken + [f"the router's {name}" for name in buffers if not getattr(router, name).isfinite().all()]
 
 
-def blame_nan(routing: Routing, lost: Tensor, *, base: PreTrainedModel, pool: ExpertPool, router: Router) -> None:
+def blame_nan(
+    routing: Routing, lost: Tensor, *, mask: Tensor, base: PreTrainedModel, pool: ExpertPool, router: Router
+) -> None:
     """Name the weights that made an output NaN. Without broken weights, and on padding alone, NaN may be right.
 
     While a graph is compiled nothing is checked.
@@ -27,14 +29,15 @@ def blame_nan(routing: Routing, lost: Tensor, *, base: PreTrainedModel, pool: Ex
     Args:
         routing: the routing of the forward that gave the output.
         lost: bool [batch, seq], true where the output is NaN.
+        mask: bool [batch, seq], False on padding; tokens that the base reads alone are not routed, and count.
 
     Raises:
         ValueError: naming the weights to blame.
     """
     if torch.compiler.is_compiling():
         return
-    if lost.shape == routing.mask.shape:
-        lost = lost & routing.mask
+    if lost.shape == mask.shape:
+        lost = lost & mask
     misled = routing.mask.new_zeros(())
     if routing.logits is not None:  # top-1 weights are exactly 1, also where the gate is NaN
         misled = (~routing.logits.isfinite().all(-1) & routing.mask).any()

@@ -271,7 +271,7 @@ class RoutingHooks:
         hidden = cast(Tensor, hidden_states(args, kwargs))
         cache = cache_among(args, kwargs)
         mask = self._mask(context, hidden)
-        context.num_tokens = mask.numel()
+        context.mask, context.num_tokens = mask, mask.numel()
         by_answers = self.router.config.per_response
         decides = context.forced is NotForced or context.ends_at_router or by_answers
         if decides or cache is not None:
@@ -424,7 +424,7 @@ class RoutingHooks:
             lost = logits[..., 0].isnan()  # a token whose hidden state is NaN
             # One entry of a row: NaN in the head itself.
             lost = lost | (logits[:, -1:].isnan().any(-1) & ~lost[:, -1:])
-            blame_nan(context.routing, lost, base=self.base, pool=self.pool, router=self.router)
+            blame_nan(context.routing, lost, mask=context.mask, base=self.base, pool=self.pool, router=self.router)
 
 
 def _keep_texts_apart(mask: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

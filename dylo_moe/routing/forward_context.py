@@ -77,6 +77,8 @@ class ForwardContext:
         """The routing, in the layout that the routed linears read."""
         self.num_tokens = 0
         """The number of tokens that it is for, padding counted."""
+        self.mask: Any = None
+        """bool [batch, seq]: which of them are real; with response granularity not all of these are routed."""
         # What the base leaves for its caller.
         self.head_input: Tensor | None = None
         """[batch, seq, hidden], where the head was skipped."""

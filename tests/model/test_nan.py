@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference.checkpoints import contents
 from reference.tiny import FAMILIES, force_path, gradients, padded, tensors, tiny_base, tiny_moe, tokens
+from reference.turns import answering
 
 NAN = float("nan")
 
@@ -94,6 +95,18 @@ def test_it_is_named_everywhere_and_nothing_else_changes(laws, monkeypatch, what
     assert not any(parameter.grad is not None for parameter in model.parameters())
     tensor[entry] = before
     laws.equal("a repaired model is as before", model(**batch()).logits, expected)
+
+
+@pytest.mark.parametrize("what", ["the base", "a row of the head"])
+def test_where_answers_are_routed_it_is_named_on_a_prompt_too(what):
+    """Only answers were looked at, so that a prompt under a broken base gave NaN without a word."""
+    part, entry, message = BROKEN[what]
+    model, ids = answering(), tokens(2, 6, high=90)
+    model(input_ids=ids)
+    named(model, part).data[entry] = NAN
+    with pytest.raises(ValueError) as caught:
+        model(input_ids=ids)
+    assert message in str(caught.value)
 
 
 LINEARS = {"gpt2": "c_attn", "phi3": "qkv_proj", "gpt_neox": "query_key_value"}
