@@ -32,7 +32,7 @@ def test_the_parser_has_each_field_with_its_default(parser, kinds):
 
 def test_each_field_of_the_router_is_a_flag_but_for_the_temperature():
     names = {item.name: flag for flag, item in flags_of(RouterConfig).items()}
-    assert {item.name for item in fields(RouterConfig)} - names.keys() == {"temperature", "change_rate"}
+    assert {item.name for item in fields(RouterConfig)} - names.keys() == {"temperature", "change_rate", "turns"}
     growing = {item.name: flag for flag, item in flags_of(GrowingRouterConfig).items()}
     assert growing == names | {"change_rate": "router_change_rate"}  # which a gate that is trained does not have
     assert {name: flag for name, flag in names.items() if flag != name} == {
