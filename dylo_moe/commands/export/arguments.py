@@ -11,7 +11,7 @@ from dylo_moe.routing.config import BASE
 from dylo_moe.utils.checks import COUNT, PERCENT, SEED, range_problems
 from dylo_moe.utils.words import split_at_commas
 
-VLLM, MERGED = "vllm", "merged"
+VLLM, PEFT, MERGED = "vllm", "peft", "merged"
 
 MEASURED = "measured"
 """The value of --mixture that stands for the shares of tokens which the router itself sends to each expert."""
@@ -30,8 +30,9 @@ class ExportArguments:
     to: str = field(
         metadata={
             "help": "vllm: one adapter for each expert, and the command that serves them, one expert a request. "
-            "merged: one plain Transformers model, with one expert or a fixed mixture inside its weights.",
-            "choices": [VLLM, MERGED],
+            "peft: one adapter for each expert as stock PEFT loads it, an aLoRA adapter where prompts are read by the "
+            "base. merged: one plain Transformers model, with one expert or a fixed mixture inside its weights.",
+            "choices": [VLLM, PEFT, MERGED],
         }
     )
     output: str = field(metadata={"help": "The folder to write, new or empty."})
@@ -93,6 +94,7 @@ EXPORT_LINE = CommandLine(
     prog="dylora export",
     kinds=(ExportArguments,),
     usage="dylora export CHECKPOINT --to vllm --output FOLDER\n"
+    "       dylora export CHECKPOINT --to peft --output FOLDER\n"
     "       dylora export CHECKPOINT --to merged --expert NAME --output FOLDER\n"
     "       dylora export CHECKPOINT --to merged --mixture MIXTURE --output FOLDER",
     description="Write a checkpoint (a run's folder, or the folder that holds dylora.json) for engines that do not "

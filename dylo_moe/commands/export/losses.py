@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from dylo_moe.data.collator import Collator
 from dylo_moe.evaluation.held_out import HeldOut
 from dylo_moe.evaluation.losses import DatasetLosses, Losses, estimates, measure, shown_estimate
 from dylo_moe.model.model import DyLoRAMoE
-from dylo_moe.routing.config import BASE, SHARED, UNIFORM
+from dylo_moe.routing.config import BASE, SHARED, TOKEN, UNIFORM
 from dylo_moe.routing.token_masks import prompt_ends
 from dylo_moe.utils.redact import short_name
 from dylo_moe.utils.screen import Screen
@@ -27,6 +29,9 @@ from dylo_moe.utils.table import Table
 ROUTED = "each token routed"
 
 PER_REQUEST = "one expert a request"
+
+BY_BASE = "prompts read by the base"
+"""Behind the name of a way, where another of that name has the prompts read by the experts."""
 
 PLAIN = "this model"
 
@@ -47,25 +52,53 @@ class Measured(NamedTuple):
 
 
 def measure_requests(
-    model: DyLoRAMoE, held: HeldOut, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, screen: Screen
+    model: DyLoRAMoE,
+    held: HeldOut,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    screen: Screen,
+    adapts_prompts: bool = False,
 ) -> Measured:
-    """Measure each token routed, one expert a request, every expert always, and the base alone."""
+    """Measure each token routed, one expert a request, every expert always, and the base alone.
+
+    Args:
+        adapts_prompts: the request's expert will read the prompt too, which the model leaves to the base; one expert a
+            request is measured both ways then.
+    """
     ways, notes = measure_routed(model, held, tokenizer, batch_size=batch_size, screen=screen), list(held.notes)
     by_member = {BASE: ways[BASE_ALONE]}
     has_base = model.experts.shared is not None and BASE in model.router.names
     names = [*model.experts.names, *([SHARED] if has_base else [])]
+    by_base = dict(by_member)
     for name in names:
         with model.route_to(name):
-            by_member[name] = measure(model, held, tokenizer, batch_size=batch_size, screen=screen, what=name)
+            by_base[name] = measure(model, held, tokenizer, batch_size=batch_size, screen=screen, what=name)
+            with prompts_adapted(model) if adapts_prompts else nullcontext():
+                adapted = adapts_prompts and measure(model, held, tokenizer, batch_size=batch_size, screen=screen)
+        by_member[name] = adapted or by_base[name]
     requests: dict[str, dict[str, int]] = {}
     if model.router_config.policy == UNIFORM:
         notes.append("The router's policy is 'uniform', which prefers no expert: which one to ask is up to you.")
     else:
         chosen = row_experts(model, held, tokenizer, batch_size=batch_size)
         ways[PER_REQUEST] = picked(by_member, chosen)
+        if adapts_prompts:
+            ways[f"{PER_REQUEST}, {BY_BASE}"] = picked(by_base, chosen)
         requests = {dataset: dict(Counter(names)) for dataset, names in chosen.items()}
     ways |= {f"{name}, always": by_member[name] for name in names}
     return Measured(ways, notes, requests)
+
+
+@contextmanager
+def prompts_adapted(model: DyLoRAMoE) -> Iterator[None]:
+    """Inside, `route_to` sends every token to its expert, also those of a prompt that the model leaves to the base."""
+    config = model.router_config
+    model.router_config = model.router.config = replace(config, granularity=TOKEN, turns=None)
+    try:
+        yield
+    finally:
+        model.router_config = model.router.config = config
 
 
 def measure_routed(

@@ -111,6 +111,11 @@ def padded(
     return PaddedAdapter(values, padded_state, own_ranks, notes)
 
 
+def ranks_of(state: Mapping[str, Tensor]) -> list[int]:
+    """The ranks of an adapter's linears, each once, ascending."""
+    return sorted({tensor.shape[0] for name, tensor in state.items() if name.endswith(A)})
+
+
 def side_by_side(first: Mapping[str, Linear], second: Mapping[str, Linear]) -> dict[str, Linear]:
     """One adapter that computes the sum of two: A is [A_1; A_2], B is [B_1 | B_2], in each linear that both have.
 

@@ -76,6 +76,49 @@ def vllm_page(record: Mapping[str, Any], losses: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+PEFT_CODE = """\
+from peft import PeftModel
+
+from dylo_moe import load_base
+
+model = PeftModel.from_pretrained(load_base("BASE"), "EXPERT", adapter_name="EXPERT")
+"""
+"""How stock PEFT loads an expert; BASE and EXPERT stand for their names."""
+
+ACTIVATED = """\
+Each is an aLoRA adapter (`alora_invocation_tokens` is {invocation}): the base reads the prompt, and the expert acts \
+from the header of its answer on, so that the cache of a prompt serves all experts and the base. In a conversation of \
+one answer this is what `route_to` gives, token for token. Stock PEFT differs from it in this:
+
+- It acts from the last such header in what it is given, and leaves all tokens before it to the base, earlier \
+answers too; the checkpoint leaves each earlier answer to the expert that wrote it.
+- It acts to the end of the text, also on what stands behind the end of an answer; the checkpoint leaves that to the \
+base.
+- Without a whole header in the prompt it does not act at all."""
+
+
+def peft_page(record: Mapping[str, Any], losses: str) -> str:
+    """Write the page of a folder of adapters for stock PEFT; the arguments are those of `vllm_page`."""
+    experts = [[item["name"], item["rank"], item["skill"] or "", item["state"]] for item in record["experts"]]
+    notes = [f"- {item['name']}: {note}" for item in record["experts"] for note in item["notes"]]
+    code = PEFT_CODE.replace("BASE", str(record["base"]["id"])).replace("EXPERT", record["experts"][0]["name"])
+    parts = [
+        "# Experts of a DyLoRA-MoE checkpoint, for PEFT",
+        f"One LoRA adapter for each expert. The base is {record['base']['id']}, and is not in this folder.",
+        "## Use",
+        f"In this folder:\n\n```python\n{code}```",
+        ACTIVATED.format(invocation=record["invocation"]) if record["invocation"] else "",
+        "The router stays with the checkpoint: `expert_for` of `dylo_moe.commands.export.request_routing` says which "
+        "expert suits a prompt.",
+        "## What is lost",
+        losses,
+        "## Experts",
+        markdown_table(["name", "rank", "skill", "state"], experts),
+        "\n".join(notes + [f"- {note}" for note in record["notes"]]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 def merged_page(record: Mapping[str, Any], losses: str) -> str:
     """Write the page of a plain model that experts were merged into; the arguments are those of `vllm_page`."""
     weights = [[name, f"{weight:.4g}"] for name, weight in record["weights"].items()]

@@ -22,7 +22,8 @@ def experts_for(
 ) -> tuple[str, ...]:
     """Choose the member of the pool with the largest weight at the last token of each prompt.
 
-    It may be `base`, the unchanged model, or, where a shared expert serves that member's tokens too, "shared".
+    It may be `base`, the unchanged model, or, where a shared expert serves that member's tokens too, "shared". With
+    response granularity it is the base where a prompt does not end with the header of an answer.
 
     Args:
         input_ids: int64 [batch, seq], padded on the right.
@@ -39,7 +40,8 @@ def experts_for(
     rows = torch.arange(len(input_ids), device=routing.weights.device)
     weights_BE = routing.weights[rows, prompt_lengths.to(rows.device) - 1]
     served = [SHARED if name == BASE and model.experts.shared is not None else name for name in routing.names]
-    return tuple(served[place] for place in weights_BE.argmax(-1).tolist())
+    chosen = zip(weights_BE.max(-1).values.tolist(), weights_BE.argmax(-1).tolist(), strict=True)
+    return tuple(served[place] if weight > 0 else BASE for weight, place in chosen)
 
 
 def expert_for(model: DyLoRAMoE, prompt_ids: Sequence[int]) -> str:

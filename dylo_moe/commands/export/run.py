@@ -6,19 +6,19 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dylo_moe.base.loading import load_base, load_tokenizer
 from dylo_moe.commands.export import losses
-from dylo_moe.commands.export.arguments import MEASURED, MERGED, ExportArguments, mixture_weights
+from dylo_moe.commands.export.adapters import adapters_record, padded_adapters, stock_adapters
+from dylo_moe.commands.export.arguments import MEASURED, MERGED, VLLM, mixture_weights
 from dylo_moe.commands.export.losses import (
+    BY_BASE,
     PER_REQUEST,
     PLAIN,
     Measured,
@@ -28,42 +28,23 @@ from dylo_moe.commands.export.losses import (
     routed_shares,
 )
 from dylo_moe.commands.export.merged import bake
-from dylo_moe.commands.export.padded_adapter import PaddedAdapter, padded
-from dylo_moe.commands.export.page import NOT_MEASURED, merged_page, vllm_page
+from dylo_moe.commands.export.page import NOT_MEASURED, merged_page, peft_page, vllm_page
+from dylo_moe.commands.export.record import Export, of_prompts, of_quantised, origin
 from dylo_moe.commands.export.request import ExportRequest
-from dylo_moe.commands.export.serving_rules import VLLM_VERSION, next_server_rank, rule_problems, serve_command
 from dylo_moe.evaluation.held_out import HeldOut, held_out
 from dylo_moe.evaluation.losses import measure
 from dylo_moe.model.checkpoint import ADAPTER_FILES, named_base, read_manifest
 from dylo_moe.model.manifest import expert_problem
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_tensors
-from dylo_moe.routing.config import BASE, SHARED
-from dylo_moe.utils.atomic_files import check_free, listing, sha256, write_json
-from dylo_moe.utils.file_names import MANIFEST
+from dylo_moe.routing.config import SHARED
+from dylo_moe.utils.atomic_files import check_free, listing, write_json
 from dylo_moe.utils.markdown import Markdown, markdown_table
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.whole_folders import whole_folder
 from dylo_moe.utils.write_errors import as_os_errors
 
-EXPORT_FORMAT_VERSION = 1
-
 RECORD, PAGE = "dylora_export.json", "README.md"
-
-
-class Export(NamedTuple):
-    """One call of `dylora export`: its checkpoint, flags and output."""
-
-    checkpoint: Path
-    manifest: dict[str, Any]
-    options: ExportArguments
-    output: Path
-    screen: Screen
-
-    @property
-    def base(self) -> dict[str, Any]:
-        """The entry of the manifest that describes the base."""
-        return self.manifest["base"]
 
 
 def export(request: ExportRequest) -> Path:
@@ -92,12 +73,16 @@ def export(request: ExportRequest) -> Path:
 
 
 def export_adapters(export: Export) -> None:
-    """Export one adapter for each expert, for `--to vllm`."""
-    adapters = padded_adapters(export)
+    """Export one adapter for each expert, for `--to vllm` and `--to peft`."""
+    for_vllm = export.options.to == VLLM
+    adapters = padded_adapters(export) if for_vllm else stock_adapters(export)
     measured = None
     if not export.options.no_measure:
         model, tokenizer, held = ready(export)
-        measured = measure_requests(model, held, tokenizer, batch_size=export.options.batch_size, screen=export.screen)
+        size, adapts_prompts = export.options.batch_size, export.adapts_prompts
+        measured = measure_requests(
+            model, held, tokenizer, batch_size=size, screen=export.screen, adapts_prompts=adapts_prompts
+        )
     with whole_folder(export.output) as folder:
         for name, adapter in adapters.items():
             (folder / name).mkdir()
@@ -107,81 +92,15 @@ def export_adapters(export: Export) -> None:
         record = {**adapters_record(export, adapters), "measured": told(export, measured)}
         record["files"] = listing(folder)
         write_json(folder / RECORD, record)
-        page = vllm_page(record, page_of_losses(export, measured, PER_REQUEST))
+        write_page = vllm_page if for_vllm else peft_page
+        page = write_page(record, page_of_losses(export, measured, PER_REQUEST))
         (folder / PAGE).write_text(page, encoding="utf-8")
     show_export_losses(export, measured, PER_REQUEST)
     for note in [f"{item['name']}: {note}" for item in record["experts"] for note in item["notes"]] + record["notes"]:
         export.screen.note(note)
-    export.screen.say("To serve them (README.md there says how to ask):")
-    export.screen.copyable(f"cd {shlex.quote(str(export.output))}\n{record['serve_command']}")
-
-
-def padded_adapters(export: Export) -> dict[str, PaddedAdapter]:
-    """Prepare every expert for vLLM, each together with the shared one, where there is one.
-
-    Raises:
-        ValueError: with every reason why some cannot be served.
-    """
-    found, problems = {}, []
-    shapes = export.base["fingerprint"]["tensors"]
-    shared = read_adapter_files(export, SHARED) if SHARED in export.manifest else None
-    for entry in served(export):
-        beside = None if entry["name"] == SHARED else shared
-        try:
-            adapter = padded(*read_adapter_files(export, entry["name"]), shared=beside)
-            reasons = rule_problems(adapter.config, adapter.state, base_shapes=shapes)
-        except ValueError as error:
-            reasons = [str(error)]
-        problems += [f"{entry['name']}: {reason}" for reason in reasons]
-        if not reasons:
-            found[entry["name"]] = adapter
-    if problems:
-        raise ValueError(f"checkpoint {export.checkpoint} cannot be served by vLLM: " + "; ".join(problems))
-    return found
-
-
-def read_adapter_files(export: Export, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an adapter's config and its tensors."""
-    folder = export.checkpoint / "experts" / name
-    config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    return config, load_file(folder / ADAPTER_FILES[1])
-
-
-def served(export: Export) -> list[dict[str, Any]]:
-    """The entries of the experts that become adapters: all that a request may be sent to. The shared one is one of them
-    if `base` is a member of the pool, of whose requests it computes all there is."""
-    manifest = export.manifest
-    has_base = BASE in (manifest.get("growth") or {"members": []})["members"]
-    return [*manifest["experts"], *([manifest[SHARED]] if SHARED in manifest and has_base else [])]
-
-
-def adapters_record(export: Export, adapters: Mapping[str, PaddedAdapter]) -> dict[str, Any]:
-    """Make the content of dylora_export.json for adapters, except for their files and losses."""
-    base, max_rank = export.base, max(adapter.config["r"] for adapter in adapters.values())
-    experts = []
-    for entry in served(export):
-        adapter = adapters[entry["name"]]
-        experts.append(
-            {
-                "name": entry["name"],
-                "folder": entry["name"],
-                "rank": adapter.config["r"],
-                "original_ranks": adapter.ranks,
-                "lora_alpha": adapter.config["lora_alpha"],
-                "targets": sorted({key.split(".")[-3] for key in adapter.state}),
-                "skill": entry["skill"],
-                "state": "mature" if entry["mature"] else "nascent",
-                "notes": adapter.notes,
-            }
-        )
-    command = serve_command(base["id"], base["revision"], experts=list(adapters), max_rank=max_rank)
-    return {
-        **origin(export, "vllm"),
-        "vllm": {"rules_of": VLLM_VERSION, "max_lora_rank": next_server_rank(max_rank), "max_loras": len(adapters)},
-        "serve_command": command,
-        "experts": experts,
-        "notes": of_quantised(export, "vLLM serves the base unquantised unless --quantization says otherwise"),
-    }
+    if for_vllm:
+        export.screen.say("To serve them (README.md there says how to ask):")
+        export.screen.copyable(f"cd {shlex.quote(str(export.output))}\n{record['serve_command']}")
 
 
 # One plain model.
@@ -199,6 +118,10 @@ def export_merged(export: Export) -> None:
     if not options.no_measure:
         model, tokenizer, held = ready(export)
         ways = measure_routed(model, held, tokenizer, batch_size=options.batch_size, screen=export.screen)
+        if export.adapts_prompts and options.expert is not None:
+            with model.route_to(options.expert):
+                way = f"{options.expert}, {BY_BASE}"
+                ways[way] = measure(model, held, tokenizer, batch_size=options.batch_size, screen=export.screen)
         measured = Measured(ways, list(held.notes), {})
         weights = weights or routed_shares(model, held, tokenizer, batch_size=options.batch_size)
         del model
@@ -210,14 +133,19 @@ def export_merged(export: Export) -> None:
             **origin(export, "merged"),
             "weights": {**weights, **({SHARED: 1.0} if SHARED in export.manifest else {})},
             "dtype": json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"],
-            "notes": of_quantised(
-                export, "here they are merged into the unquantised weights, which differ by that rounding"
-            ),
+            "notes": [
+                *of_quantised(
+                    export, "here they are merged into the unquantised weights, which differ by that rounding"
+                ),
+                *of_prompts(export, "merged weights are the same for every token"),
+            ],
             "measured": told(export, measured),
             "files": listing(folder),
         }
         write_json(folder / RECORD, record)
         (folder / PAGE).write_text(merged_page(record, page_of_losses(export, measured, PLAIN)), encoding="utf-8")
+    for note in record["notes"]:
+        export.screen.note(note)
     mixed = ", ".join(f"{name} {weight:.3g}" for name, weight in record["weights"].items())
     export.screen.file("merged", f"{mixed}, in {record['dtype']}")
     show_export_losses(export, measured, PLAIN)
@@ -274,20 +202,6 @@ def ready(export: Export) -> tuple[DyLoRAMoE, PreTrainedTokenizerBase, HeldOut]:
 def device() -> str:
     """The device on which losses are measured."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def origin(export: Export, kind: str) -> dict[str, Any]:
-    """Make the part of the record that both kinds of export share."""
-    checkpoint = {"sha256": sha256(export.checkpoint / MANIFEST)}
-    base = {name: export.base[name] for name in ("id", "revision")} | {"quantization": export.base.get("quantization")}
-    return {"format_version": EXPORT_FORMAT_VERSION, "kind": kind, "checkpoint": checkpoint, "base": base}
-
-
-def of_quantised(export: Export, what: str) -> list[str]:
-    """Make a note where the experts were trained on quantised weights; `what` says what follows from that."""
-    if not export.base["fingerprint"]["quantized"]:
-        return []
-    return [f"The experts were trained on a base whose weights were quantised; {what}."]
 
 
 def told(export: Export, measured: Measured | None) -> dict[str, Any] | None:
