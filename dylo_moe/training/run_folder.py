@@ -15,6 +15,7 @@ import yaml
 
 from dylo_moe.utils.errors import UsageError
 from dylo_moe.utils.file_names import MANIFEST
+from dylo_moe.utils.owner import OWNER
 from dylo_moe.utils.whole_folders import left_by_kill
 
 NEW_RUN = "new"
@@ -59,7 +60,7 @@ def output_dir_problem(wanted: str) -> str | None:
     try:
         if path.exists() and not path.is_dir():
             return f"output_dir {path} is a file; name a new folder"
-        if wanted != NEW_RUN and path.exists() and any(path.iterdir()):
+        if wanted != NEW_RUN and path.exists() and any(item.name != OWNER for item in path.iterdir()):
             return f"output_dir {path} is not empty; choose a new one, so that no earlier run is overwritten"
         existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         if not existing.is_dir():

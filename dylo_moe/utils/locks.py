@@ -76,6 +76,11 @@ def drop_lock(lock: FileLock) -> None:
         os.close(lock.descriptor)
 
 
+def is_held_here(path: Path) -> bool:
+    """Whether this very process has locked a file."""
+    return _identity(path) in _held
+
+
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock of a file that is there; true as well where that cannot be known."""
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.differences import Difference, in_words
+from dylo_moe.utils.owner import OWNER
 
 SETTINGS_FILE = "settings.json"
 
@@ -26,7 +27,7 @@ def refuse_foreign(folder: Path, *, what: str, beside: Sequence[str] = ()) -> No
         return
     if not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; name a new folder")
-    if any(item.name not in beside for item in folder.iterdir()):
+    if any(item.name not in (*beside, OWNER) for item in folder.iterdir()):
         raise ValueError(f"output_dir {folder} is not empty, and holds no {what}; choose a new one")
 
 

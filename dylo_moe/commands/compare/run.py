@@ -53,6 +53,7 @@ from dylo_moe.training.stopping import StopRequest
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.differences import Difference, differences
 from dylo_moe.utils.errors import Stopped
+from dylo_moe.utils.owner import Owner
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.settings_folder import Settings, refuse_foreign, take_folder
 from dylo_moe.utils.words import counted
@@ -66,7 +67,7 @@ def compare(request: CompareRequest) -> Path:
 
     Raises:
         ValueError: where a training or an evaluation failed, with its last line; for an output folder of another
-            comparison.
+            comparison, or one that another process is comparing in.
         Stopped: when SIGTERM or SIGINT ended it; the same command resumes it.
     """
     try:
@@ -83,15 +84,26 @@ def _compare(request: CompareRequest) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     asked: Settings = {"settings": request.settings, "evaluation": request.evaluation}
     asked |= {name: getattr(request.options, name) for name in (*CAN_GROW, "search_every_budget")}
-    with StopRequest(), hold(output, screen):
+    with StopRequest(), Owner() as owner:
+        owner.take(output, "comparing")
+        lines, found = _trained_and_judged(request, asked, screen)
+    write_result(request, lines, found, screen)
+    return output
+
+
+def _trained_and_judged(
+    request: CompareRequest, asked: Settings, screen: Screen
+) -> tuple[dict[int | None, list[ArmLine]], Found | None]:
+    """Do the work of a comparison, once the processes that a killed call has started have ended."""
+    output = request.output
+    with hold(output, screen):
         take_folder(output, asked, what="comparison", changes=_changes, merge=_merge, beside=[LOCK])
         found, judged = train_and_judge(request, screen)
         lines = {
             steps: make_lines(_runs(of_seed, request.options.benchmarks if steps == request.options.steps[-1] else []))
             for steps, of_seed in judged.items()
         }
-    write_result(request, lines, found, screen)
-    return output
+    return lines, found
 
 
 Judged = dict[int | None, dict[int, list[ArmFolder]]]

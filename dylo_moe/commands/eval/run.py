@@ -38,6 +38,7 @@ from dylo_moe.model.manifest import expert_problem
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.report.eval_tables import TITLES, live_rate, show_example, show_results
 from dylo_moe.routing.config import BASE
+from dylo_moe.utils.owner import Owner
 from dylo_moe.utils.screen import Screen
 from dylo_moe.utils.words import counted
 
@@ -54,9 +55,14 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
 
     Raises:
         ValueError: for an incomplete checkpoint, data that is not available, or settings that differ from those of the
-            evaluation that is to be resumed.
+            evaluation that is to be resumed, or a folder that another process is evaluating into.
         SandboxError: where generated code cannot be isolated.
     """
+    with Owner() as owner:
+        return _evaluate(request, owner)
+
+
+def _evaluate(request: EvalRequest, owner: Owner) -> Path:
     transformers_logging.disable_progress_bar()
     screen, options, checkpoint = Screen("eval"), request.options, Path(request.checkpoint)
     manifest = read_manifest(checkpoint)
@@ -71,6 +77,7 @@ def evaluate_checkpoint(request: EvalRequest) -> Path:
     if exams:
         settings["problems"] = {exam.asking.benchmark: problems_digest(exam.problems) for exam in exams}
     folder = evaluation_folder(checkpoint, options)
+    owner.take(folder, "evaluating")
     check_evaluation_folder(folder, settings)
     base, revision = named_base(checkpoint, manifest)
     tokenizer = load_tokenizer(base, revision=revision)

@@ -67,7 +67,11 @@ from dylo_moe.training.stopping import StopRequest
 from dylo_moe.utils import distributed
 from dylo_moe.utils.errors import RankLost, Stopped, UsageError
 from dylo_moe.utils.file_names import RESULT
+from dylo_moe.utils.owner import Owner
 from dylo_moe.utils.screen import Screen
+
+STREAMING = "learning a stream"
+"""What is done in a stream's folder, for the message to a second process."""
 
 
 def stream(request: StreamRequest) -> Path:
@@ -85,9 +89,9 @@ def stream(request: StreamRequest) -> Path:
         screen.result("checkpoint", final)
         distributed.leave()
         return final
-    with StopRequest(finishes_evaluations=True) as stop:
+    with StopRequest(finishes_evaluations=True) as stop, Owner() as owner:
         try:
-            return _stream(request, screen, stop)
+            return _stream(request, screen, stop, owner)
         except (RuntimeError, ValueError, OSError) as error:
             if distributed.num_ranks() > 1:
                 stop.leave()
@@ -96,10 +100,12 @@ def stream(request: StreamRequest) -> Path:
             raise
 
 
-def _stream(request: StreamRequest, screen: Screen, stop: StopRequest) -> Path:
+def _stream(request: StreamRequest, screen: Screen, stop: StopRequest, owner: Owner) -> Path:
     """Run a stream from its flags to its final checkpoint."""
     started = time.time()
     check_not_sharded()
+    if (resumed := request.resumed) is not None:
+        distributed.first_does(lambda: owner.take(resumed, STREAMING))
     limits = check_before_reading(*configs_of(request), is_new=request.resumed is None, growth=request.growth)
     show_device(screen, request.train)
     set_seed(request.train.seed)
@@ -107,7 +113,7 @@ def _stream(request: StreamRequest, screen: Screen, stop: StopRequest) -> Path:
     data = read_data(request, tokenizer)
     check_rows(limits, data, tokenizer, screen, max_seq_length=request.data.max_seq_length)
     show_stream_data(screen, data, roles_of(request, data))
-    folder, checkpoint = open_folder(request)
+    folder, checkpoint = open_folder(request, owner)
     try:
         with removed_unless_trained(folder, is_new=request.resumed is None):
             collator = Collator(tokenizer)
@@ -183,7 +189,7 @@ def tokenizer_of(request: StreamRequest) -> PreTrainedTokenizerBase:
     return load_tokenizer(base["id"], revision=base["revision"])
 
 
-def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
+def open_folder(request: StreamRequest, owner: Owner) -> tuple[Path, Path | None]:
     """Open the folder of the stream, new or resumed; one process does it for all.
 
     Returns:
@@ -193,13 +199,14 @@ def open_folder(request: StreamRequest) -> tuple[Path, Path | None]:
         resumed = request.resumed
         distributed.first_does(lambda: clear_leftovers(resumed, keep=request.stream.keep_stages))
         return resumed, last_checkpoint(resumed)
-    folder = Path(distributed.from_first(lambda: str(_new_folder(request))))
+    folder = Path(distributed.from_first(lambda: str(_new_folder(request, owner))))
     request.train.output_dir = str(folder)
     return folder, None
 
 
-def _new_folder(request: StreamRequest) -> Path:
+def _new_folder(request: StreamRequest, owner: Owner) -> Path:
     folder = new_output_dir(request.train.output_dir)
+    owner.take(folder, STREAMING)
     state = StreamState(Matrix([]), processes=request.processes)
     write_view(folder, state, is_over=False)  # a stream killed from here on can be resumed
     save_config(request.settings, folder / CONFIG_FILE)

@@ -57,9 +57,13 @@ from dylo_moe.utils import distributed
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.errors import RankLost, Stopped
 from dylo_moe.utils.file_names import RESULT
+from dylo_moe.utils.owner import Owner
 from dylo_moe.utils.screen import Screen
 
 SAMPLE_TOKENS = 32
+
+TRAINING = "training"
+"""What is done in a run's folder, for the message to a second process."""
 
 
 class TrainingRun(NamedTuple):
@@ -88,9 +92,9 @@ def train(arguments: Arguments) -> Path:
         Stopped: when SIGTERM or SIGINT ended it; what was trained is saved, and the message says how to resume.
         RankLost: when another process of the run has gone.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, Owner() as owner:
         try:
-            return _train(arguments, stop)
+            return _train(arguments, stop, owner)
         except (RuntimeError, ValueError, OSError) as error:
             if distributed.num_ranks() > 1:
                 stop.leave()
@@ -99,7 +103,7 @@ def train(arguments: Arguments) -> Path:
             raise
 
 
-def _train(arguments: Arguments, stop: StopRequest) -> Path:
+def _train(arguments: Arguments, stop: StopRequest, owner: Owner) -> Path:
     """Run a training from its flags to its final checkpoint."""
     started = time.time()
     transformers_logging.disable_progress_bar()
@@ -108,6 +112,8 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     if is_finished(arguments, settings, screen):
         distributed.leave()
         return Path(arguments.train.output_dir) / RESULT
+    if not writes_new_folder(arguments):
+        distributed.first_does(lambda: owner.take(Path(arguments.train.output_dir), TRAINING))
     sharding = take_sharding(arguments.train, num_processes=distributed.num_ranks())
     show_begin(screen, arguments, sharding)
     schedule = benchmark_schedule(arguments, sharding)
@@ -122,7 +128,7 @@ def _train(arguments: Arguments, stop: StopRequest) -> Path:
     if starts_gate(arguments, model):
         check_start(model, data)
     is_new = writes_new_folder(arguments)
-    folder = open_folder(arguments, screen)
+    folder = open_folder(arguments, screen, owner)
     with removed_unless_trained(folder, is_new=is_new):
         run = open_run(arguments, settings, screen, tokenizer, data, model, folder)
         if sharding is not None:
@@ -239,18 +245,19 @@ def writes_new_folder(arguments: Arguments) -> bool:
     return resumed is None or Path(arguments.train.output_dir).resolve() != resumed.run.resolve()
 
 
-def open_folder(arguments: Arguments, screen: Screen) -> Path:
+def open_folder(arguments: Arguments, screen: Screen, owner: Owner) -> Path:
     """Make the folder of a new run, or take that of the resumed run; one process does it for all.
 
     Raises:
-        ValueError: for a folder that holds another run, or later checkpoints than the one to resume from.
+        ValueError: for a folder that holds another run, or later checkpoints than the one to resume from, or that
+            another process is training in.
     """
-    folder = Path(distributed.from_first(lambda: str(run_folder(arguments, screen))))
+    folder = Path(distributed.from_first(lambda: str(run_folder(arguments, screen, owner))))
     arguments.train.output_dir = str(folder)
     return folder
 
 
-def run_folder(arguments: Arguments, screen: Screen) -> Path:
+def run_folder(arguments: Arguments, screen: Screen, owner: Owner) -> Path:
     """Make the folder of a new run, or make that of the resumed run ready; see `open_folder`."""
     resumed = arguments.resumed
     if resumed is not None and not writes_new_folder(arguments):
@@ -267,7 +274,9 @@ def run_folder(arguments: Arguments, screen: Screen) -> Path:
         for name in clear_unfinished(folder):
             screen.say(f"removed {name}, which an interrupted save left")
         return folder
-    return new_output_dir(arguments.train.output_dir)
+    folder = new_output_dir(arguments.train.output_dir)
+    owner.take(folder, TRAINING)
+    return folder
 
 
 # Training.
