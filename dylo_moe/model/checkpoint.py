@@ -18,15 +18,11 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 
-from dylo_moe.base.fingerprint import unpack_samples
-from dylo_moe.continual.config import GrowthConfig
-from dylo_moe.experts.expert import Expert, check_name
 from dylo_moe.model.manifest import (
     FORMAT_VERSION,
     SHARED_FORMAT_VERSION,
@@ -34,11 +30,12 @@ from dylo_moe.model.manifest import (
     expert_problem,
     format_version,
 )
-from dylo_moe.routing.config import BASE, SHARED, RouterConfig
+from dylo_moe.model.manifest_check import checksum_problem, manifest_problems
 from dylo_moe.utils.atomic_files import files_below, sha256
 from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.file_names import MANIFEST, RESULT
 from dylo_moe.utils.locks import is_held
+from dylo_moe.utils.typed_json import read_json
 from dylo_moe.utils.whole_folders import LOCK, NEW, hidden_of, left_by_kill
 
 ROUTER_FILE = "router.safetensors"
@@ -50,8 +47,6 @@ CARD = "README.md"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 OWN_ENTRIES = ("experts", ROUTER_FILE, LIBRARY_FILE, ADAPTER_FILES[1], MANIFEST)
-
-EXPERT_FIELDS = {field.name for field in fields(Expert)}
 
 TRAINER_FILES = ("trainer_state.json", "training_args.bin")
 """A folder with one of these files, and without a record of a training in `dylora.json`, was written by the stock
@@ -138,48 +133,40 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = True) -> dict[
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is no DyLoRA-MoE checkpoint: {MANIFEST} is missing")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        files = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
-        missing = [name for expert in expert_entries(manifest) for name in EXPERT_FIELDS - expert.keys()]
-        if missing:
-            raise KeyError(missing[0])
-        experts = [Expert(**expert) for expert in manifest["experts"]]
-        if "shared" in manifest and Expert(**manifest["shared"]).name != SHARED:
-            raise ValueError(f"its shared expert is named {manifest['shared']['name']!r}, which must be {SHARED!r}")
-        wanted = {f"experts/{entry['name']}/{file}" for entry in expert_entries(manifest) for file in ADAPTER_FILES}
-        if not experts:
-            raise ValueError("its experts are none; a pool has at least one")
-        for index, expert in enumerate(experts):
-            check_name(expert.name, taken=[other.name for other in experts[:index]])
-        RouterConfig(**manifest["router"])
-        LoraConfig(**manifest["lora"])
-        if manifest.get("growth") is not None:
-            wanted.add(LIBRARY_FILE)
-            GrowthConfig(**manifest["growth"]["config"])
-            members = {*manifest["growth"]["members"]} - {BASE}
-            if members != {expert.name for expert in experts}:
-                raise ValueError(f"its members are {sorted(members)}, which are not its experts")
-            manifest["growth"]["allow_expert_growth"], manifest["growth"]["skills"]
-        float(manifest["balance_coefficient"])
-        if not isinstance(manifest.get("training", {}), dict):
-            raise TypeError("its record of the training is no mapping")
-        by_stock = "training" not in manifest and any((folder / name).is_file() for name in TRAINER_FILES)
-        base = manifest["base"]
-        base["id"], base["revision"]
-        unpack_samples(base["fingerprint"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
-    if version != format_version(manifest):
-        raise CheckpointError(
-            f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT_VERSION}, and "
-            f"{SHARED_FORMAT_VERSION} with a shared expert"
-        )
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    _check_content(manifest, folder / MANIFEST)
+    wanted = {f"experts/{entry['name']}/{file}" for entry in expert_entries(manifest) for file in ADAPTER_FILES}
+    wanted |= {ROUTER_FILE} | ({LIBRARY_FILE} if manifest.get("growth") is not None else set())
+    files = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+    by_stock = "training" not in manifest and any((folder / name).is_file() for name in TRAINER_FILES)
     problems = _file_problems(folder, files, strict=strict and not by_stock)
-    problems += [f"{name} is not listed in {MANIFEST}" for name in sorted((wanted | {ROUTER_FILE}) - files.keys())]
+    problems += [f"{name} is not listed in {MANIFEST}" for name in sorted(wanted - files.keys())]
     if problems:
         raise CheckpointError(f"checkpoint {folder} is not whole: " + "; ".join(problems))
     return manifest
+
+
+def _check_content(manifest: Any, path: Path) -> None:
+    """Raise CheckpointError unless a manifest is of a format that is known here, as it was written, and adds up."""
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version not in (FORMAT_VERSION, SHARED_FORMAT_VERSION):
+        raise CheckpointError(_other_format(path, version))
+    problem = None if not isinstance(manifest, dict) else checksum_problem(manifest, path)
+    problems = [problem] if problem else manifest_problems(manifest)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{path} cannot be used: {'; '.join(problems[:5])}{more}")
+    if version != format_version(manifest):
+        raise CheckpointError(_other_format(path, version))
+
+
+def _other_format(path: Path, version: Any) -> str:
+    return (
+        f"{path} has format {version!r}; this version reads {FORMAT_VERSION}, and {SHARED_FORMAT_VERSION} with a "
+        "shared expert"
+    )
 
 
 def manifest_or_problem(

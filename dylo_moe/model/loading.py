@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,12 +34,15 @@ from dylo_moe.model.checkpoint import (
     read_manifest,
 )
 from dylo_moe.model.manifest import expert_entries
+from dylo_moe.model.manifest_check import lora_problems
 from dylo_moe.model.peft_model import RoutedPeftModel
 from dylo_moe.model.probe import probe
 from dylo_moe.routing.config import SHARED, RouterConfig
 from dylo_moe.routing.features import NUM_PLACES
 from dylo_moe.utils.errors import DyLoRAWarning
+from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.harmless import harmless_logger
+from dylo_moe.utils.typed_json import read_json
 from dylo_moe.utils.words import counted
 
 LOGGER = harmless_logger(__name__)
@@ -140,17 +144,39 @@ def _base_differences(saved: dict[str, Any], base: PreTrainedModel) -> list[str]
 
 
 def _build(cls: type[Model], folder: Path, manifest: dict[str, Any], base: PreTrainedModel) -> Model:
-    entries = manifest["experts"]
-    configs, states = {}, {}
+    configs: dict[str, LoraConfig] = {}
+    states: dict[str, dict[str, Tensor]] = {}
     for entry in expert_entries(manifest):
         files = [folder / "experts" / entry["name"] / file for file in ADAPTER_FILES]
-        configs[entry["name"]] = PeftConfig.from_pretrained(str(files[0].parent))
-        configs[entry["name"]].inference_mode = False
-        configs[entry["name"]].alora_invocation_tokens = None  # which tokens it reads is the router's to say
         states[entry["name"]] = _load_tensors(files[1])
+        configs[entry["name"]] = _load_config(files[0], entry, states[entry["name"]])
     router_state, library = _load_tensors(folder / ROUTER_FILE), load_library(folder, manifest)
-    first = entries[0]["name"]
     router = RouterConfig(**manifest["router"])
+    try:
+        model = _empty_model(cls, manifest, base, configs, router)
+    except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+        raise CheckpointError(f"checkpoint {folder} fits no model: {error}") from error
+    for entry in expert_entries(manifest):
+        _load_expert(model, entry, states[entry["name"]], folder)
+    model.experts.pack()
+    if manifest.get("growth") is not None:
+        model.router.arrange(manifest["growth"]["members"])
+    _load_router(model, router_state, folder)
+    _load_growth(model, manifest, library)
+    model.base_id, model.base_revision = manifest["base"]["id"], manifest["base"]["revision"]
+    return model.eval()
+
+
+def _empty_model(
+    cls: type[Model],
+    manifest: dict[str, Any],
+    base: PreTrainedModel,
+    configs: dict[str, LoraConfig],
+    router: RouterConfig,
+) -> Model:
+    """The model that a manifest describes, before it has the weights."""
+    entries = manifest["experts"]
+    first = entries[0]["name"]
     model = cls(
         base,
         seen=probe(base, router=router),
@@ -165,15 +191,30 @@ def _build(cls: type[Model], folder: Path, manifest: dict[str, Any], base: PreTr
         model.experts.add(entry["name"], configs[entry["name"]], mature=entry["mature"], skill=entry["skill"])
         model.router.add_row(entry["name"])
     model.experts.pack()
-    for entry in expert_entries(manifest):
-        _load_expert(model, entry, states[entry["name"]], folder)
-    model.experts.pack()
-    if manifest.get("growth") is not None:
-        model.router.arrange(manifest["growth"]["members"])
-    _load_router(model, router_state, folder)
-    _load_growth(model, manifest, library)
-    model.base_id, model.base_revision = manifest["base"]["id"], manifest["base"]["revision"]
-    return model.eval()
+    return model
+
+
+def _load_config(path: Path, entry: dict[str, Any], state: dict[str, Tensor]) -> LoraConfig:
+    """An expert's config, checked before anything is made by it."""
+    try:
+        values = read_json(path)
+        problems = lora_problems(values, "it")
+        if problems:
+            raise ValueError("; ".join(problems[:5]))
+        if values.get("peft_type") != "LORA":
+            problems = [f"peft_type is {values.get('peft_type')!r}; it must be 'LORA'"]
+        ranks = {tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name and tensor.dim()}
+        is_of_rank = values["r"] == entry["rank"] and (bool(values.get("rank_pattern")) or entry["rank"] in ranks)
+        if not problems and not is_of_rank:
+            problems = [f"r is {values['r']}, of matrices of rank {sorted(ranks)}, and {MANIFEST} says {entry['rank']}"]
+        if problems:
+            raise ValueError("; ".join(problems))
+        config = LoraConfig.from_pretrained(str(path.parent))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    config.inference_mode = False
+    config.alora_invocation_tokens = None  # which tokens it reads is the router's to say
+    return config
 
 
 def _load_expert(model: RoutedPeftModel, entry: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
@@ -184,6 +225,11 @@ def _load_expert(model: RoutedPeftModel, entry: dict[str, Any], state: dict[str,
     model.experts.cast(name, next(iter(state.values())).dtype)
     model.experts.fill(name, state)
     expert = model.experts.find(name)
+    if expert.parameters != entry["parameters"]:
+        raise CheckpointError(
+            f"{folder / MANIFEST} says that expert {name!r} has {entry['parameters']:,} parameters; it has "
+            f"{expert.parameters:,}"
+        )
     expert.mature, expert.skill, expert.trainable = entry["mature"], entry["skill"], entry["trainable"]
 
 

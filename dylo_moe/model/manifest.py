@@ -9,6 +9,9 @@ from dylo_moe.routing.config import BASE, SHARED
 FORMAT_VERSION, SHARED_FORMAT_VERSION = 1, 2
 """The format of a checkpoint without a shared expert, and with one, which older readers would pass over in silence."""
 
+CHECKSUM = "checksum"
+"""The entry of a manifest that holds the sha256 of the content of all others."""
+
 
 def expert_entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of a manifest's experts, in gate order; that of the shared one, if any, comes last."""

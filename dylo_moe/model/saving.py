@@ -27,7 +27,7 @@ from dylo_moe.model.checkpoint import (
     move_in,
     plain_config,
 )
-from dylo_moe.model.manifest import FORMAT_VERSION, format_version
+from dylo_moe.model.manifest import CHECKSUM, FORMAT_VERSION, format_version
 from dylo_moe.model.model_card import model_card
 from dylo_moe.model.nonfinite import broken_weights
 from dylo_moe.model.peft_model import RoutedPeftModel
@@ -35,6 +35,7 @@ from dylo_moe.utils.atomic_files import files_below, listing, sync
 from dylo_moe.utils.errors import DyLoRAWarning
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.harmless import harmless_logger
+from dylo_moe.utils.typed_json import checksum
 from dylo_moe.utils.whole_folders import hidden_of, replace_folder, written_aside
 from dylo_moe.utils.words import listed
 from dylo_moe.utils.write_errors import as_os_errors, why_not_saved
@@ -184,6 +185,7 @@ def write_files(
     manifest["files"] = listing(folder)
     for name in manifest["files"]:
         sync(folder / name)
+    manifest[CHECKSUM] = checksum(json.loads(json.dumps(manifest)), leave_out=CHECKSUM)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(folder / MANIFEST)
 

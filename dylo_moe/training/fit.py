@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from transformers import TrainerState
 
+from dylo_moe.model.checkpoint import CheckpointError
 from dylo_moe.training.callbacks import MetricsFile, ProgressBar
 from dylo_moe.training.metrics import MeterReading
 from dylo_moe.training.run_folder import checkpoint_name, shows_training
+from dylo_moe.training.saved_state import read_trainer_state
 from dylo_moe.training.stopping import EarlyStopping, StopRequest
 from dylo_moe.training.tracking import end_tracking
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -47,7 +50,7 @@ def resume_log(screen: Screen, metrics: MetricsFile, checkpoint: Path | None) ->
         if distributed.is_first():
             metrics.path.unlink(missing_ok=True)  # left by a run that was killed before its first checkpoint
         return None
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = read_trainer_state(checkpoint)
     if not distributed.is_first():
         return state
     dropped = metrics.rewind(state.log_history)
@@ -76,6 +79,9 @@ def train_to_end(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Stopped:
         trainer.save_now()
+    except (pickle.UnpicklingError, EOFError) as error:  # optimizer and random states, which the Trainer reads
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint} has a file of the Trainer that cannot be read: {said}") from error
     finally:
         progress_bar(trainer).stop()
     if stop.number is not None:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from dylo_moe.data.loading import LoadedData
 from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.training.run_folder import CONFIG_FILE, NUMBERED, RUNS, STREAM_FILE, checkpoints_in
+from dylo_moe.training.saved_state import STATE_FILE, read_settings, read_trainer_state
 from dylo_moe.utils.differences import Difference, differences
 from dylo_moe.utils.file_names import MANIFEST
 from dylo_moe.utils.words import counted
@@ -136,17 +135,20 @@ def find(wanted: str, output_dir: str | None) -> Resumption | None:
             if wanted != AUTO:  # "auto" is for jobs that restart by themselves; a person is asked to decide
                 raise
             broken.append(str(error))
-    settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    return Resumption(run, None, settings, {}, tuple(broken))
+    return Resumption(run, None, read_settings(run / CONFIG_FILE), {}, tuple(broken))
 
 
 def _from_checkpoint(folder: Path) -> Resumption:
     record = read_manifest(folder).get("training")
-    if not record or "settings" not in record or not (folder / "trainer_state.json").is_file():
+    if not record or "settings" not in record or not (folder / STATE_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds experts and router only, and nothing to resume training from (no optimizer, no settings); "
             "give the run's folder, or a folder named checkpoint-STEP"
         )
+    absent = [name for name in ("data", "losses_before", "step", "trainable") if name not in record]
+    if absent:
+        raise CheckpointError(f"{folder} cannot be resumed: its record of the training has no {', '.join(absent)}")
+    read_trainer_state(folder)
     return Resumption(folder.parent, folder, record["settings"], record)
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from reference.altered import rehash
 from reference.checkpoints import contents, load
 from reference.decoding import prompts, uncached
 from reference.routed_linear import Delta, call, naive_routed_linear
@@ -393,9 +394,11 @@ def test_a_checkpoint_with_one_and_a_model_without_are_told_apart(tmp_path):
             load_into(target, tmp_path / folder)
     path = tmp_path / "with" / "dylora.json"
     path.write_text(json.dumps({**manifests["with"], "format_version": 1}))
+    rehash(tmp_path / "with", files=())
     with pytest.raises(CheckpointError, match="has format 1"):
         load(tmp_path / "with")
     path.write_text(json.dumps({**manifests["with"], "shared": {**manifests["with"]["shared"], "name": "other"}}))
+    rehash(tmp_path / "with", files=())
     with pytest.raises(CheckpointError, match="named 'other', which must be 'shared'"):
         load(tmp_path / "with")
     path.write_text(json.dumps(manifests["with"]))

@@ -12,6 +12,7 @@ from reference.tiny import tiny_base, tiny_moe, tokens
 from safetensors.torch import load_file, save_file
 
 from dylo_moe import CheckpointError
+from dylo_moe.utils.typed_json import checksum
 
 FILES = [
     "dylora.json",
@@ -31,6 +32,7 @@ def rehash(folder, change=lambda manifest: None):
         if (folder / name).is_file():
             data = (folder / name).read_bytes()
             entry.update(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    manifest["checksum"] = checksum(manifest, leave_out="checksum")
     (folder / "dylora.json").write_text(json.dumps(manifest))
 
 

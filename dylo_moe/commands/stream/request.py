@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from dylo_moe.commands.stream.arguments import (
     STREAM_CONFIGS,
@@ -26,10 +23,13 @@ from dylo_moe.routing.config import RouterConfig
 from dylo_moe.training.arguments import ModelArguments
 from dylo_moe.training.resume import LOCATIONS, Resumption, named_run, shared_out
 from dylo_moe.training.run_folder import CONFIG_FILE, STREAM_FILE
+from dylo_moe.training.saved_state import read_settings
 from dylo_moe.training.trainer_arguments import TrainArguments, check_four_bit
 from dylo_moe.utils import distributed
+from dylo_moe.utils.checks import COUNT
 from dylo_moe.utils.differences import differences, in_words
 from dylo_moe.utils.errors import UsageError
+from dylo_moe.utils.typed_json import read_json, shown
 from dylo_moe.utils.words import counted
 
 CHECKPOINT_DECIDES = (  # noqa: SIM905
@@ -156,12 +156,17 @@ def _settings_in(run: Path) -> tuple[dict[str, Any], int]:
     """Read the settings of a stream, and the number of processes that it was begun with."""
     if not is_resumable_stream(run):
         raise UsageError(f"{run} is not a stream that can be resumed: it needs {CONFIG_FILE} and {STREAM_FILE}")
-    settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings = read_settings(run / CONFIG_FILE)
     try:
-        view = json.loads((run / STREAM_FILE).read_text(encoding="utf-8"))
+        view = read_json(run / STREAM_FILE)
     except ValueError:  # resuming writes it again
         view = {}
-    return settings, view.get("processes", 1)
+    processes = view.get("processes", 1) if isinstance(view, dict) else 1
+    if not COUNT.holds(processes):
+        raise UsageError(
+            f"{run / STREAM_FILE} says that there were {shown(processes)} processes; delete it, or correct it"
+        )
+    return settings, processes
 
 
 def _check_unchanged(run: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dylo_moe.evaluation.loss_matrix import MATRIX, Matrix, Stage, write_matrix
-from dylo_moe.model.checkpoint import read_manifest
+from dylo_moe.model.checkpoint import CheckpointError, read_manifest
 from dylo_moe.model.model import DyLoRAMoE
 from dylo_moe.model.saving import save_checkpoint
 from dylo_moe.training.run_folder import STREAM_FILE, checkpoints_in, clear_unfinished, discard
 from dylo_moe.utils.atomic_files import write_json
 from dylo_moe.utils.file_names import RESULT
+from dylo_moe.utils.typed_json import read_json
 
 STAGES = "stages"
 
@@ -91,7 +91,10 @@ def read_state(checkpoint: Path) -> tuple[StreamState, dict[str, Any]]:
     record = read_manifest(checkpoint).get("training") or {}
     if "stream" not in record:
         raise ValueError(f"{checkpoint} is not a checkpoint of a stream")
-    return StreamState.restored(record["stream"]), record
+    try:
+        return StreamState.restored(record["stream"]), record
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} has no state of a stream that can be read: {error!r}") from error
 
 
 def save_stage(
@@ -134,10 +137,10 @@ def is_finished(run: Path) -> bool:
         CheckpointError: for a final checkpoint that is incomplete or altered.
     """
     try:
-        view = json.loads((run / STREAM_FILE).read_text(encoding="utf-8"))
+        view = read_json(run / STREAM_FILE)
     except ValueError:  # resuming writes it again
         return False
-    if not (run / RESULT).is_dir() or view["state"] != FINISHED:
+    if not (run / RESULT).is_dir() or not isinstance(view, dict) or view.get("state") != FINISHED:
         return False
     read_state(run / RESULT)
     return True
