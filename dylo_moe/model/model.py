@@ -25,6 +25,7 @@ from dylo_moe.experts.config import ExpertConfig
 from dylo_moe.experts.expert import Expert, check_name
 from dylo_moe.experts.invocation import take_invocation
 from dylo_moe.experts.merging import Merge, merge_experts
+from dylo_moe.model.base_merge import check_unmerged
 from dylo_moe.model.forward import RoutedForward
 from dylo_moe.model.loading import load_checkpoint, load_into
 from dylo_moe.model.pool_options import pool_problems
@@ -239,7 +240,11 @@ class DyLoRAMoE(RoutedForward):
 
         Returns:
             The names of these skills.
+
+        Raises:
+            ValueError: for an unknown expert, and while one is merged into the base.
         """
+        check_unmerged(self.base, f"remove expert {name!r}")
         self._pool.remove(name)
         self.router.remove_row(name)
         self.apply_trainable()

@@ -16,6 +16,7 @@ from dylo_moe.base.fingerprint import base_identity, fingerprint
 from dylo_moe.base.frozen import keep_in_eval
 from dylo_moe.continual.growth import Growth
 from dylo_moe.experts.expert import ExpertPool
+from dylo_moe.model.base_merge import check_unmerged, merge_and_keep, put_back
 from dylo_moe.model.config_view import ConfigView
 from dylo_moe.model.output import OWN_OUTPUTS
 from dylo_moe.model.probe import Probe
@@ -70,6 +71,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
         self.base_id, self.base_revision = base_identity(base)
         self.base_fingerprint = None if any(p.is_meta for p in base.parameters()) else fingerprint(base)
         """What the frozen base was when the model was made; None where it has no values."""
+        self._before_merge: list[tuple[Any, torch.Tensor]] = []
         self.growth: Growth | None = None
         """What is known of skills, and how the pool grows with new ones; None where nothing is known."""
         self._pool = ExpertPool(self, self.context_slot, lora)
@@ -133,6 +135,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
 
         Values of the experts that were there before are not put back, because nothing here changes them.
         """
+        check_unmerged(self.base, "change the pool")
         with self._pool.set_aside():
             modules = list(self.modules())  # the experts' own, which are many, are not changed
         known = [] if self.growth is None else [self.growth, self.growth.library]
@@ -206,14 +209,21 @@ class RoutedPeftModel(PeftModelForCausalLM):
 
         Raises:
             ValueError: unless `adapter_names` holds exactly one expert: a mixture that differs from token to
-                token is no single weight; and with response granularity, where prompts go to the base alone.
+                token is no single weight; while one is merged already; and with response granularity, where prompts
+                go to the base alone.
         """
         if self.router_config.per_response:
             raise ValueError(
                 "with granularity='response' prompts go to the base alone, and an expert that is merged into it would "
                 "read them too; use `with model.route_to(name):`"
             )
-        cast(Any, self.base_model).merge_adapter(self._only_one(adapter_names), **kwargs)
+        names = self._only_one(adapter_names)
+        check_unmerged(self.base, f"merge expert {names[0]!r}")
+        self._before_merge = merge_and_keep(self.base_model, self._pool.layers, names, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged expert out of the base's weights, which are then bit for bit what they were."""
+        put_back(self.base_model, self._before_merge)
 
     def _only_one(self, adapter_names: list[str] | None) -> list[str]:
         """The adapters that make up the only expert of a list: its own, and the shared one's."""
@@ -230,6 +240,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
 
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain base again, without experts, router and hooks. This model must not be used afterwards."""
+        check_unmerged(self.base, "unload it")
         self._hooks.remove()
         return cast(Any, self.base_model).unload(*args, **kwargs)
 
@@ -240,6 +251,7 @@ class RoutedPeftModel(PeftModelForCausalLM):
             ValueError: unless `adapter_names` holds exactly one expert.
         """
         names = self._only_one(adapter_names)
+        check_unmerged(self.base, f"merge expert {names[0]!r}")
         self._hooks.remove()
         return cast(Any, self.base_model).merge_and_unload(*args, adapter_names=names, **kwargs)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save, save_file
 from torch import Tensor
 
 from dylo_moe.base.fingerprint import differences, fingerprint, some_of
 from dylo_moe.base.frozen import quantization
 from dylo_moe.experts.invocation import invocation_of
+from dylo_moe.model.base_merge import check_unmerged
 from dylo_moe.model.checkpoint import (
     ADAPTER_FILES,
     CARD,
@@ -100,8 +100,7 @@ def check_base_unchanged(model: RoutedPeftModel, now: dict[str, Any]) -> None:
     Raises:
         ValueError: while an expert is merged into it.
     """
-    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.base.modules()):
-        raise ValueError("an expert is merged into the base, which is never saved; unmerge_adapter() before saving")
+    check_unmerged(model.base, "save the model, whose base is in no checkpoint")
     changed = [] if model.base_fingerprint is None else differences(model.base_fingerprint, now)
     if changed:
         warnings.warn(

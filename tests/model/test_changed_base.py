@@ -123,10 +123,63 @@ def test_a_base_that_was_changed_since_is_told_when_it_is_saved(tmp_path):
     assert all(torch.equal(value, tensors(loaded)[name]) for name, value in tensors(model).items())
 
 
-def test_a_model_is_not_saved_while_an_expert_is_merged(tmp_path):
-    """The checkpoint would be of a base that is nowhere else."""
-    model = tiny_moe("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_a_merged_model_is_not_saved_and_unmerging_brings_the_base_back_bit_for_bit(tmp_path, dtype, shared):
+    """The checkpoint would be of a base that is nowhere else; and what was added and subtracted again was another
+    base, so that a checkpoint saved afterwards did not load."""
+    base = tiny_base("llama").to(dtype)
+    model = tiny_moe(base, shared_rank=shared)
+    before = base_tensors(model)
     model.merge_adapter(["expert_1"])
-    with pytest.raises(ValueError, match=r"unmerge_adapter\(\) before saving"):
+    assert not all(torch.equal(value, before[name]) for name, value in base_tensors(model).items())
+    with pytest.raises(
+        ValueError, match=r"cannot save .*'expert_1' is merged into the base; unmerge_adapter\(\) first"
+    ):
         model.save_pretrained(str(tmp_path / "saved"))
     assert not any(tmp_path.iterdir())
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in base_tensors(model).items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DyLoRAWarning)
+        model.save_pretrained(str(tmp_path / "saved"))
+    DyLoRAMoE.from_pretrained(str(tmp_path / "saved"), tiny_base("llama").to(dtype))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.merge_adapter(["expert_0"]),
+        lambda model: model.merge_adapter(["expert_1"]),
+        lambda model: model.merge_and_unload(adapter_names=["expert_0"]),
+        lambda model: model.unload(),
+        lambda model: model.add_expert("new"),
+        lambda model: model.remove_expert("expert_1"),
+    ],
+    ids=["another", "the same", "another for good", "unload", "add", "remove"],
+)
+def test_nothing_is_merged_on_top_and_the_pool_stays_while_an_expert_is_merged(change):
+    """A second expert was merged on top of the first; a new one had PEFT unmerge the base without a word."""
+    model, ids = tiny_moe("llama"), tokens(2, 9)
+    before = base_tensors(model)
+    model.merge_adapter(["expert_1"])
+    was, merged = model(input_ids=ids).logits, base_tensors(model)
+    with pytest.raises(ValueError, match=r"'expert_1' is merged into the base; unmerge_adapter\(\) first"):
+        change(model)
+    assert torch.equal(model(input_ids=ids).logits, was)
+    assert all(torch.equal(value, merged[name]) for name, value in base_tensors(model).items())
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in base_tensors(model).items())
+
+
+def test_a_merge_that_fails_leaves_the_base(monkeypatch):
+    """PEFT's safe_merge stops at the first linear with values that are not finite; those before it were merged."""
+    model = tiny_moe("llama")
+    before = base_tensors(model)
+    with torch.no_grad():
+        model.experts.layers[-1].lora_B["expert_1"].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(["expert_1"], safe_merge=True)
+    assert all(torch.equal(value, before[name]) for name, value in base_tensors(model).items())
+    model.merge_adapter(["expert_0"])
+    model.unmerge_adapter()
