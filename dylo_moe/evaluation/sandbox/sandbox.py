@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import site
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,10 @@ from dylo_moe.evaluation.sandbox.isolation import (
     SandboxError,
     bubblewrap,
     docker,
-    python_folders,
     sandbox_environment,
     tool_of,
 )
+from dylo_moe.evaluation.sandbox.python_files import LOCALES, python_files
 from dylo_moe.evaluation.sandbox.seccomp import Unavailable, program
 
 DOCKER_IMAGE = "python:3.11-slim"
@@ -119,7 +120,7 @@ class Sandbox:
 
     def _command(self, role: str, filter_fd: int) -> list[str]:
         if self.kind == BUBBLEWRAP:
-            python = [str(Path(sys.executable).resolve()), "-s", "-S", "-B", "/guest.py", role, PACKAGES_FOLDER]
+            python = [str(python_files().executable), "-s", "-S", "-B", "/guest.py", role, PACKAGES_FOLDER]
             return [self._tool, *bubblewrap(self.limits.scratch_mib), "--seccomp", str(filter_fd), "--", *python]
         if self.kind == DOCKER:
             return [self._tool, *docker(self.limits), DOCKER_IMAGE, "python", "-s", "-B", "/guest.py", role]
@@ -259,13 +260,14 @@ def _refusal(why: str) -> str:
 
 LOOK_AROUND = """
 import os, socket, subprocess, threading
-def tries(variables, paths, port, is_alone):
+def tries(variables, paths, installed, port, is_alone):
     done = []
     def attempt(name, what):
         try:
             if what(): done.append(name)
         except BaseException: pass
     attempt("sees the environment", lambda: set(variables) & set(os.environ))
+    attempt("sees what is installed beside Python", lambda: any(map(os.path.lexists, installed)))
     attempt("reads the user's files", lambda: any(map(os.path.lexists, paths)))
     attempt("reaches the network", lambda: socket.create_connection(("127.0.0.1", port), 1))
     attempt("writes outside the scratch folder", lambda: open("/outside", "w"))
@@ -287,7 +289,8 @@ def _try(sandbox: Sandbox) -> None:
     variables = sorted(os.environ.keys() - sandbox_environment("").keys() - {"PWD", "LC_CTYPE"})
     with socket.create_server(("127.0.0.1", 0)) as server:
         is_alone = sandbox.kind == BUBBLEWRAP  # a container counts its processes instead
-        call = f"tries({variables!r}, {_own_paths()!r}, {server.getsockname()[1]}, {is_alone})"
+        installed = _beside_python() if is_alone else []  # a container has an image's files, not this machine's
+        call = f"tries({variables!r}, {_own_paths()!r}, {installed!r}, {server.getsockname()[1]}, {is_alone})"
         found = sandbox.judge(Program(LOOK_AROUND, f"found = {call}\nassert not found, ', '.join(found)", None))
     if not found.passed:
         raise SandboxError(f"a program in it {found.result.removeprefix('failed: ')}")
@@ -299,4 +302,19 @@ def _own_paths() -> list[str]:
     for folder in (Path.home(), Path.cwd()):
         with suppress(OSError):  # the home may be missing, or the user may not read it
             paths += folder.iterdir()
-    return sorted(str(path) for path in paths if not any(Path(own).is_relative_to(path) for own in python_folders()))
+    return _not_python(paths)
+
+
+def _beside_python() -> list[str]:
+    """What is installed in the same folders as Python: packages, other environments, settings."""
+    paths = [Path(path) for path in site.getsitepackages([sys.base_prefix, sys.prefix])]
+    for folder in (Path(sys.base_prefix), Path("/usr/lib")):
+        with suppress(OSError):
+            paths += folder.iterdir()
+    return _not_python(path for path in paths if os.path.lexists(path))
+
+
+def _not_python(paths: Iterable[Path]) -> list[str]:
+    """Those of some paths that hold none of the files that a sandbox shows."""
+    shown = [Path(path) for path in (*python_files().paths(), *LOCALES)]
+    return sorted(str(path) for path in paths if not any(own.is_relative_to(path) for own in shown))
